@@ -1,0 +1,131 @@
+"""Geometry of the patch hierarchy: level sizes, nested windows, and cutting patches from clips.
+
+Levels are numbered 0 = coarsest (the whole clip at patch resolution); the paper counts from 1.
+A window at a level is given by its integer `offset` (frames, height, width), counted in that
+level's own pixels; its side is always `patch_size`.
+"""
+
+import numpy as np
+from einops import rearrange, reduce
+from jaxtyping import Int64, UInt8
+from pydantic import Field, model_validator
+
+from data_pipeline.strict import Size, Strict
+
+AXES = ("frames", "height", "width")
+
+Clip = UInt8[np.ndarray, "frames height width 3"]
+Patches = UInt8[np.ndarray, "levels patch_frames patch_height patch_width 3"]
+Offsets = Int64[np.ndarray, "levels 3"]
+
+
+class Pyramid(Strict):
+    """The hierarchy: `levels` patches of `patch_size` pixels, nested inside a clip of `clip_size`.
+
+    Each axis grows by one integer factor per level (`growth`): 2 where the pyramid refines it, 1
+    where it does not (time, in the 16x576x1024 variant).
+    """
+
+    levels: int = Field(ge=1, le=8, description="number of levels, coarsest included")
+    patch_size: Size = Field(description="pixels of every patch: (frames, height, width)")
+    clip_size: Size = Field(description="pixels of the clip at the finest level")
+
+    @model_validator(mode="after")
+    def _refuse_impossible_geometry(self) -> "Pyramid":
+        for axis, patch, clip in zip(AXES, self.patch_size, self.clip_size, strict=True):
+            growth = _growth(patch, clip, self.levels)
+            if growth is None:
+                fits = " or ".join(str(patch * g ** (self.levels - 1)) for g in (1, 2))
+                raise ValueError(
+                    f"clip_size {clip} ({axis}) does not come from patch_size {patch} by the same "
+                    f"whole factor at each of {self.levels} levels; use {fits}"
+                )
+        return self
+
+    @property
+    def growth(self) -> tuple[int, int, int]:
+        """Factor by which each axis grows from one level to the next."""
+        pairs = zip(self.patch_size, self.clip_size, strict=True)
+        return tuple(_growth(patch, clip, self.levels) for patch, clip in pairs)
+
+    def size(self, level: int) -> tuple[int, int, int]:
+        """(frames, height, width) of the whole clip at a level."""
+        pairs = zip(self.patch_size, self.growth, strict=True)
+        return tuple(patch * growth**level for patch, growth in pairs)
+
+    def stride(self, level: int) -> tuple[int, int, int]:
+        """Finest-level pixels per pixel of a level, on each axis."""
+        return tuple(growth ** (self.levels - 1 - level) for growth in self.growth)
+
+
+def draw_offsets(pyramid: Pyramid, rng: np.random.Generator) -> Offsets:
+    """Random nested windows, finest first (section 7 of the specification).
+
+    The finest offset is uniform over the clip; each coarser one is uniform among those whose
+    window contains the finer one. Drawing coarsest first would starve the clip's borders.
+    """
+    offsets = np.zeros((pyramid.levels, 3), dtype=np.int64)
+    finest = np.subtract(pyramid.clip_size, pyramid.patch_size)
+    offsets[-1] = rng.integers(0, finest, endpoint=True)
+    for level in range(pyramid.levels - 2, -1, -1):
+        low, high = parent_offset_range(pyramid, level, offsets[level + 1])
+        offsets[level] = rng.integers(low, high, endpoint=True)
+    return offsets
+
+
+def parent_offset_range(
+    pyramid: Pyramid, level: int, child: Int64[np.ndarray, "3"]
+) -> tuple[Int64[np.ndarray, "3"], Int64[np.ndarray, "3"]]:
+    """Lowest and highest offset at `level` whose window contains the window `child` one level up."""
+    patch, growth = np.array(pyramid.patch_size), np.array(pyramid.growth)
+    last = np.array(pyramid.size(level)) - patch
+    low = np.maximum(-(-(child + patch) // growth) - patch, 0)
+    high = np.minimum(child // growth, last)
+    return low, high
+
+
+def cut_patches(clip: Clip, pyramid: Pyramid, offsets: Offsets) -> Patches:
+    """The patches of all levels at their windows: frames by stride, pixels by area average.
+
+    This is the definition; the loader's decoder computes the same bytes from fewer pixels.
+    """
+    patches = []
+    for level, offset in enumerate(offsets):
+        stride, patch = np.array(pyramid.stride(level)), np.array(pyramid.patch_size)
+        low, high = offset * stride, (offset + patch) * stride
+        region = clip[low[0] : high[0] : stride[0], low[1] : high[1], low[2] : high[2]]
+        patches.append(area_average(region, stride[1], stride[2]))
+    return np.stack(patches)
+
+
+def level_clip(clip: Clip, pyramid: Pyramid, level: int) -> Clip:
+    """The whole clip as a level sees it: frames by stride, pixels by area average."""
+    frame_stride, height_stride, width_stride = pyramid.stride(level)
+    return area_average(clip[::frame_stride], height_stride, width_stride)
+
+
+def area_average(frames: Clip, height_stride: int, width_stride: int) -> Clip:
+    """Mean over blocks of pixels, rounded half up."""
+    if height_stride == width_stride == 1:
+        return frames
+    total = reduce(
+        frames, "t (h y) (w x) c -> t h w c", _sum32, y=int(height_stride), x=int(width_stride)
+    )
+    area = int(height_stride * width_stride)
+    return ((total + area // 2) // area).astype(np.uint8)
+
+
+def repeat_still(image: UInt8[np.ndarray, "height width 3"], frames: int) -> Clip:
+    """An image as a still clip."""
+    return np.repeat(rearrange(image, "h w c -> 1 h w c"), frames, axis=0)
+
+
+def _growth(patch: int, clip: int, levels: int) -> int | None:
+    if levels == 1:
+        return 1 if clip == patch else None
+    growth = round((clip / patch) ** (1 / (levels - 1)))
+    return growth if growth >= 1 and patch * growth ** (levels - 1) == clip else None
+
+
+def _sum32(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return values.sum(axis=axes, dtype=np.uint32)

@@ -1,0 +1,226 @@
+"""A recipe: one complete YAML file, read strictly; its errors name field, value and remedy."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.loader import ClassConditioning, Conditioning, DataConfig, TextConditioning
+from data_pipeline.pyramid import AXES, Pyramid
+from data_pipeline.strict import Strict
+from t2v.diffusion import DiffusionConfig
+from t2v.engine.config import EngineConfig
+from t2v.model.hpdm import ModelConfig
+from t2v.sampling import SamplingConfig
+from t2v.train.checkpoint import CheckpointConfig
+from t2v.train.metrics import MetricsConfig
+from t2v.train.optim import OptimizerConfig
+from t2v.train.warm_start import WarmStartConfig
+
+
+class RunConfig(Strict):
+    """Everything a run is made of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    run_dir: str = Field(description="run folder; `runs/<name>` by custom")
+    seed: int = Field(ge=0, lt=2**63)
+    total_steps: int = Field(ge=1, description="optimizer steps")
+    global_batch_size: int = Field(ge=1, description="clips per step, over all ranks")
+    micro_batch_size: int = Field(ge=1, description="clips per forward pass of a rank")
+    ema_half_life_steps: float = Field(gt=0, description="steps after which a weight counts half")
+    pyramid: Pyramid
+    conditioning: Conditioning
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    sampling: SamplingConfig
+    warm_start: WarmStartConfig | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_fit_together(self) -> "RunConfig":
+        pyramid, model = self.pyramid, self.model
+        for axis, patch, token in zip(AXES, pyramid.patch_size, model.token_size, strict=True):
+            if patch % token:
+                low = max(patch // token, 1) * token
+                raise ValueError(
+                    f"pyramid.patch_size: {patch} ({axis}) is not a multiple of model.token_size "
+                    f"{token}; use {low} or {low + token}"
+                )
+        blocks = model.levels_per_block
+        if blocks[-1] != pyramid.levels or sorted(blocks) != blocks or blocks[0] < 1:
+            raise ValueError(
+                f"model.levels_per_block: {blocks} must rise from at least 1 to "
+                f"pyramid.levels = {pyramid.levels}; its last entry covers every level"
+            )
+        if len(self.sampling.steps) != pyramid.levels:
+            raise ValueError(
+                f"sampling.steps: {self.sampling.steps} has {len(self.sampling.steps)} entries for "
+                f"{pyramid.levels} levels; give one per level"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "
+                f"{self.global_batch_size}; choose a divisor"
+            )
+        total = sum(source.weight for source in self.data.sources)
+        if self.global_batch_size % total:
+            raise ValueError(
+                f"data.sources: weights sum to {total}, which does not divide global_batch_size "
+                f"{self.global_batch_size}; then a batch cannot hold the exact mixture"
+            )
+        for width, head, name in (
+            (model.token_dim, model.token_head_dim, "token"),
+            (model.latent_dim, model.latent_head_dim, "latent"),
+        ):
+            if width % head:
+                raise ValueError(
+                    f"model.{name}_head_dim: {head} does not divide {name}_dim {width}; "
+                    f"choose a divisor"
+                )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The recipe at `path` with `dotted.key=value` overrides; ConfigError says all that is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path}: is not valid YAML{line} because {reason}; correct it.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is not a recipe because it holds no mapping; see configs/.")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, str(path))
+
+
+def parse_config(content: dict, origin: str) -> RunConfig:
+    """A recipe from plain data; `origin` begins each line of the error."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved recipe as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def null_label(conditioning: Conditioning) -> int:
+    """The class that stands for "no class"; 0 where there are none."""
+    return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else 0
+
+
+def text_shape(conditioning: Conditioning) -> tuple[int, int] | None:
+    """(max_tokens, width) of text embeddings, if the recipe has any."""
+    if isinstance(conditioning, TextConditioning):
+        return conditioning.max_tokens, conditioning.width
+    return None
+
+
+def _apply_override(content: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override}: is not an override; write dotted.key=value.")
+    *parents, last = key.split(".")
+    node: object = content
+    for parent in parents:
+        node = _child(node, parent, key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override}: the value is not valid YAML; quote it.") from None
+    if isinstance(node, list):
+        node[_list_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"{key}: cannot be set because its parent holds a value; check the path.")
+
+
+def _child(node: object, name: str, key: str) -> object:
+    if isinstance(node, list):
+        return node[_list_index(node, name, key)]
+    if isinstance(node, dict):
+        if node.get(name) is None:
+            node[name] = {}
+        return node[name]
+    raise ConfigError(f"{key}: cannot be set because '{name}' is inside a value; check the path.")
+
+
+def _list_index(node: list, name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(f"{key}: '{name}' is no entry of a list of {len(node)}; count from 0.")
+    return int(name)
+
+
+def _explain(error: typing.Any) -> str:
+    """One line for one pydantic error: dotted path, what is wrong, what to do."""
+    location = [str(part) for part in error["loc"]]
+    path, value = ".".join(location), error.get("input")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}."
+        return f"{path}: unknown field; {hint}"
+    if error["type"] == "missing":
+        return f"{path}: missing; every recipe is complete, add it."
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    line = f"{path}: value {value!r} is wrong because {_lower(error['msg'])}"
+    if isinstance(value, str) and error["type"] == "float_type" and _is_float(value):
+        return f"{line}. YAML reads '{value}' as text; write {float(value):.1e}."
+    return f"{line}; correct it."
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Field names of the model at a path of the recipe, for "did you mean"."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        candidates = list(_models_in(field.annotation)) if field else []
+        if candidates:
+            model = candidates[0]
+        elif location[0] == "conditioning":
+            kinds = {"text": TextConditioning, "class": ClassConditioning}
+            model = kinds.get(str(part), model)
+    return list(model.model_fields)
+
+
+def _models_in(annotation: typing.Any) -> typing.Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
