@@ -24,8 +24,9 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-RADIUS = 0.22  # of the height
-TRAVEL = 0.42  # of the height, over the whole clip
+RADIUS = 0.25  # this and the next two are shares of the height
+TRAVEL = 0.36  # over the whole clip
+JITTER = 0.07  # of the mid-clip place around the middle
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,10 @@ def render(
     return np.round(np.broadcast_to(clip, (frames, height, width, 3))).astype(np.uint8)
 
 
-def random_center(toy: Toy, aspect: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A mid-clip place that keeps the whole path inside the picture; `aspect` is width / height."""
-    dy, dx = DIRECTIONS[toy.direction] if toy.direction else (0, 0)
-    margin_y = RADIUS + abs(dy) * TRAVEL / 2
-    margin_x = (RADIUS + abs(dx) * TRAVEL / 2) / aspect
-    return rng.uniform(margin_y, 1 - margin_y), rng.uniform(margin_x, 1 - margin_x)
+def random_center(aspect: float, rng: np.random.Generator) -> tuple[float, float]:
+    """A mid-clip place near the middle, whole path in sight; `aspect` is width / height."""
+    y, x = rng.uniform(-JITTER, JITTER, size=2)
+    return 0.5 + y, 0.5 + x / aspect
 
 
 def toy_clips(
@@ -106,7 +105,7 @@ def toy_clips(
         toy = toys[number % len(toys)]
         if not moving:
             toy = Toy(toy.color, toy.shape, None)
-        yield toy, render(toy, size, random_center(toy, size[2] / size[1], rng))
+        yield toy, render(toy, size, random_center(size[2] / size[1], rng))
 
 
 def write_toy(

@@ -55,6 +55,24 @@ class TokenGrid:
         ]
         return torch.stack(grid, dim=4).flatten(1, 3)
 
+    def support(
+        self, child: int, child_offsets: Int[Tensor, "batch 3"], parent: int
+    ) -> tuple[Int[Tensor, "batch 3"], tuple[int, int, int]]:
+        """(first token, shape) of the box of parent tokens that a child window interpolates."""
+        whole, lows, shape = self.level_shape(parent), [], []
+        for axis in range(3):
+            token, strides = self.token_size[axis], (
+                self.pyramid.stride(child)[axis],
+                self.pyramid.stride(parent)[axis],
+            )
+            first = self.centers(child, child_offsets, axis)[:, 0] / strides[1]
+            place = (first - _anchor(token, axis)) / token
+            span = (self.shape[axis] - 1) * strides[0] // strides[1]
+            count = min(span + 2 + (strides[0] < strides[1]), whole[axis])
+            lows.append(place.floor().long().clamp(0, whole[axis] - count))
+            shape.append(count)
+        return torch.stack(lows, dim=1), tuple(shape)
+
     def matrices(
         self,
         child: int,

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Patches = Float[Tensor, "batch levels channels frames height width"]
 Tokens = Float[Tensor, "batch levels tokens token_dim"]
 Latents = Float[Tensor, "batch levels latents latent_dim"]
+Volumes = Callable[
+    [int, int, Int[Tensor, "batch 3"], tuple[int, int, int]],
+    Float[Tensor, "batch frames height width dim"],
+]
 CHANNELS = 3
 
 
@@ -209,7 +213,7 @@ class HPDM(nn.Module):
                 level, offsets[:, level], coarser, offsets[:, coarser], self.grid.shape
             )
             for level in levels
-            for coarser in range(level)
+            for coarser in self.context_levels(level)
         }
         places = self._coordinates(levels, offsets)
         for block, active in enumerate(self.config.levels_per_block):
@@ -248,24 +252,27 @@ class HPDM(nn.Module):
         noise: Float[Tensor, "batch 1"],
         offsets: Int[Tensor, "batch 3"],
         condition: Condition,
-        volumes: Callable[[int, int], Float[Tensor, "batch frames height width dim"]],
+        volumes: Volumes,
         previous_latents: Latents | None = None,
     ) -> tuple[Patches, Latents, list[Tokens]]:
         """Output for windows of one level, given features of all coarser levels (sampling).
 
-        `volumes(block, coarser)` is the input of a block at a coarser level, over its whole clip.
-        Returns also this level's input of every block, before fusion; None where it is not active.
+        `volumes(block, coarser, low, shape)` cuts boxes of tokens, of one shape, out of the input
+        that a block has over the whole of a coarser level. Returns also this level's own input of
+        every block (with shallow fusion: its pixels), from which such volumes are assembled.
         """
         pixels = self.to_pixels(x)
         tokens = self.embed(pixels)
         latents = self.first_latents(len(x), 1, previous_latents)
         vector, text = self.conditioning(noise, [level], condition)
-        origin = torch.zeros_like(offsets)
+        boxes = {
+            coarser: self.grid.support(level, offsets, coarser)
+            for coarser in self.context_levels(level)
+        }
+        token_size = torch.tensor(self.config.token_size, device=offsets.device)
         matrices = {
-            (level, coarser): self.grid.matrices(
-                level, offsets, coarser, origin, self.grid.level_shape(coarser)
-            )
-            for coarser in range(level)
+            (level, coarser): self.grid.matrices(level, offsets, coarser, low * token_size, shape)
+            for coarser, (low, shape) in boxes.items()
         }
         places = self.grid.coordinates(level, offsets)[:, None]
         inputs = []
@@ -276,12 +283,25 @@ class HPDM(nn.Module):
             context = None
             if level in self.fused_levels(block):
                 context = self.context(
-                    level, lambda coarser, block=block: volumes(block, coarser), matrices
-                )[:, None]
+                    level, lambda coarser, block=block: volumes(block, coarser, *boxes[coarser]),
+                    matrices,
+                )[:, None]  # fmt: skip
             tokens, latents = self.blocks[block](
                 tokens, latents, context, places, vector, text, condition.text_mask
             )
         return self.head(tokens), latents, inputs
+
+    def context_levels(self, level: int) -> list[int]:
+        """The coarser levels that a level takes context from."""
+        return list(range(level)) if self.config.fusion == "deep" else [level - 1][:level]
+
+    def context_blocks(self, level: int) -> list[int]:
+        """The blocks whose inputs at a level are context of some finer level."""
+        return [
+            block
+            for block in range(len(self.config.levels_per_block))
+            if any(level in self.context_levels(finer) for finer in self.fused_levels(block))
+        ]
 
     def context(
         self,
@@ -292,9 +312,9 @@ class HPDM(nn.Module):
         """Mean of all coarser levels' features, sampled at a level's window (eq. 8).
 
         With shallow fusion: the pixels of the previous level alone."""
-        coarser_levels = range(level) if self.config.fusion == "deep" else [level - 1]
         samples = [
-            sample_volume(volume(coarser), matrices[level, coarser]) for coarser in coarser_levels
+            sample_volume(volume(coarser), matrices[level, coarser])
+            for coarser in self.context_levels(level)
         ]
         context = torch.stack(samples).mean(0) if len(samples) > 1 else samples[0]
         return context.detach() if self.config.detach_context else context
