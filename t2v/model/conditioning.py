@@ -103,11 +103,11 @@ class ConditionEmbedding(nn.Module):
         pooled = torch.einsum("bnd,bn->bd", text, weights.to(text.dtype))
         return vector + self.text_pooled(pooled)[:, None], self.text_tokens(text)
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """Size and frame rate start small: they must not drown the noise level."""
         if self.level_embedding is not None:
             nn.init.zeros_(self.level_embedding)
         for linear in (self.frame_rate, self.original_size):
-            nn.init.normal_(linear.weight, std=INIT_STD)
+            nn.init.normal_(linear.weight, std=INIT_STD, generator=generator)
         if self.label is not None:
-            nn.init.normal_(self.label.weight, std=INIT_STD)
+            nn.init.normal_(self.label.weight, std=INIT_STD, generator=generator)

@@ -132,7 +132,7 @@ class ContextFusion(nn.Module):
             parts.append(coordinates.to(tokens.dtype))
         return self.linear(torch.cat(parts, dim=3))
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """`[identity | 0 | 0]`: a warm-started finer level begins as its base without context."""
         init_linear(self.linear)
         nn.init.zeros_(self.linear.weight)

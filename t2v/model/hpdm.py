@@ -74,7 +74,7 @@ class AxialPositions(nn.Module):
         table = self.frames[:, None, None] + self.height[:, None] + self.width
         return table.flatten(0, 2)
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """The sine-cosine table, which learning may leave."""
         for table in (self.frames, self.height, self.width):
             with torch.no_grad():
@@ -93,7 +93,7 @@ class SelfConditioning(nn.Module):
     def forward(self, previous: Latents) -> Latents:
         return self.norm(previous + self.mlp(previous))
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """No influence before training."""
         nn.init.zeros_(self.norm.weight)
 
@@ -188,7 +188,7 @@ class HPDM(nn.Module):
         nn.init.trunc_normal_(self.latents, std=INIT_STD, generator=generator)
         for module in self.modules():
             if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+                module.init_weights(generator)
         nn.init.zeros_(self.detokenizer.weight)
 
     def forward(

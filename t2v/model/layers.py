@@ -94,7 +94,7 @@ class ModulatedLayer(nn.Module):
         normed = modulate(self.mlp_norm(x), shift_m, scale_m)
         return torch.addcmul(x, gate_m, self.mlp(normed))
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator) -> None:
         """Closed gates: the layer starts as the identity (DiT's adaLN-Zero)."""
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)

@@ -1,0 +1,66 @@
+"""The seam between the training loop and the way a model is split over ranks."""
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from t2v.engine.fsdp import FsdpEngine
+from t2v.engine.single import SingleEngine
+from t2v.engine.world import World
+
+if TYPE_CHECKING:
+    from t2v.config import RunConfig
+
+
+class Engine(Protocol):
+    """A model, its gradients and its optimizer, each split as the engine likes.
+
+    A *part* is what this rank holds of a named tensor: a plain fp32 tensor of the same elements for
+    the parameter, its gradient, its moments and its average. Whatever works element by element
+    works on parts; `whole` tells a checkpoint where they belong.
+    """
+
+    name: str
+    world: World
+    model: nn.Module
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of forward passes."""
+
+    def backward(self, loss: Tensor, *, final: bool) -> None:
+        """Add gradients of one micro-batch; ranks exchange them at the final one of a step."""
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradient over all parameters and ranks, after the final micro-batch."""
+
+    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+        """Clip by a known norm, take one optimizer step, forget the gradients."""
+
+    def forget_gradients(self) -> None:
+        """Drop this step's gradients without a step."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter; memory is shared."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """This rank's part of every optimizer tensor, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """A part as a tensor of the parameter's full shape, from which checkpoints are cut."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; a skipped step is none."""
+
+    @updates.setter
+    def updates(self, count: int) -> None: ...
+
+
+def build_engine(model: nn.Module, config: "RunConfig", world: World) -> Engine:
+    """The recipe's engine around a model that is still on the meta device."""
+    match config.engine.kind:
+        case "single":
+            return SingleEngine(model, config, world)
+        case "fsdp":
+            return FsdpEngine(model, config, world)

@@ -1,0 +1,62 @@
+"""One process holds everything."""
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from t2v.engine.update import Update
+from t2v.engine.world import World
+
+if TYPE_CHECKING:
+    from t2v.config import RunConfig
+
+
+class SingleEngine:
+    """The plain way; every other engine trains the same numbers to rounding."""
+
+    name = "single"
+
+    def __init__(self, model: nn.Module, config: "RunConfig", world: World) -> None:
+        set_matmul_precision(config.engine)
+        self.config, self.world = config.engine, world
+        self.model = model.to_empty(device=world.device)
+        self.model.init_weights(config.seed)
+        prepare_blocks(self.model.blocks, config.engine)
+        self._update = Update(config.optimizer, self.parameters(), lambda values: values)
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.config, self.world.device)
+
+    def backward(self, loss: Tensor, *, final: bool) -> None:
+        loss.backward()
+
+    def gradient_norm(self) -> Tensor:
+        self._update.set_gradients({n: p.grad for n, p in self.model.named_parameters()})
+        return self._update.gradient_norm()
+
+    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+        self._update.step(learning_rate, grad_norm)
+        self.model.zero_grad(set_to_none=True)
+
+    def forget_gradients(self) -> None:
+        self._update.forget_gradients()
+        self.model.zero_grad(set_to_none=True)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def moments(self) -> dict[str, Tensor]:
+        return self._update.moments()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        return part
+
+    @property
+    def updates(self) -> int:
+        return self._update.count
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._update.count = count

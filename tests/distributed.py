@@ -1,0 +1,63 @@
+"""Runs a function in several processes that form a world, as a launcher would start them."""
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120
+) -> list[Any]:
+    """What `function(*args)` returned in each of `world_size` fresh processes, in rank order.
+
+    The parent keeps the meeting point, so no port is guessed; a failure shows its own traceback.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [
+        context.Process(
+            target=_run, args=(rank, world_size, store.port, answers, function, args), daemon=False
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            rank, result, failure = answers.get(timeout=timeout_seconds)
+            assert failure is None, f"rank {rank}:\n{failure}"
+            results[rank] = result
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(results) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _run(
+    rank: int, world_size: int, port: int, answers: Any, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answers.put((rank, function(*args), None))
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,86 @@
+"""The smallest recipe with every part in it, and batches of noise to train it on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.pyramid import draw_offsets
+from t2v.config import RunConfig, parse_config
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "run_dir": "runs/tiny",
+    "seed": 3,
+    "total_steps": 20,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "ema_half_life_steps": 3.0,
+    "pyramid": {"levels": 2, "patch_size": [2, 6, 8], "clip_size": [4, 12, 16]},
+    "conditioning": {"kind": "class", "num_classes": 3},
+    "data": {"sources": [{"path": "data/none"}], "num_workers": 0},
+    "model": {
+        "token_size": [1, 3, 4],
+        "token_dim": 16,
+        "num_latents": 6,
+        "latent_dim": 16,
+        "latent_layers": 1,
+        "token_head_dim": 8,
+        "latent_head_dim": 8,
+        "levels_per_block": [1, 2],
+        "conditioning_dim": 16,
+        "self_conditioning_rate": 0.9,
+    },
+    "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0},
+    "optimizer": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_steps": 2},
+    "engine": {"kind": "single", "precision": "fp32"},
+    "checkpoint": {"every_steps": 5},
+    "metrics": {},
+    "sampling": {"steps": [4, 2]},
+}
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    """The recipe with sections changed: `engine={"kind": "fsdp"}` changes one field of one."""
+    content = dict(RECIPE)
+    for section, change in changes.items():
+        old = content.get(section)
+        merge = isinstance(old, dict) and isinstance(change, dict)
+        content[section] = {**old, **change} if merge else change
+    return parse_config(content, "tiny")
+
+
+@dataclass
+class NoiseBatch:
+    """What `level_losses` reads of a loader's batch; sample n is a function of n."""
+
+    numbers: Tensor
+    patches: Tensor
+    offsets: Tensor
+    fps: Tensor
+    original_size: Tensor
+    label: Tensor
+    text_tokens: None = None
+    text_mask: None = None
+
+
+def noise_batch(config: RunConfig, numbers: list[int]) -> NoiseBatch:
+    """Samples `numbers` of an endless dataset of noise."""
+    pyramid = config.pyramid
+    patches, offsets, labels = [], [], []
+    for number in numbers:
+        rng = np.random.default_rng([config.seed, number])
+        shape = (pyramid.levels, *pyramid.patch_size, 3)
+        patches.append(rng.integers(0, 256, shape, dtype=np.uint8))
+        offsets.append(draw_offsets(pyramid, rng))
+        labels.append(int(rng.integers(0, 3)))
+    return NoiseBatch(
+        numbers=torch.tensor(numbers),
+        patches=torch.from_numpy(np.stack(patches)),
+        offsets=torch.from_numpy(np.stack(offsets)),
+        fps=torch.full((len(numbers),), 24.0),
+        original_size=torch.full((len(numbers), 2), 240.0),
+        label=torch.tensor(labels),
+    )
