@@ -38,6 +38,10 @@ class SamplingConfig(Strict):
     churn: float = Field(default=0.0, ge=0, description="EDM's S_churn at level 0; 0: deterministic")
     tile_batch: int = Field(default=16, ge=1, description="tiles per forward pass")
     weights: Annotated[str, Field(pattern="^(ema|raw)$")] = "ema"
+    fps: float = Field(default=24.0, ge=0, description="frame rate asked for; 0: a still image")
+    original_size: Annotated[tuple[int, int], Field(strict=False)] = Field(
+        default=(720, 1280), description="size of source media asked for: (height, width)"
+    )
 
 
 def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, "steps_and_end"]:

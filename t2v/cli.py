@@ -1,0 +1,186 @@
+"""The `t2v` command: one thin function per verb."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+EXIT_CODES = """\
+exit codes:
+  0 done   2 usage   65 too much bad data   66 input missing   70 numeric failure
+  73 run locked   74 storage   75 preempted: requeue me   78 recipe or inputs do not fit together
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; what a user, a file or the cluster caused ends as one line and an exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"{error.filename}: cannot be used because of '{error.strerror}'; check path, "
+            f"permissions and free space.",
+            file=sys.stderr,
+        )
+        return 74
+
+
+def quickstart(options: argparse.Namespace) -> int:
+    from t2v.quickstart import run_quickstart
+
+    return run_quickstart(Path(options.workdir))
+
+
+def data_toy(options: argparse.Namespace) -> None:
+    from data_pipeline.toy import write_toy
+
+    write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
+    print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
+
+
+def train(options: argparse.Namespace) -> int:
+    from t2v.train import preemption
+
+    # Before torch is imported: a signal during that long import must not kill the process.
+    preemption.arm()
+    from t2v.config import load_config
+    from t2v.train.loop import train as run
+
+    return run(load_config(options.config, options.overrides))
+
+
+def plan(options: argparse.Namespace) -> None:
+    from t2v.config import load_config
+    from t2v.plan import plan as forecast
+    from t2v.plan import print_plan
+
+    result = forecast(
+        load_config(options.config, options.overrides),
+        gpus=options.gpus,
+        gpu_memory_gib=options.gpu_memory_gib,
+    )
+    print(result.to_json()) if options.json else print_plan(result)
+
+
+def sample(options: argparse.Namespace) -> None:
+    from t2v.generate import sample_checkpoint
+
+    prompts = list(options.prompt or [])
+    if options.prompts:
+        prompts += [line for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+    written = sample_checkpoint(
+        options.checkpoint,
+        prompts=prompts,
+        labels=options.label or [],
+        out=options.out,
+        encoder=options.encoder,
+        seed=options.seed,
+        overrides=options.set or [],
+    )
+    print(f"{written}: written.")
+
+
+def checkpoint_ls(options: argparse.Namespace) -> None:
+    from t2v.train.checkpoint import list_checkpoints, print_checkpoints
+
+    print_checkpoints(list_checkpoints(options.run_dir))
+
+
+def checkpoint_verify(options: argparse.Namespace) -> None:
+    from t2v.train.checkpoint import verify_checkpoint
+
+    manifest = verify_checkpoint(options.checkpoint)
+    print(json.dumps({"checkpoint": options.checkpoint, "step": manifest.step, "valid": True}))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments and an example each."""
+    parser = argparse.ArgumentParser(
+        prog="t2v",
+        description="Hierarchical Patch Diffusion Models: data, training, sampling.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = _verb(verbs, "quickstart", quickstart, "the whole story on a CPU in minutes",
+                 "t2v quickstart --workdir quickstart")  # fmt: skip
+    verb.add_argument("--workdir", default="quickstart", help="where everything is written")
+
+    data = verbs.add_parser("data", help="make, shard, index and embed datasets")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True)
+    verb = _verb(data_verbs, "toy", data_toy, "small captioned videos and images",
+                 "t2v data toy toy_media --videos 160")  # fmt: skip
+    verb.add_argument("out")
+    verb.add_argument("--videos", type=int, default=640)
+    verb.add_argument("--images", type=int, default=320)
+    verb.add_argument("--seed", type=int, default=0)
+
+    verb = _verb(verbs, "train", train, "train a recipe; alone or under torchrun",
+                 "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
+                 " total_steps=1000")  # fmt: skip
+    _add_config(verb)
+
+    verb = _verb(verbs, "plan", plan, "what a recipe needs, before it queues",
+                 "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
+    _add_config(verb)
+    verb.add_argument("--gpus", type=int, default=1)
+    verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
+    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+    verb = _verb(verbs, "sample", sample, "prompts to video",
+                 "t2v sample runs/t2v_64x288x512 --prompt 'a panda eating bamboo' --out samples"
+                 " --encoder google-t5/t5-11b")  # fmt: skip
+    verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
+    verb.add_argument("--prompt", action="append", help="a text prompt; may be repeated")
+    verb.add_argument("--prompts", help="a file with one prompt per line")
+    verb.add_argument("--label", action="append", type=int, help="a class; may be repeated")
+    verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
+    verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the first clip; then one more")
+    verb.add_argument("--set", action="append", metavar="KEY=VALUE",
+                      help="a sampling setting, such as overlap=fhw or guidance_scale=4")  # fmt: skip
+
+    checkpoint = verbs.add_parser("checkpoint", help="list and prove checkpoints")
+    checkpoint_verbs = checkpoint.add_subparsers(metavar="VERB", required=True)
+    verb = _verb(checkpoint_verbs, "ls", checkpoint_ls, "steps, sizes and states of a run",
+                 "t2v checkpoint ls runs/base_36x64")  # fmt: skip
+    verb.add_argument("run_dir")
+    verb = _verb(checkpoint_verbs, "verify", checkpoint_verify, "check every digest",
+                 "t2v checkpoint verify runs/base_36x64/checkpoints/step-00001000")  # fmt: skip
+    verb.add_argument("checkpoint")
+    return parser
+
+
+def _verb(verbs, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=help,
+        description=help,
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
