@@ -16,6 +16,7 @@ AXES = ("frames", "height", "width")
 
 Clip = UInt8[np.ndarray, "frames height width 3"]
 Patches = UInt8[np.ndarray, "levels patch_frames patch_height patch_width 3"]
+LevelClip = UInt8[np.ndarray, "level_frames level_height level_width 3"]
 Offsets = Int64[np.ndarray, "levels 3"]
 
 
@@ -76,7 +77,7 @@ def draw_offsets(pyramid: Pyramid, rng: np.random.Generator) -> Offsets:
 def parent_offset_range(
     pyramid: Pyramid, level: int, child: Int64[np.ndarray, "3"]
 ) -> tuple[Int64[np.ndarray, "3"], Int64[np.ndarray, "3"]]:
-    """Lowest and highest offset at `level` whose window contains the window `child` one level up."""
+    """Lowest and highest offset at `level` whose window contains `child`, one level finer."""
     patch, growth = np.array(pyramid.patch_size), np.array(pyramid.growth)
     last = np.array(pyramid.size(level)) - patch
     low = np.maximum(-(-(child + patch) // growth) - patch, 0)
@@ -94,24 +95,24 @@ def cut_patches(clip: Clip, pyramid: Pyramid, offsets: Offsets) -> Patches:
         stride, patch = np.array(pyramid.stride(level)), np.array(pyramid.patch_size)
         low, high = offset * stride, (offset + patch) * stride
         region = clip[low[0] : high[0] : stride[0], low[1] : high[1], low[2] : high[2]]
-        patches.append(area_average(region, stride[1], stride[2]))
+        patches.append(area_average(region, *pyramid.stride(level)[1:]))
     return np.stack(patches)
 
 
-def level_clip(clip: Clip, pyramid: Pyramid, level: int) -> Clip:
+def level_clip(clip: Clip, pyramid: Pyramid, level: int) -> LevelClip:
     """The whole clip as a level sees it: frames by stride, pixels by area average."""
     frame_stride, height_stride, width_stride = pyramid.stride(level)
     return area_average(clip[::frame_stride], height_stride, width_stride)
 
 
-def area_average(frames: Clip, height_stride: int, width_stride: int) -> Clip:
+def area_average(
+    frames: Clip, height_stride: int, width_stride: int
+) -> UInt8[np.ndarray, "frames level_height level_width 3"]:
     """Mean over blocks of pixels, rounded half up."""
     if height_stride == width_stride == 1:
         return frames
-    total = reduce(
-        frames, "t (h y) (w x) c -> t h w c", _sum32, y=int(height_stride), x=int(width_stride)
-    )
-    area = int(height_stride * width_stride)
+    total = reduce(frames, "t (h y) (w x) c -> t h w c", _sum32, y=height_stride, x=width_stride)
+    area = height_stride * width_stride
     return ((total + area // 2) // area).astype(np.uint8)
 
 
