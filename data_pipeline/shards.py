@@ -1,0 +1,207 @@
+"""WebDataset shards and their index.
+
+A shard is a plain tar: `KEY.mp4` or `KEY.jpg`, with `KEY.json` and/or `KEY.txt`. Beside it lies
+`NAME.idx`, a numpy array with one row per sample that tells where each member's bytes are and what
+they must sum to. A tar without its index does not exist: the index is written last.
+"""
+
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from data_pipeline import storage
+from data_pipeline.errors import DataError
+
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+EMBEDDING_SUFFIXES = ("safetensors",)
+SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "embedding": EMBEDDING_SUFFIXES}
+KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits a member's name
+
+MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
+ROW = np.dtype(
+    [
+        ("key", "<u8"),  # digest of KEY
+        ("caption", "<u8"),  # digest of the caption; of nothing in an embedding shard
+        ("media", MEMBER),
+        ("json", MEMBER),  # size 0: none
+        ("txt", MEMBER),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as stored."""
+
+    media: bytes
+    metadata: dict
+    caption: str
+
+
+def digest64(text: str) -> int:
+    """A 64-bit digest: keys and captions are compared by it."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def write_shard(
+    folder: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], kind: str
+) -> int:
+    """Write `(key, {suffix: content})` samples as a shard and its index; the number of samples.
+
+    Equal samples give equal bytes: nothing of the clock or the user enters the tar.
+    """
+    path = storage.join(folder, f"{name}.tar")
+    with (
+        storage.open_atomic(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for key, members in samples:
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return write_index(folder, name, kind)
+
+
+def write_index(folder: str, name: str, kind: str) -> int:
+    """Index a finished tar, and so commit it; the number of samples."""
+    rows = index_tar(storage.join(folder, f"{name}.tar"), kind)
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    storage.write_bytes(storage.join(folder, f"{name}.idx"), buffer.getvalue())
+    return len(rows)
+
+
+def index_tar(path: str, kind: str) -> np.ndarray:
+    """The index rows of a tar of `kind` media, in the order in which keys first appear.
+
+    Keys without media and members of other types are passed over; what could harm a reader
+    (links, devices, paths that leave the folder, a key twice, a cut end) is refused.
+    """
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    captions: dict[str, str] = {}
+    file = storage.local_file(path)
+    try:
+        with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                key, slot = _slot(path, member, kind)
+                if not slot:
+                    continue
+                entry = samples.setdefault(key, {})
+                if slot in entry:
+                    raise DataError(f"{path}: holds {slot} of '{key}' twice; write it again.")
+                stream.seek(member.offset_data)
+                content = stream.read(member.size)
+                if len(content) != member.size:
+                    raise DataError(f"{path}: ends inside '{member.name}'; fetch it again.")
+                entry[slot] = (member.offset_data, member.size, zlib.crc32(content))
+                if slot == "json":
+                    caption = json_caption(parse_metadata(path, key, content))
+                    captions[key] = caption or captions.get(key, "")
+                elif slot == "txt":
+                    captions[key] = captions.get(key) or txt_caption(content)
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise DataError(
+                    f"{path}: is damaged or cut at byte {tar.offset}, so samples are lost; "
+                    "fetch it again."
+                )
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: is no readable tar because {error}; fetch it again.") from None
+    complete = [(key, entry) for key, entry in samples.items() if "media" in entry]
+    rows = np.zeros(len(complete), ROW)
+    for row, (key, entry) in zip(rows, complete, strict=True):
+        row["key"], row["caption"] = digest64(key), digest64(captions.get(key, ""))
+        for slot, place in entry.items():
+            row[slot] = place
+    return rows
+
+
+def json_caption(metadata: dict) -> str:
+    """The caption in a sample's json member, which goes before that of a txt member."""
+    return str(metadata.get("caption") or "").strip()
+
+
+def txt_caption(content: bytes) -> str:
+    """The caption that a txt member is."""
+    return content.decode("utf-8", errors="replace").strip()
+
+
+def parse_metadata(path: str, key: str, content: bytes) -> dict:
+    """A sample's json member."""
+    try:
+        metadata = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path}: json of '{key}' is damaged because {error}.") from None
+    if not isinstance(metadata, dict):
+        raise DataError(f"{path}: json of '{key}' is wrong because it holds no mapping.")
+    return metadata
+
+
+def open_index(folder: str, name: str) -> np.ndarray:
+    """A shard's index, mapped into memory."""
+    path = storage.join(folder, f"{name}.idx")
+    try:
+        rows = np.load(storage.local_file(path), mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing; run `t2v data index` on the dataset.") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: is damaged because {error}; index it again.") from None
+    if rows.dtype != ROW or rows.ndim != 1:
+        raise DataError(f"{path}: is of another format; run `t2v data index` again.")
+    return rows
+
+
+def index_digest(folder: str, name: str) -> str:
+    """sha256 of a shard's index; it covers every member through its crc32."""
+    return sha256(storage.read_bytes(storage.join(folder, f"{name}.idx"))).hexdigest()
+
+
+def read_member(path: str, member: np.void) -> bytes:
+    """The bytes of one member, checked."""
+    size = int(member["size"])
+    content = storage.read_range(path, int(member["offset"]), size)
+    if len(content) != size:
+        raise DataError(f"{path}: ends early")
+    if zlib.crc32(content) != int(member["crc32"]):
+        raise DataError(f"{path}: bytes differ from the index (crc32)")
+    return content
+
+
+def read_record(folder: str, name: str, row: np.void) -> Record:
+    """One sample of a shard."""
+    path = storage.join(folder, f"{name}.tar")
+    metadata: dict = {}
+    if row["json"]["size"]:
+        metadata = parse_metadata(path, "the sample", read_member(path, row["json"]))
+    caption = json_caption(metadata)
+    if not caption and row["txt"]["size"]:
+        caption = txt_caption(read_member(path, row["txt"]))
+    return Record(read_member(path, row["media"]), metadata, caption)
+
+
+def _slot(path: str, member: tarfile.TarInfo, kind: str) -> tuple[str, str]:
+    """(key, what of the index row the member fills); nothing for members that are passed over."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts or "\\" in member.name:
+        raise DataError(f"{path}: member '{member.name}' leaves the folder; do not use this tar.")
+    if member.isdir():
+        return "", ""
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{path}: member '{member.name}' is no plain file; do not use this tar.")
+    match = KEY.match(member.name)
+    if not match:
+        return "", ""
+    key, suffix = match.group(1), match.group(2).lower()
+    if suffix in SUFFIXES[kind]:
+        return key, "media"
+    return key, suffix if suffix in ("json", "txt") else ""

@@ -1,0 +1,111 @@
+"""Where bytes live: ranged reads and all-or-nothing writes, so that no reader sees half a file."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from data_pipeline.errors import ConfigError, InputMissing, StorageError
+
+PARTIAL = ".part"
+
+
+def join(path: str, *names: str) -> str:
+    """A path below another."""
+    return "/".join([path.rstrip("/") or "/", *names])
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder at a path."""
+    return _local(path).exists()
+
+
+def list_files(folder: str, suffix: str = "") -> list[str]:
+    """Names of the finished files directly in a folder, sorted; none where there is no folder."""
+    root = _local(folder)
+    if not root.is_dir():
+        return []
+    with _storage_errors(folder), os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.is_file()]
+    return sorted(name for name in names if name.endswith(suffix) and not name.endswith(PARTIAL))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file."""
+    with _storage_errors(path):
+        return _local(path).read_bytes()
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`; fewer only where the file ends."""
+    with _storage_errors(path):
+        descriptor = os.open(_local(path), os.O_RDONLY)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+
+def local_file(path: str) -> Path:
+    """A file on this machine with the content of `path`, to map into memory."""
+    return _local(path)
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Replace the file as a whole."""
+    with open_atomic(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomic(path: str) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path`, whole and on disk, when the block ends well."""
+    target = _local(path)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+    with _storage_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(target.parent)
+
+
+def remove_partial(folder: str) -> None:
+    """Delete what killed writers left in a folder; no writer may be at work there."""
+    root = _local(folder)
+    if root.is_dir():
+        for path in root.glob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)
+
+
+def _local(path: str) -> Path:
+    scheme, separator, _ = path.partition("://")
+    if separator:
+        raise ConfigError(f"{path}: is wrong because {scheme}:// is not served; give a folder.")
+    return Path(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputMissing(f"{path}: no such file; check the path.") from None
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}; check disk and rights.") from None
