@@ -52,14 +52,11 @@ def digest64(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def write_shard(
-    folder: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], kind: str
-) -> int:
-    """Write `(key, {suffix: content})` samples as a shard and its index; the number of samples.
+def write_tar(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write `(key, {suffix: content})` samples as a tar; it is no shard before `write_index`.
 
     Equal samples give equal bytes: nothing of the clock or the user enters the tar.
     """
-    path = storage.join(folder, f"{name}.tar")
     with (
         storage.open_atomic(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
@@ -69,7 +66,6 @@ def write_shard(
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    return write_index(folder, name, kind)
 
 
 def write_index(folder: str, name: str, kind: str) -> int:

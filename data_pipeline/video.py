@@ -232,9 +232,7 @@ def _rgb(frame: av.VideoFrame) -> Picture:
     return frame.reformat(format="rgb24", threads=1).to_ndarray()
 
 
-def _frames_at(
-    frames: Iterator[av.VideoFrame], rate: float, fps: float
-) -> Iterator[av.VideoFrame]:
+def _frames_at(frames: Iterator[av.VideoFrame], rate: float, fps: float) -> Iterator[av.VideoFrame]:
     """The frame shown at times 0, 1/fps, 2/fps, ... after the first; a quarter frame of slack
     absorbs rounded time stamps."""
     step, slack = 1 / fps, 0.25 / rate
