@@ -1,4 +1,4 @@
-"""The smallest recipe with every part in it, and batches of noise to train it on."""
+"""The smallest recipe with every part in it, networks of it, and batches of noise to feed them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from data_pipeline.pyramid import draw_offsets
 from t2v.config import RunConfig, parse_config
+from t2v.model.conditioning import Condition
+from t2v.model.hpdm import HPDM, build_model
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -41,6 +43,12 @@ RECIPE: dict[str, Any] = {
     "sampling": {"steps": [4, 2]},
 }
 
+THREE_LEVELS: dict[str, Any] = {
+    "pyramid": {"levels": 3, "clip_size": [8, 24, 32]},
+    "model": {"levels_per_block": [1, 2, 3]},
+    "sampling": {"steps": [3, 2, 1]},
+}
+
 
 def tiny_config(**changes: Any) -> RunConfig:
     """The recipe with sections changed: `engine={"kind": "fsdp"}` changes one field of one."""
@@ -50,6 +58,27 @@ def tiny_config(**changes: Any) -> RunConfig:
         merge = isinstance(old, dict) and isinstance(change, dict)
         content[section] = {**old, **change} if merge else change
     return parse_config(content, "tiny")
+
+
+def stirred_model(config: RunConfig, seed: int = 0) -> HPDM:
+    """A network with noise on every parameter: gates, gains and heads that start at zero would
+    hide mistakes behind them."""
+    model = build_model(config)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def class_condition(labels: list[int], fps: float = 24.0) -> Condition:
+    """Conditions of clips of the tiny recipe, which has classes 0, 1, 2 and the null class 3."""
+    return Condition(
+        fps=torch.full((len(labels),), fps),
+        original_size=torch.full((len(labels), 2), 240.0),
+        label=torch.tensor(labels),
+    )
 
 
 @dataclass
