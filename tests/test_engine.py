@@ -35,10 +35,10 @@ def run_steps(engine: Engine, config: RunConfig, steps: int) -> list[list[float]
             final = start + size == first + share
             engine.backward(loss.sum() * size / share, final=final)
             losses += loss.detach() * size / share
-        norm = engine.gradient_norm()
+        norm = float(engine.gradient_norm())
         engine.update(learning_rate(config.optimizer, step, config.total_steps), norm)
         ema.update(engine.updates)
-        history.append([*(world.total(losses) / world.world_size).tolist(), float(norm)])
+        history.append([*(world.total(losses) / world.world_size).tolist(), norm])
     return history
 
 

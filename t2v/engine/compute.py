@@ -15,8 +15,8 @@ def make_deterministic() -> None:
     """Equal inputs give equal bits, on a CPU and on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Filling fresh memory guards against reading it; a bare cost in a training step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Filling fresh memory guards against reading it; in a training step it is a bare cost.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
 
 
 def set_matmul_precision(config: EngineConfig) -> None:

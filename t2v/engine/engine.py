@@ -3,11 +3,12 @@
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2v.engine.fsdp import FsdpEngine
 from t2v.engine.single import SingleEngine
 from t2v.engine.world import World
+from t2v.model.hpdm import HPDM
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
@@ -23,7 +24,7 @@ class Engine(Protocol):
 
     name: str
     world: World
-    model: nn.Module
+    model: HPDM
 
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes."""
@@ -34,7 +35,7 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor:
         """Norm of the gradient over all parameters and ranks, after the final micro-batch."""
 
-    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+    def update(self, learning_rate: float, grad_norm: float) -> None:
         """Clip by a known norm, take one optimizer step, forget the gradients."""
 
     def forget_gradients(self) -> None:
@@ -57,7 +58,7 @@ class Engine(Protocol):
     def updates(self, count: int) -> None: ...
 
 
-def build_engine(model: nn.Module, config: "RunConfig", world: World) -> Engine:
+def build_engine(model: HPDM, config: "RunConfig", world: World) -> Engine:
     """The recipe's engine around a model that is still on the meta device."""
     match config.engine.kind:
         case "single":

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
-from t2v.engine.update import Update
+from t2v.engine.update import Update, gradient
 from t2v.engine.world import World
+from t2v.model.hpdm import HPDM
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
@@ -25,7 +26,7 @@ class FsdpEngine:
 
     name = "fsdp"
 
-    def __init__(self, model: nn.Module, config: "RunConfig", world: World) -> None:
+    def __init__(self, model: HPDM, config: "RunConfig", world: World) -> None:
         # Blocks return views of fresh tensors, and nothing writes into what a block returns.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         set_matmul_precision(config.engine)
@@ -52,6 +53,7 @@ class FsdpEngine:
         model.to_empty(device=world.device)
         with WholeInit():
             model.init_weights(config.seed)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._settle()
         self._update = Update(config.optimizer, self.parameters(), self._sum_over_shards)
 
@@ -59,16 +61,17 @@ class FsdpEngine:
         return autocast(self.config, self.world.device)
 
     def backward(self, loss: Tensor, *, final: bool) -> None:
-        self.model.set_requires_gradient_sync(final)
+        for module in self._sharded:
+            module.set_requires_gradient_sync(final, recurse=False)
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
         self._update.set_gradients(
-            {name: local(parameter.grad) for name, parameter in self.model.named_parameters()}
+            {name: local(gradient(parameter)) for name, parameter in self.model.named_parameters()}
         )
         return self._update.gradient_norm()
 
-    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+    def update(self, learning_rate: float, grad_norm: float) -> None:
         self._update.step(learning_rate, grad_norm)
         self.model.zero_grad(set_to_none=True)
 
@@ -84,6 +87,7 @@ class FsdpEngine:
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         like = self.model.get_parameter(name)
+        assert isinstance(like, DTensor)
         return DTensor.from_local(
             part,
             like.device_mesh,
@@ -103,10 +107,9 @@ class FsdpEngine:
 
     def _settle(self) -> None:
         """FSDP pads slices when they are first gathered, which moves them; have it done now."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                module.reshard()
+        for module in self._sharded:
+            module.unshard()
+            module.reshard()
 
     def _sum_over_shards(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self._shards)
@@ -139,7 +142,8 @@ class WholeInit(TorchDispatchMode):
         return target
 
 
-def local(tensor: DTensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This rank's slice, without a gradient and without a copy."""
+    assert isinstance(tensor, DTensor)
     with torch.no_grad():
         return tensor.to_local()

@@ -3,11 +3,12 @@
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
-from t2v.engine.update import Update
+from t2v.engine.update import Update, gradient
 from t2v.engine.world import World
+from t2v.model.hpdm import HPDM
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
@@ -18,7 +19,7 @@ class SingleEngine:
 
     name = "single"
 
-    def __init__(self, model: nn.Module, config: "RunConfig", world: World) -> None:
+    def __init__(self, model: HPDM, config: "RunConfig", world: World) -> None:
         set_matmul_precision(config.engine)
         self.config, self.world = config.engine, world
         self.model = model.to_empty(device=world.device)
@@ -33,10 +34,12 @@ class SingleEngine:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        self._update.set_gradients({n: p.grad for n, p in self.model.named_parameters()})
+        self._update.set_gradients(
+            {name: gradient(parameter) for name, parameter in self.model.named_parameters()}
+        )
         return self._update.gradient_norm()
 
-    def update(self, learning_rate: float, grad_norm: Tensor) -> None:
+    def update(self, learning_rate: float, grad_norm: float) -> None:
         self._update.step(learning_rate, grad_norm)
         self.model.zero_grad(set_to_none=True)
 

@@ -10,6 +10,12 @@ from t2v.train.optim import OptimizerConfig, build_optimizer, squared_norms
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient; every parameter of our model gets one in every backward pass."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 class Update:
     """An optimizer over named parts; `sum_over_parts` adds over the ranks that hold the others."""
 
@@ -21,6 +27,7 @@ class Update:
     ) -> None:
         self.config = config
         self.parts = {name: nn.Parameter(part) for name, part in parameters.items()}
+        self.gradients: list[Tensor] = []
         self.sum_over_parts = sum_over_parts
         self.optimizer = build_optimizer(config, list(self.parts.values()), sum_over_parts)
 
@@ -28,22 +35,24 @@ class Update:
         """Hand over this step's gradients, one part for each parameter."""
         for name, part in self.parts.items():
             part.grad = gradients[name]
+        self.gradients = [gradients[name] for name in self.parts]
 
     def gradient_norm(self) -> Tensor:
         """Norm over all parts on all ranks."""
-        gradients = [part.grad for part in self.parts.values()]
-        return self.sum_over_parts(squared_norms(gradients).sum()).sqrt()
+        return self.sum_over_parts(squared_norms(self.gradients).sum()).sqrt()
 
-    def step(self, learning_rate: float, grad_norm: Tensor) -> None:
+    def step(self, learning_rate: float, grad_norm: float) -> None:
         """Clip, step, forget."""
-        gradients = [part.grad for part in self.parts.values()]
-        torch._foreach_mul_(gradients, (self.config.max_grad_norm / grad_norm).clamp(max=1.0))
+        torch._foreach_mul_(
+            self.gradients, min(self.config.max_grad_norm / max(grad_norm, 1e-12), 1.0)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
+        self.gradients = []
         self.optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> dict[str, Tensor]:

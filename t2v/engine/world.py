@@ -78,6 +78,9 @@ class World:
         return cast(T, outcomes[0])
 
 
+ALONE = World(torch.device("cpu"))
+
+
 def storage_error(failure: OSError) -> StorageError:
     """An operating system's refusal in our words."""
     place = failure.filename or "storage"
@@ -107,11 +110,16 @@ def join_world(config: EngineConfig) -> Iterator[World]:
     deadline = timedelta(seconds=config.collective_timeout_seconds)
     _start_process_group(device, rank, world_size, deadline)
     try:
-        control = dist.new_group(backend="gloo", timeout=deadline)
-        storage = dist.new_group(backend="gloo", timeout=deadline)
-        yield World(device, rank, world_size, control, storage)
+        yield World(device, rank, world_size, _gloo_group(deadline), _gloo_group(deadline))
     finally:
         dist.destroy_process_group()
+
+
+def _gloo_group(deadline: timedelta) -> dist.ProcessGroup:
+    """A group of all ranks, apart from every other."""
+    group = dist.new_group(backend="gloo", timeout=deadline)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _start_process_group(

@@ -46,7 +46,7 @@ def level_losses(
 
     offsets = batch.offsets.to(device)
     condition = Condition.of(batch, device)
-    told = c_noise(sigma)
+    told = c_noise(flat_sigma).view_as(sigma)
     previous = None
     if config.model.self_conditioning_rate > 0:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -90,7 +90,9 @@ class Lamb(Optimizer):
                 }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """One update; there is no closure to evaluate again."""
+        assert closure is None
         decayed, vectors = (
             (group["params"], self._adam_update(group)) for group in self.param_groups
         )
@@ -105,7 +107,7 @@ class Lamb(Optimizer):
         """`m / (sqrt(v) + eps) + weight_decay * w`, with m and v freed of their start at 0."""
         parts: list[Tensor] = group["params"]
         states = [self.state[part] for part in parts]
-        gradients = [part.grad for part in parts]
+        gradients = [part.grad for part in parts if part.grad is not None]
         beta1, beta2 = group["betas"]
         torch._foreach_add_([state["step"] for state in states], 1)
         count = int(states[0]["step"]) if states else 1
@@ -119,7 +121,7 @@ class Lamb(Optimizer):
         updates = torch._foreach_div(torch._foreach_div(first, 1 - beta1**count), root)
         if group["weight_decay"]:
             torch._foreach_add_(updates, parts, alpha=group["weight_decay"])
-        return updates
+        return list(updates)
 
 
 def squared_norms(tensors: list[Tensor]) -> Tensor:

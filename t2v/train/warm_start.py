@@ -1,8 +1,33 @@
 """A pyramid that begins as its low-resolution base."""
 
-from pydantic import Field
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
+from t2v.engine.engine import Engine
+from t2v.model.context import interpolation_matrix
+from t2v.train.checkpoint import resolve_checkpoint
+from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.train.manifest import read_manifest
+from t2v.train.tensor_files import TensorKind, read_tensors, tensor_kinds
+
+if TYPE_CHECKING:
+    from t2v.config import RunConfig
+
+# What a base without finer levels does not have.
+PYRAMID_ONLY = re.compile(r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding")
+POSITIONS = re.compile(r"positions\.(frames|height|width)")
+# Fields whose change keeps every shape and still makes another network.
+SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
+SAME_CONDITIONING = ("kind", "encoder", "num_classes")
 
 
 class WarmStartConfig(Strict):
@@ -12,4 +37,119 @@ class WarmStartConfig(Strict):
     weights: str = Field(default="ema", pattern="^(ema|raw)$")
     resize_positions: bool = Field(
         default=False, description="interpolate position tables of another token grid"
+    )
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Names of weights by what becomes of them."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for what in ("resized", "new", "ignored"):
+            names = getattr(self, what)
+            lines.append(f"  {what}: {', '.join(names) or 'none'}")
+        return "\n".join([f"  loaded: {len(self.loaded)} tensors", *lines])
+
+
+def warm_start(config: "RunConfig", engine: Engine) -> WarmStart:
+    """Give the model the weights of `config.warm_start`; new ones keep their initial values."""
+    settings = config.warm_start
+    assert settings is not None
+    folder = resolve_checkpoint(settings.checkpoint, engine.world)
+    refuse_other_network(folder, read_manifest(folder).config, config.model_dump(mode="json"))
+    prefix = WEIGHTS[settings.weights]
+    base = {
+        name.removeprefix(prefix): kind
+        for name, kind in tensor_kinds(folder).items()
+        if name.startswith(prefix)
+    }
+    model = {name: engine.whole(name, part) for name, part in engine.parameters().items()}
+    plan = plan_warm_start(
+        folder, base, kinds_of(model), resize_positions=settings.resize_positions
+    )
+    read_tensors(folder, {prefix + name: model[name] for name in plan.loaded}, engine.world)
+    for name in plan.resized:
+        table = torch.empty(base[name].shape, dtype=base[name].dtype)
+        read_tensors(folder, {prefix + name: table}, engine.world)
+        assign(model[name], resize_table(table, len(model[name]), aligned_start="frames" in name))
+    if engine.world.is_first:
+        print(f"warm start from {folder} ({settings.weights} weights)\n{plan}", flush=True)
+    return plan
+
+
+def plan_warm_start(
+    folder: Path,
+    base: dict[str, TensorKind],
+    model: dict[str, TensorKind],
+    *,
+    resize_positions: bool,
+) -> WarmStart:
+    """What becomes of every name of either side; ConfigError for whatever is not foreseen."""
+    plan = WarmStart()
+    expected = {}
+    for name, kind in model.items():
+        if name not in base and PYRAMID_ONLY.fullmatch(name):
+            plan.new.append(name)
+        elif resize_positions and POSITIONS.fullmatch(name) and _other_length(base, name, kind):
+            plan.resized.append(name)
+        else:
+            plan.loaded.append(name)
+            expected[name] = kind
+    for name in base.keys() - model.keys():
+        if PYRAMID_ONLY.fullmatch(name):
+            plan.ignored.append(name)
+    settled = {*plan.ignored, *plan.resized}
+    found = {name: kind for name, kind in base.items() if name not in settled}
+    refuse_differences(folder, found, expected)
+    plan.ignored.sort()
+    return plan
+
+
+def refuse_other_network(folder: Path, base: dict, run: dict) -> None:
+    """ConfigError where weights of equal shapes would mean something else."""
+    for section, names in (("model", SAME_MODEL), ("conditioning", SAME_CONDITIONING)):
+        for name in names:
+            old, new = base[section].get(name), run[section].get(name)
+            if old != new:
+                raise ConfigError(
+                    f"{section}.{name}: {new} is wrong because the base {folder} has {old}; "
+                    f"use {old}, or another base."
+                )
+
+
+def resize_table(table: Tensor, length: int, *, aligned_start: bool) -> Tensor:
+    """A position table at another number of tokens over the same extent, by linear interpolation.
+
+    Space is aligned at token centres, time at frame starts, as in `t2v.model.context`.
+    """
+    anchor = 0.0 if aligned_start else 0.5
+    places = (torch.arange(length) + anchor) * (len(table) / length) - anchor
+    return interpolation_matrix(places[None], len(table))[0] @ table
+
+
+def assign(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or each rank's slice of it."""
+    values = values.to(target.device)
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        mine = distribute_tensor(values, mesh, placements, src_data_rank=None)
+        target.to_local().copy_(mine.to_local())
+    else:
+        target.copy_(values)
+
+
+def _other_length(base: dict[str, TensorKind], name: str, kind: TensorKind) -> bool:
+    """Whether the base has this table with another number of positions, and else alike."""
+    old = base.get(name)
+    return (
+        old is not None
+        and old.dtype == kind.dtype
+        and old.shape[1:] == kind.shape[1:]
+        and old.shape != kind.shape
     )
