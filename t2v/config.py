@@ -65,6 +65,13 @@ class RunConfig(Strict):
                 f"sampling.steps: {self.sampling.steps} has {len(self.sampling.steps)} entries for "
                 f"{pyramid.levels} levels; give one per level"
             )
+        for axis, letter in enumerate("fhw"):
+            patch, token = pyramid.patch_size[axis], model.token_size[axis]
+            if letter in self.sampling.overlap and pyramid.growth[axis] > 1 and patch % (2 * token):
+                raise ValueError(
+                    f"sampling.overlap: '{letter}' is wrong because half of pyramid.patch_size "
+                    f"{patch} ({AXES[axis]}) is not whole tokens of {token}; leave '{letter}' out"
+                )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "
@@ -89,7 +96,7 @@ class RunConfig(Strict):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """The recipe at `path` with `dotted.key=value` overrides; ConfigError says all that is wrong."""
+    """The recipe at `path` with `dotted.key=value` overrides; errors say all that is wrong."""
     path = Path(path)
     if not path.is_file():
         raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
@@ -99,7 +106,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         reason = getattr(error, "problem", None) or "it is not UTF-8 text"
-        raise ConfigError(f"{path}: is not valid YAML{line} because {reason}; correct it.") from None
+        message = f"{path}: is not valid YAML{line} because {reason}; correct it."
+        raise ConfigError(message) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not a recipe because it holds no mapping; see configs/.")
     for override in overrides:

@@ -11,7 +11,8 @@ Tiles = Float[Tensor, "tiles channels tile_frames tile_height tile_width"]
 def axis_offsets(size: int, patch: int, overlap: bool) -> list[int]:
     """Low corners along one axis: `size / patch` tiles side by side, or `2 size / patch - 1` that
     overlap by half."""
-    return list(range(0, size - patch + 1, patch // 2 if overlap else patch))
+    step = patch // 2 if overlap and size > patch else patch
+    return list(range(0, size - patch + 1, step))
 
 
 def tile_offsets(size: Size3, patch: Size3, overlap: str) -> Int[Tensor, "tiles 3"]:
