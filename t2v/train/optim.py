@@ -44,9 +44,12 @@ def build_optimizer(
 
     Its state exists from the start, so that a checkpoint always has the same tensors.
     """
+    matrices = [part for part in parts if part.ndim > 1]
+    vectors = [part for part in parts if part.ndim <= 1]
     groups = [
-        {"params": [part for part in parts if part.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [part for part in parts if part.ndim <= 1], "weight_decay": 0.0},
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if members
     ]
     rate, betas, eps = config.learning_rate, config.betas, config.eps
     match config.name:
@@ -93,14 +96,13 @@ class Lamb(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One update; there is no closure to evaluate again."""
         assert closure is None
-        decayed, vectors = (
-            (group["params"], self._adam_update(group)) for group in self.param_groups
-        )
-        norms = torch.stack([squared_norms(tensors) for tensors in decayed])
-        weight, update = self.sum_over_parts(norms).sqrt()
-        trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
-        torch._foreach_mul_(decayed[1], list(trust.unbind()))
-        for (parts, updates), group in zip((decayed, vectors), self.param_groups, strict=True):
+        for group in self.param_groups:
+            parts, updates = group["params"], self._adam_update(group)
+            if parts[0].ndim > 1:
+                norms = torch.stack([squared_norms(parts), squared_norms(updates)])
+                weight, update = self.sum_over_parts(norms).sqrt()
+                trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+                torch._foreach_mul_(updates, list(trust.unbind()))
             torch._foreach_add_(parts, updates, alpha=-group["lr"])
 
     def _adam_update(self, group: dict) -> list[Tensor]:
@@ -110,7 +112,7 @@ class Lamb(Optimizer):
         gradients = [part.grad for part in parts if part.grad is not None]
         beta1, beta2 = group["betas"]
         torch._foreach_add_([state["step"] for state in states], 1)
-        count = int(states[0]["step"]) if states else 1
+        count = int(states[0]["step"])
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]
         torch._foreach_lerp_(first, gradients, 1 - beta1)

@@ -1,0 +1,363 @@
+"""A checkpoint is complete and right, or it is not one."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from t2v.config import RunConfig
+from t2v.engine.engine import build_engine
+from t2v.engine.world import ALONE
+from t2v.model.hpdm import build_model
+from t2v.train.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    list_checkpoints,
+    load_weights,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from t2v.train.contract import refuse_other_run
+from t2v.train.ema import Ema
+from t2v.train.manifest import read_manifest, record_file
+from t2v.train.state import TrainState
+from tests.tiny import tiny_config
+
+
+def fresh_state(config: RunConfig) -> TrainState:
+    with torch.device("meta"):
+        model = build_model(config)
+    engine = build_engine(model, config, ALONE)
+    return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
+
+
+def shuffled_state(config: RunConfig, seed: int = 0) -> TrainState:
+    """A state in which every tensor has values of its own."""
+    state = fresh_state(config)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in state.tensors().values():
+        tensor.normal_(generator=generator)
+    state.engine.updates = 7
+    return state
+
+
+def facts(config: RunConfig, step: int) -> dict:
+    return {
+        "step": step,
+        "updates": 7,
+        "engine": "single",
+        "config": json.loads(config.model_dump_json()),
+        "data_fingerprint": "data",
+    }
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return shuffled_state(tiny_config())
+
+
+def checkpoints(run_dir: Path, **settings) -> Checkpoints:
+    made = Checkpoints(run_dir, CheckpointConfig(every_steps=1, **settings), ALONE)
+    made.clean()
+    return made
+
+
+def save(state: TrainState, made: Checkpoints, *steps: int) -> list[Path]:
+    return [made.save(state.tensors(), facts(tiny_config(), step)) for step in steps]
+
+
+def test_restored_state_is_bitwise_the_saved_one(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 3)
+    folder, manifest = made.newest()
+    other = fresh_state(tiny_config())
+    other.restore(folder, manifest)
+    assert (other.step, other.engine.updates) == (3, 7)
+    saved = state.tensors()
+    for name, tensor in other.tensors().items():
+        assert torch.equal(tensor, saved[name]), name
+
+
+def test_checkpoint_holds_weights_averages_and_both_moments_of_every_parameter(state):
+    names = [name for name, _ in state.engine.model.named_parameters()]
+    prefixes = ("model", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    assert set(state.tensors()) == {f"{prefix}.{name}" for prefix in prefixes for name in names}
+
+
+def flip_bit(folder: Path) -> None:
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "__0_0.distcp", 1000)
+
+
+def delete_tensors(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+
+
+def delete_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damage_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 100)
+
+
+def swap_index(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(b"\0" * (folder / ".metadata").stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (flip_bit, "__0_0.distcp: its bytes have changed"),
+        (truncate, "__0_0.distcp: 1000 bytes instead of"),
+        (delete_tensors, "__0_0.distcp: missing"),
+        (delete_manifest, "manifest.json is missing"),
+        (damage_manifest, "manifest.json: is wrong because it is damaged"),
+        (swap_index, ".metadata: its bytes have changed"),
+    ],
+)
+def test_damaged_newest_is_refused_by_name_and_the_previous_is_used(
+    state, tmp_path, capsys, damage, named
+):
+    made = checkpoints(tmp_path)
+    first, second = save(state, made, 1, 2)
+    damage(second)
+    with pytest.raises(StorageError, match="use another checkpoint"):
+        verify_checkpoint(second)
+    folder, _ = made.newest()
+    assert folder == first
+    assert named in capsys.readouterr().out
+    # The step can be saved again; the damaged one is kept aside.
+    assert save(state, made, 2) == [second]
+    verify_checkpoint(second)
+    assert len(list(second.parent.glob("refused-step-00000002-*"))) == 1
+
+
+def test_run_does_not_begin_anew_where_no_checkpoint_is_valid(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    flip_bit(folder)
+    with pytest.raises(StorageError, match=r"none of its 1 checkpoints is valid.*have changed"):
+        made.newest()
+
+
+def test_finished_checkpoint_is_never_written_again(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    save(state, made, 1)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_retention_keeps_the_last_and_the_milestones(state, tmp_path):
+    made = checkpoints(tmp_path, keep_last=2, milestone_every_steps=4)
+    save(state, made, 1, 2, 3, 4, 5, 6, 7)
+    assert [info.step for info in list_checkpoints(tmp_path)] == [4, 6, 7]
+
+
+def test_retention_counts_finished_checkpoints_only(state, tmp_path):
+    made = checkpoints(tmp_path, keep_last=2)
+    folders = save(state, made, 1, 2)
+    for step in (8, 9):
+        (folders[0].parent / f"step-{step:08d}").mkdir()
+    save(state, made, 3)
+    infos = list_checkpoints(tmp_path)
+    assert [info.step for info in infos if info.problem is None] == [2, 3]
+
+
+def test_full_disk_leaves_the_previous_checkpoint_and_no_trace(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="too large"):
+            save(state, made, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in made.folder.iterdir()] == ["step-00000001"]
+    verify_checkpoint(made.folder / "step-00000001")
+
+
+KILLED_SAVE = """
+import os, signal, sys
+from pathlib import Path
+from t2v.train import checkpoint
+from tests.test_checkpoint import checkpoints, save, shuffled_state
+from tests.tiny import tiny_config
+state, made = shuffled_state(tiny_config()), checkpoints(Path(sys.argv[1]))
+save(state, made, 1)
+setattr(checkpoint, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+save(state, made, 2)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("moment", ["record_file", "wrong_sizes"])
+def test_kill_in_the_middle_of_a_save_leaves_the_previous_valid(tmp_path, moment):
+    command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path), moment]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    left = {path.name.split("-")[0] for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step", ".staging"}
+    made = checkpoints(tmp_path)
+    folder, _ = made.newest()
+    assert folder.name == "step-00000001"
+    assert [path.name for path in made.folder.iterdir()] == ["step-00000001"]
+
+
+class Canary:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def forge(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file and its proof, as an attacker with the run folder could."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = record_file(folder / name).model_dump()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_no_code_in_a_checkpoint_is_run(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    canary = tmp_path / "canary"
+    forge(folder, ".metadata", pickle.dumps(Canary(canary)))
+    with pytest.raises(StorageError, match="do not trust it"):
+        fresh_state(tiny_config()).restore(*made.newest())
+    forge(folder, ".metadata", pickle.dumps({"state_dict_metadata": {}}))
+    with pytest.raises(StorageError, match="is no index of tensors"):
+        fresh_state(tiny_config()).restore(*made.newest())
+    assert not canary.exists()
+
+
+def test_tensors_that_are_pickled_code_are_refused(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    canary = tmp_path / "canary"
+    size = (folder / "__0_0.distcp").stat().st_size
+    forge(folder, "__0_0.distcp", pickle.dumps(Canary(canary)).ljust(size, b"\0"))
+    with pytest.raises(StorageError):
+        fresh_state(tiny_config()).restore(*made.newest())
+    assert not canary.exists()
+
+
+def test_manifest_naming_a_file_outside_is_refused(state, tmp_path):
+    (folder,) = save(state, checkpoints(tmp_path), 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = manifest["files"].pop("__0_0.distcp")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="outside its folder"):
+        verify_checkpoint(folder)
+
+
+def test_index_pointing_outside_is_refused(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    index = (folder / ".metadata").read_bytes()
+    forge(folder, ".metadata", index.replace(b"__0_0.distcp", b"../0_0.distc"))
+    with pytest.raises(StorageError, match="points at .* outside"):
+        fresh_state(tiny_config()).restore(*made.newest())
+
+
+def test_checkpoint_of_another_shape_is_refused_with_a_table(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    other = tiny_config(model={"num_latents": 5})
+    with pytest.raises(ConfigError) as failure:
+        fresh_state(other).restore(*made.newest())
+    lines = str(failure.value).splitlines()
+    assert "does not fit the model because 4 tensors differ" in lines[0]
+    assert lines[1].split() == ["tensor", "checkpoint", "model"]
+    assert ["model.latents", "6x16", "float32", "5x16", "float32"] in [
+        line.split() for line in lines
+    ]
+
+
+def test_missing_and_extra_tensors_are_refused_by_name(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    other = tiny_config(model={"latent_layers": 2})
+    with pytest.raises(ConfigError, match=r"rin\.layers\.1\.mlp\S+ +missing"):
+        fresh_state(other).restore(*made.newest())
+    other = tiny_config(model={"self_conditioning_rate": 0.0})
+    with pytest.raises(ConfigError, match=r"self_conditioning\S+ +\S+ float32 +not in this model"):
+        fresh_state(other).restore(*made.newest())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"global_batch_size": 8}, "global_batch_size: 4 -> 8"),
+        ({"model": {"detach_context": True}}, "model: "),
+        ({"optimizer": {"name": "lamb"}}, 'optimizer.name: "adamw" -> "lamb"'),
+    ],
+)
+def test_resume_under_another_recipe_is_refused(state, tmp_path, change, named):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    with pytest.raises(ConfigError, match="is of another recipe") as failure:
+        refuse_other_run(*made.newest(), facts(tiny_config(**change), 1), told=False)
+    assert named in str(failure.value)
+
+
+def test_resume_on_other_data_is_refused_unless_told(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    other = facts(tiny_config(), 1) | {"data_fingerprint": "other"}
+    with pytest.raises(ConfigError, match="accept_data_change=true"):
+        refuse_other_run(*made.newest(), other, told=False)
+    refuse_other_run(*made.newest(), other, told=True)
+
+
+def test_engine_and_length_of_a_run_may_change(state, tmp_path):
+    made = checkpoints(tmp_path)
+    save(state, made, 1)
+    other = tiny_config(total_steps=99, engine={"kind": "fsdp"}, micro_batch_size=2)
+    refuse_other_run(*made.newest(), facts(other, 1), told=False)
+
+
+@pytest.mark.parametrize(("weights", "prefix"), [("ema", "ema."), ("raw", "model.")])
+def test_weights_load_without_a_process_group(state, tmp_path, weights, prefix):
+    (folder,) = save(state, checkpoints(tmp_path), 1)
+    assert resolve_checkpoint(tmp_path) == resolve_checkpoint(folder) == folder
+    model = build_model(tiny_config())
+    load_weights(folder, model, weights=weights)
+    saved = state.tensors()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[prefix + name]), name
+
+
+def test_absent_checkpoints_are_named(tmp_path):
+    with pytest.raises(InputMissing, match="no such checkpoint"):
+        resolve_checkpoint(tmp_path / "none")
+    with pytest.raises(InputMissing, match="holds no checkpoint"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_manifest_tells_what_made_it(state, tmp_path):
+    (folder,) = save(state, checkpoints(tmp_path), 5)
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.updates, manifest.engine) == (5, 7, "single")
+    assert manifest.config["seed"] == 3
+    assert set(manifest.files) == {".metadata", "__0_0.distcp"}

@@ -1,0 +1,111 @@
+"""LAMB against a plain reference, and the learning rate as a function of the step."""
+
+import math
+
+import pytest
+import torch
+
+from t2v.train.optim import OptimizerConfig, build_optimizer, learning_rate
+
+
+def config(**changes) -> OptimizerConfig:
+    values = {"name": "lamb", "learning_rate": 0.01, "warmup_steps": 4, "weight_decay": 0.1}
+    return OptimizerConfig(**(values | changes))
+
+
+def lamb_reference(weights, gradients, settings: OptimizerConfig):
+    """Algorithm 2 of arXiv 1904.00962 in float64, one tensor and one step at a time."""
+    beta1, beta2 = settings.betas
+    results = []
+    for number, start in enumerate(weights):
+        w, m, v = start.double(), 0.0, 0.0
+        for t, step in enumerate(gradients, start=1):
+            g = step[number].double()
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g**2
+            update = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + settings.eps)
+            trust = 1.0
+            if w.ndim > 1:
+                update = update + settings.weight_decay * w
+                if w.norm() > 0 and update.norm() > 0:
+                    trust = w.norm() / update.norm()
+            w = w - settings.learning_rate * trust * update
+        results.append(w.float())
+    return results
+
+
+def test_lamb_equals_a_plain_reference():
+    torch.manual_seed(0)
+    shapes = [(5, 4), (4,), (3, 2, 2), (6, 6), (1,)]
+    weights = [torch.randn(shape) for shape in shapes]
+    weights[3].zero_()
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(6)]
+    expected = lamb_reference(weights, gradients, config())
+    optimizer = build_optimizer(config(), weights, lambda values: values)
+    for step in gradients:
+        for weight, gradient in zip(weights, step, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+    for found, wanted in zip(weights, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_trust_ratio_is_that_of_the_whole_tensor():
+    torch.manual_seed(1)
+    whole, gradient = torch.randn(6, 4), torch.randn(6, 4)
+    halves = [whole[:3].clone(), whole[3:].clone()]
+    sums = []
+
+    def run(part, grad, sum_over_parts):
+        optimizer = build_optimizer(config(), [part], sum_over_parts)
+        part.grad = grad
+        optimizer.step()
+
+    # The first pass learns what each half would send, the second adds it, as an all-reduce does.
+    for half, grad in zip(halves, gradient.split(3), strict=True):
+        run(half.clone(), grad, lambda values: sums.append(values.clone()) or values)
+    for half, grad in zip(halves, gradient.split(3), strict=True):
+        run(half, grad, lambda values: sum(sums))
+    run(whole, gradient, lambda values: values)
+    torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw"])
+def test_only_matrices_decay(name):
+    matrix, vector = torch.ones(2, 2), torch.ones(2)
+    optimizer = build_optimizer(config(name=name), [matrix, vector], lambda values: values)
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimizer.step()
+    assert (matrix < 1).all()
+    assert (vector == 1).all()
+
+
+def test_adamw_is_torchs_own():
+    torch.manual_seed(2)
+    ours, theirs = torch.randn(4, 3), None
+    theirs = torch.nn.Parameter(ours.clone())
+    settings = config(name="adamw")
+    optimizer = build_optimizer(settings, [ours], lambda values: values)
+    reference = torch.optim.AdamW(
+        [theirs], 0.01, betas=settings.betas, eps=settings.eps, weight_decay=0.1
+    )
+    for _ in range(5):
+        ours.grad = torch.randn(4, 3)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    rates = [learning_rate(config(), step, 20) for step in range(21)]
+    assert rates[0] == pytest.approx(0.01 / 4)
+    assert max(rates) == rates[4] == pytest.approx(0.01)
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.01 * (1 + math.cos(math.pi / 2)) / 2)
+    assert rates[20] == pytest.approx(0, abs=1e-12)
+
+
+def test_learning_rate_without_warm_up_begins_at_the_peak():
+    assert learning_rate(config(warmup_steps=0), 0, 10) == pytest.approx(0.01)
