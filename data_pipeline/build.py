@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline import storage
 from data_pipeline.dataset import MANIFEST, Dataset, commit_dataset, digest_json, open_dataset
@@ -47,8 +48,8 @@ class Rejected:
 
 
 def build(
-    source: str,
-    out: str,
+    source: str | Path,
+    out: str | Path,
     *,
     frames: int,
     height: int,
@@ -66,6 +67,7 @@ def build(
     What `out` already holds is kept, so a killed build goes on where it stopped, and tasks (number,
     count) may run side by side; the one that completes the shards returns the dataset.
     """
+    source, out = str(source), str(out)
     _refuse_bad_settings(frames, height, width, fps, shard_samples, task)
     kind, items = list_media(source, kind)
     is_video = kind == "video"
@@ -107,11 +109,14 @@ def build(
     )
 
 
-def index(path: str, *, kind: Kind | None = None, notes: dict[str, str] | None = None) -> Dataset:
+def index(
+    path: str | Path, *, kind: Kind | None = None, notes: dict[str, str] | None = None
+) -> Dataset:
     """Make shards written by others (KEY.mp4 or KEY.jpg with KEY.json or KEY.txt) a dataset.
 
     Their media keep their sizes; the loader brings each to the recipe's clip size.
     """
+    path = str(path)
     if storage.exists(storage.join(path, PLAN)):
         raise ConfigError(f"{path}: is a build of ours, indexed already; finish it with build.")
     folder = "shards" if storage.exists(storage.join(path, "shards")) else "."
@@ -153,7 +158,7 @@ def _build_shard(
     write_tar(storage.join(folder, f"{name}.tar"), samples())
     reasons = {i.file: rejected.reasons[i.file] for i in items if i.file in rejected.reasons}
     text = json.dumps(reasons, indent=1, ensure_ascii=False) + "\n"
-    storage.write_bytes(storage.join(folder, f"{name}.rejected.json"), text.encode())
+    storage.write_atomic(storage.join(folder, f"{name}.rejected.json"), text.encode())
     write_index(folder, name, target.kind)
 
 
@@ -220,7 +225,7 @@ def _claim(out: str, plan: dict) -> None:
         return
     if storage.exists(out) and (storage.list_files(out) or storage.exists(f"{out}/shards")):
         raise ConfigError(f"{out}: is not empty and no build of ours; give a new folder.")
-    storage.write_bytes(path, text.encode())
+    storage.write_atomic(path, text.encode())
 
 
 def _finished(folder: str, name: str) -> bool:

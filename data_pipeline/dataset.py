@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -14,6 +15,8 @@ from data_pipeline import storage
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.shards import Record, index_digest, open_index, read_record
 from data_pipeline.strict import Size, Strict
+
+Manifest = TypeVar("Manifest", bound=Strict)
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -74,19 +77,13 @@ def cached_index(folder: str, name: str) -> np.ndarray:
     return open_index(folder, name)
 
 
-def open_dataset(path: str) -> Dataset:
+def open_dataset(path: str | Path) -> Dataset:
     """The dataset in a folder; refuses what is unfinished."""
+    path = str(path)
     content = read_manifest(
         storage.join(path, MANIFEST), f"{path}: is no dataset", "`t2v data build` or `index`"
     )
-    try:
-        return Dataset(path, DatasetInfo.model_validate(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{path}/{MANIFEST}: {where}: is wrong because {first['msg']}; index it again."
-        ) from None
+    return Dataset(path, parse_manifest(DatasetInfo, content, storage.join(path, MANIFEST)))
 
 
 def commit_dataset(
@@ -120,7 +117,7 @@ def commit_dataset(
         notes=notes,
     )
     text = json.dumps(info.model_dump(mode="json"), indent=1) + "\n"
-    storage.write_bytes(storage.join(path, MANIFEST), text.encode())
+    storage.write_atomic(storage.join(path, MANIFEST), text.encode())
     return Dataset(path, info)
 
 
@@ -151,6 +148,18 @@ def read_manifest(path: str, missing: str, remedy: str) -> dict:
             f"{path}: format {content.get('format')!r} is not {FORMAT}; make it with this version."
         )
     return content
+
+
+def parse_manifest(model: type[Manifest], content: dict, path: str) -> Manifest:
+    """A manifest's plain data as its model."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path}: {where}: is wrong because {first['msg']}; make it again."
+        ) from None
 
 
 def digest_json(value: object) -> str:

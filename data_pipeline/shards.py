@@ -10,15 +10,16 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from data_pipeline import storage
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, InputMissing
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -73,53 +74,24 @@ def write_index(folder: str, name: str, kind: str) -> int:
     rows = index_tar(storage.join(folder, f"{name}.tar"), kind)
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
-    storage.write_bytes(storage.join(folder, f"{name}.idx"), buffer.getvalue())
+    storage.write_atomic(storage.join(folder, f"{name}.idx"), buffer.getvalue())
     return len(rows)
 
 
 def index_tar(path: str, kind: str) -> np.ndarray:
-    """The index rows of a tar of `kind` media, in the order in which keys first appear.
-
-    Keys without media and members of other types are passed over; what could harm a reader
-    (links, devices, paths that leave the folder, a key twice, a cut end) is refused.
-    """
-    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
-    captions: dict[str, str] = {}
-    file = storage.local_file(path)
-    try:
-        with file.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                key, slot = _slot(path, member, kind)
-                if not slot:
-                    continue
-                entry = samples.setdefault(key, {})
-                if slot in entry:
-                    raise DataError(f"{path}: holds {slot} of '{key}' twice; write it again.")
-                stream.seek(member.offset_data)
-                content = stream.read(member.size)
-                if len(content) != member.size:
-                    raise DataError(f"{path}: ends inside '{member.name}'; fetch it again.")
-                entry[slot] = (member.offset_data, member.size, zlib.crc32(content))
-                if slot == "json":
-                    caption = json_caption(parse_metadata(path, key, content))
-                    captions[key] = caption or captions.get(key, "")
-                elif slot == "txt":
-                    captions[key] = captions.get(key) or txt_caption(content)
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise DataError(
-                    f"{path}: is damaged or cut at byte {tar.offset}, so samples are lost; "
-                    "fetch it again."
-                )
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: is no readable tar because {error}; fetch it again.") from None
-    complete = [(key, entry) for key, entry in samples.items() if "media" in entry]
-    rows = np.zeros(len(complete), ROW)
-    for row, (key, entry) in zip(rows, complete, strict=True):
-        row["key"], row["caption"] = digest64(key), digest64(captions.get(key, ""))
-        for slot, place in entry.items():
+    """The index rows of a tar of `kind` media."""
+    samples = _samples(path, kind)
+    rows = np.zeros(len(samples), ROW)
+    for row, (key, sample) in zip(rows, samples.items(), strict=True):
+        row["key"], row["caption"] = digest64(key), digest64(sample.caption)
+        for slot, place in sample.places.items():
             row[slot] = place
     return rows
+
+
+def list_captions(path: str, kind: str) -> list[tuple[str, str]]:
+    """(key, caption) of a tar's samples, row by row."""
+    return [(key, sample.caption) for key, sample in _samples(path, kind).items()]
 
 
 def json_caption(metadata: dict) -> str:
@@ -183,6 +155,71 @@ def read_record(folder: str, name: str, row: np.void) -> Record:
     if not caption and row["txt"]["size"]:
         caption = txt_caption(read_member(path, row["txt"]))
     return Record(read_member(path, row["media"]), metadata, caption)
+
+
+@dataclass
+class _Sample:
+    """What a scan of a tar knows of one key."""
+
+    places: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    json_caption: str = ""
+    txt_caption: str = ""
+
+    @property
+    def caption(self) -> str:
+        return self.json_caption or self.txt_caption
+
+
+def _samples(path: str, kind: str) -> dict[str, _Sample]:
+    """The samples of a tar, in the order in which their keys first appear.
+
+    Keys without media and members of other types are passed over; what could harm a reader
+    (links, devices, paths that leave the folder, a key twice, a cut end) is refused.
+    """
+    samples: dict[str, _Sample] = {}
+    for key, slot, offset, content in _scan(path, kind):
+        sample = samples.setdefault(key, _Sample())
+        if slot in sample.places:
+            raise DataError(f"{path}: holds {slot} of '{key}' twice; write it again.")
+        sample.places[slot] = (offset, len(content), zlib.crc32(content))
+        if slot == "json":
+            sample.json_caption = json_caption(parse_metadata(path, key, content))
+        elif slot == "txt":
+            sample.txt_caption = txt_caption(content)
+    return {key: sample for key, sample in samples.items() if "media" in sample.places}
+
+
+def _scan(path: str, kind: str) -> Iterator[tuple[str, str, int, bytes]]:
+    """(key, what of the index row it fills, offset, content) of each member that is of use."""
+    with (
+        _tar_errors(path),
+        storage.local_file(path).open("rb") as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,
+    ):
+        for member in tar:
+            key, slot = _slot(path, member, kind)
+            if slot:
+                stream.seek(member.offset_data)
+                content = stream.read(member.size)
+                if len(content) != member.size:
+                    raise DataError(f"{path}: ends inside '{member.name}'; fetch it again.")
+                yield key, slot, member.offset_data, content
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise DataError(
+                f"{path}: is damaged or cut at byte {tar.offset}, so samples are lost; "
+                "fetch it again."
+            )
+
+
+@contextmanager
+def _tar_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputMissing(f"{path}: no such file; check the folder.") from None
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: is no readable tar because {error}; fetch it again.") from None
 
 
 def _slot(path: str, member: tarfile.TarInfo, kind: str) -> tuple[str, str]:

@@ -53,9 +53,9 @@ def local_file(path: str) -> Path:
     return _local(path)
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def write_atomic(path: str | Path, content: bytes) -> None:
     """Replace the file as a whole."""
-    with open_atomic(path) as file:
+    with open_atomic(str(path)) as file:
         file.write(content)
 
 

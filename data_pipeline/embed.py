@@ -1,0 +1,278 @@
+"""Making caption embeddings: a T5 encoder's output, cached beside a dataset, row for row."""
+
+import io
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import BFloat16
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
+
+from data_pipeline import storage
+from data_pipeline.dataset import (
+    FORMAT,
+    Dataset,
+    digest_json,
+    open_dataset,
+    shard_infos,
+)
+from data_pipeline.embeddings import (
+    MANIFEST,
+    NULL,
+    TENSOR,
+    EmbeddingInfo,
+    EmbeddingSet,
+    Provenance,
+    open_embeddings,
+)
+from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.progress import progress
+from data_pipeline.shards import list_captions, open_index, write_index, write_tar
+
+PROVENANCE = "provenance.json"
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+BUCKET_TOKENS = 16
+CAPTIONS_PER_BATCH = 32
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer, from a local folder or a hub id.
+
+    A caption's embedding does not depend on its neighbours: batches have one fixed number of rows,
+    and a row's padded length follows from its own length.
+    """
+
+    def __init__(self, encoder: str | Path, *, max_tokens: int, device: str | None = None):
+        self.max_tokens = max_tokens
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        disable_progress_bar()
+        folder = fetch_encoder(str(encoder))
+        is_local = Path(encoder).is_dir()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = T5EncoderModel.from_pretrained(folder, dtype=self.dtype)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."
+            ) from None
+        self.model.to(self.device).eval()
+        self.width = int(self.model.config.d_model)
+        self.provenance = Provenance(
+            encoder=Path(encoder).resolve().name if is_local else str(encoder),
+            weights_sha256=_digest_files(folder, WEIGHT_FILES),
+            tokenizer_sha256=_digest_files(folder, TOKENIZER_FILES),
+            max_tokens=max_tokens,
+            width=self.width,
+            dtype="bfloat16",
+            compute_dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
+            caption_normalisation="single spaces",
+        )
+
+    def encode(self, captions: Sequence[str]) -> list[BFloat16[Tensor, "tokens width"]]:
+        """Embeddings of the captions at their true lengths, equal for equal captions."""
+        distinct = list(dict.fromkeys(normalise(caption) for caption in captions))
+        tokens = {
+            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+            for caption in distinct
+        }
+        embeddings: dict[str, Tensor] = {}
+        for group in _batches(tokens):
+            rows = [tokens[caption] for caption in group]
+            for caption, embedding in zip(group, self._encode_batch(rows), strict=True):
+                embeddings[caption] = embedding
+        return [embeddings[normalise(caption)] for caption in captions]
+
+    @torch.inference_mode()
+    def _encode_batch(self, rows: list[list[int]]) -> list[Tensor]:
+        length = _padded_length(len(rows[0]))
+        ids = torch.full((CAPTIONS_PER_BATCH, length), self.tokenizer.pad_token_id)
+        mask = torch.zeros(CAPTIONS_PER_BATCH, length, dtype=torch.long)
+        for row in range(CAPTIONS_PER_BATCH):
+            values = rows[min(row, len(rows) - 1)]
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        hidden = output.last_hidden_state.to("cpu", torch.bfloat16)
+        return [hidden[row, : len(values)].clone() for row, values in enumerate(rows)]
+
+
+def embed(
+    dataset: str | Path,
+    encoder: str | Path,
+    *,
+    name: str,
+    max_tokens: int = 128,
+    task: tuple[int, int] = (0, 1),
+    device: str | None = None,
+) -> EmbeddingSet | None:
+    """Write `embeddings/<name>` of a dataset; the set is returned once every shard is there.
+
+    Shards already embedded by the same encoder are kept, so it can be killed and started again,
+    and tasks (number, count) may run side by side.
+    """
+    data = open_dataset(dataset)
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"name: value {name!r} is wrong because it names no folder; use letters.")
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
+    folder = storage.join(data.path, "embeddings", name)
+    reader = TextEncoder(encoder, max_tokens=max_tokens, device=device)
+    _claim(folder, reader)
+    names = [shard.name for shard in data.info.shards]
+    mine = range(task[0], len(names), task[1])
+    for shard in progress(mine, "embed shards", total=len(mine)):
+        if not _finished(data, shard, folder):
+            _write_shard(data, shard, folder, reader)
+    if not all(_finished(data, shard, folder) for shard in range(len(names))):
+        return None
+    storage.remove_partial(folder)
+    shards = shard_infos(folder, names)
+    identity = {
+        "provenance": reader.provenance.model_dump(),
+        "dataset": data.info.fingerprint,
+        "shards": [shard.model_dump() for shard in shards],
+    }
+    info = EmbeddingInfo(
+        format=FORMAT,
+        fingerprint=digest_json(identity),
+        provenance=reader.provenance,
+        dataset_fingerprint=data.info.fingerprint,
+        shards=shards,
+    )
+    text = info.model_dump_json(indent=1) + "\n"
+    storage.write_atomic(storage.join(folder, MANIFEST), text.encode())
+    return open_embeddings(data, name)
+
+
+def make_tiny_encoder(
+    folder: str | Path, captions: Sequence[str], *, width: int, seed: int
+) -> None:
+    """A stand-in for rehearsals: a sentencepiece model of the captions' words, and a T5 encoder of
+    two layers with random weights. It tells captions apart and knows nothing."""
+    folder = Path(folder)
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=buffer,
+        model_type="word",
+        vocab_size=32000,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    storage.write_atomic(folder / "spiece.model", buffer.getvalue())
+    words = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    config = T5Config(
+        vocab_size=words.get_piece_size() + 100,  # and the tokenizer's 100 sentinels
+        d_model=width,
+        d_kv=max(width // 4, 1),
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5EncoderModel(config)
+    disable_progress_bar()
+    model.save_pretrained(folder)
+
+
+def normalise(caption: str) -> str:
+    """What the encoder is given of a caption: white space as single spaces."""
+    return " ".join(caption.split())
+
+
+def fetch_encoder(encoder: str) -> Path:
+    """The local folder of an encoder, downloaded if it is a hub id."""
+    if Path(encoder).is_dir():
+        return Path(encoder)
+    if ("/" in encoder and Path(encoder).parent.is_dir()) or encoder.startswith((".", "/")):
+        raise InputMissing(f"{encoder}: no such folder; give an encoder's folder or hub id.")
+    try:
+        patterns = ["*.json", "spiece.model", *WEIGHT_FILES]
+        return Path(snapshot_download(encoder, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputMissing(
+            f"{encoder}: is no local folder, and the hub does not give it ({reason}); "
+            "give a folder that holds the encoder."
+        ) from None
+
+
+def _claim(folder: str, reader: TextEncoder) -> None:
+    """Write down which encoder fills a folder, or refuse another one; then the null embedding."""
+    path = storage.join(folder, PROVENANCE)
+    text = reader.provenance.model_dump_json(indent=1) + "\n"
+    if storage.exists(path) and storage.read_bytes(path).decode() != text:
+        raise ConfigError(
+            f"{folder}: holds embeddings of another encoder or other settings (see {PROVENANCE}); "
+            "choose another --name, or delete the folder."
+        )
+    storage.write_atomic(path, text.encode())
+    null = save({TENSOR: reader.encode([""])[0]})
+    storage.write_atomic(storage.join(folder, NULL), null)
+
+
+def _finished(data: Dataset, shard: int, folder: str) -> bool:
+    """Whether a shard's embeddings are there, of the captions it has now."""
+    name = data.info.shards[shard].name
+    if not storage.exists(storage.join(folder, f"{name}.idx")):
+        return False
+    ours, theirs = open_index(folder, name), data.index(shard)
+    columns = ["key", "caption"]
+    return np.array_equal(ours[columns], theirs[columns])
+
+
+def _write_shard(data: Dataset, shard: int, folder: str, reader: TextEncoder) -> None:
+    name = data.info.shards[shard].name
+    captions = list_captions(storage.join(data.shard_folder, f"{name}.tar"), data.info.kind)
+    embeddings = reader.encode([caption for _, caption in captions])
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for (key, caption), embedding in zip(captions, embeddings, strict=True):
+            yield key, {"safetensors": save({TENSOR: embedding}), "txt": caption.encode()}
+
+    write_tar(storage.join(folder, f"{name}.tar"), samples())
+    write_index(folder, name, "embedding")
+    if not _finished(data, shard, folder):
+        raise DataError(f"{data.path}: shard {name} is not what its index says; index it again.")
+
+
+def _batches(tokens: dict[str, list[int]]) -> Iterator[list[str]]:
+    """Captions of one padded length together, at most a batch of them."""
+    buckets: dict[int, list[str]] = {}
+    for caption, ids in tokens.items():
+        buckets.setdefault(_padded_length(len(ids)), []).append(caption)
+    for _, captions in sorted(buckets.items()):
+        for at in range(0, len(captions), CAPTIONS_PER_BATCH):
+            yield captions[at : at + CAPTIONS_PER_BATCH]
+
+
+def _padded_length(length: int) -> int:
+    return -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
+
+
+def _digest_files(folder: Path, patterns: Sequence[str]) -> str:
+    """sha256 over names and content of the files that match."""
+    digest = sha256()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
