@@ -275,7 +275,7 @@ def test_index_pointing_outside_is_refused(state, tmp_path):
     (folder,) = save(state, made, 1)
     index = (folder / ".metadata").read_bytes()
     forge(folder, ".metadata", index.replace(b"__0_0.distcp", b"../0_0.distc"))
-    with pytest.raises(StorageError, match="points at .* outside"):
+    with pytest.raises(StorageError, match=r"points at .* outside"):
         fresh_state(tiny_config()).restore(*made.newest())
 
 

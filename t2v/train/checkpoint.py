@@ -140,7 +140,7 @@ class Checkpoints:
                 f"{problems[0]} as rank 0 sees it; use a run folder that all nodes share."
             )
         text = manifest.model_dump_json(indent=1)
-        storage.write_bytes(str(staging / MANIFEST), text.encode())
+        storage.write_atomic(staging / MANIFEST, text.encode())
         staging.rename(folder)
         storage.sync_folder(folder.parent)
 

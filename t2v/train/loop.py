@@ -184,7 +184,7 @@ def owned(run_dir: Path, config: RunConfig, world: World) -> Iterator[StatusFile
 
         def enter() -> None:
             exits.enter_context(locked(run_dir))
-            storage.write_bytes(str(run_dir / "config.yaml"), dump_config(config).encode())
+            storage.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
             assert status is not None
             status.write("starting")
 

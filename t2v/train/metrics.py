@@ -130,7 +130,7 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    storage.write_bytes(str(path), b"".join(kept))
+    storage.write_atomic(path, b"".join(kept))
 
 
 def peak_memory_gib() -> float:
@@ -160,7 +160,7 @@ class WandbView:
                 dir=str(run_dir),
                 settings=wandb.Settings(silent=True),
             )
-            storage.write_bytes(str(id_file), self.run.id.encode())
+            storage.write_atomic(id_file, self.run.id.encode())
         except Exception as failure:
             self._end(failure)
 

@@ -1,0 +1,93 @@
+"""metrics.jsonl: one true line per step, whatever happened before."""
+
+import json
+
+import pytest
+import torch
+
+from t2v.engine.world import ALONE
+from t2v.train.metrics import Metrics, MetricsConfig, StepSums, drop_after
+
+
+def write_steps(run_dir, first: int, last: int) -> None:
+    metrics = Metrics(run_dir, MetricsConfig(), name="x", step=first - 1)
+    for step in range(first, last + 1):
+        metrics.write({"step": step, "loss": step / 2})
+    metrics.close()
+
+
+def lines(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resumed_run_never_holds_a_step_twice(tmp_path):
+    write_steps(tmp_path, 1, 7)
+    write_steps(tmp_path, 5, 9)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
+
+
+def test_half_a_line_of_a_killed_process_is_dropped(tmp_path):
+    write_steps(tmp_path, 1, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    write_steps(tmp_path, 4, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_dropping_nothing_changes_nothing(tmp_path):
+    write_steps(tmp_path, 1, 3)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    drop_after(tmp_path / "metrics.jsonl", 3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_null(tmp_path, value):
+    metrics = Metrics(tmp_path, MetricsConfig(), name="x", step=0)
+    metrics.write({"step": 1, "loss": value})
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def digest_of(numbers: list[int], ids: list[str]) -> str:
+    sums = StepSums(1, ALONE)
+    sums.add_samples(numbers, ids)
+    sums.add_step(torch.zeros(1), data_seconds=0.0, step_seconds=1.0)
+    return sums.summary(len(ids))["batch_digest"]
+
+
+def test_batch_digest_tells_samples_and_their_order_but_not_who_read_them():
+    digest = digest_of([4, 5, 6], ["a", "b", "c"])
+    assert digest_of([6, 4, 5], ["c", "a", "b"]) == digest
+    assert digest_of([4, 5, 6], ["b", "a", "c"]) != digest
+    assert digest_of([5, 6, 7], ["a", "b", "c"]) != digest
+
+
+def test_a_line_holds_means_since_the_last_one():
+    sums = StepSums(2, ALONE)
+    sums.add_step(torch.tensor([1.0, 2.0]), data_seconds=0.5, step_seconds=1.0)
+    sums.add_step(torch.tensor([3.0, 6.0]), data_seconds=0.5, step_seconds=3.0)
+    line = sums.summary(8)
+    assert (line["loss"], line["loss_level_0"], line["loss_level_1"]) == (6.0, 2.0, 4.0)
+    assert (line["samples_per_second"], line["data_wait_share"]) == (4.0, 0.25)
+    sums.add_step(torch.tensor([1.0, 1.0]), data_seconds=0.0, step_seconds=1.0)
+    assert sums.summary(8)["loss"] == 2.0
+
+
+def test_wandb_keeps_its_run_over_restarts_and_never_stops_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = MetricsConfig(wandb_project="t2v")
+    for _ in range(2):
+        metrics = Metrics(tmp_path, config, name="x", step=0)
+        metrics.write({"step": 1, "loss": 1.0})
+        metrics.close()
+    run_id = (tmp_path / "wandb_id").read_text()
+    assert run_id
+    monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
+    metrics = Metrics(tmp_path, config, name="x", step=0)
+    metrics.write({"step": 1, "loss": 1.0})
+    metrics.close()
+    assert "wandb: ends here because ZeroDivisionError" in capsys.readouterr().out
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert (tmp_path / "wandb_id").read_text() == run_id

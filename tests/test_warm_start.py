@@ -1,0 +1,172 @@
+"""A pyramid begins exactly as its base, and nothing unexpected is taken over."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError, InputMissing
+from t2v.config import RunConfig
+from t2v.engine.engine import build_engine
+from t2v.engine.world import ALONE, join_world
+from t2v.model.conditioning import Condition
+from t2v.model.hpdm import build_model
+from t2v.train.tensor_files import TensorKind
+from t2v.train.warm_start import plan_warm_start, resize_table, warm_start
+from tests.distributed import run_distributed
+from tests.test_checkpoint import checkpoints, facts, fresh_state, shuffled_state
+from tests.tiny import noise_batch, tiny_config
+
+BASE = {
+    "pyramid": {"levels": 1, "patch_size": [2, 6, 8], "clip_size": [2, 6, 8]},
+    "model": {"levels_per_block": [1, 1]},
+    "sampling": {"steps": [4]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The run folder of a base with values of its own in every tensor."""
+    config = tiny_config(**BASE)
+    run_dir = tmp_path_factory.mktemp("base")
+    state = shuffled_state(config, seed=1)
+    checkpoints(run_dir).save(state.tensors(), facts(config, 9))
+    return run_dir
+
+
+def pyramid_config(base: Path, **settings) -> RunConfig:
+    return tiny_config(warm_start={"checkpoint": str(base), **settings})
+
+
+def weights_of(config: RunConfig, state) -> dict[str, torch.Tensor]:
+    return {name: part.clone() for name, part in state.engine.parameters().items()}
+
+
+@pytest.mark.parametrize(("weights", "prefix"), [("ema", "ema."), ("raw", "model.")])
+def test_known_weights_are_the_bases_and_new_ones_keep_their_values(base, weights, prefix):
+    config = pyramid_config(base, weights=weights)
+    state = fresh_state(config)
+    before = weights_of(config, state)
+    plan = warm_start(config, state.engine)
+    assert plan.new == [
+        "conditioning.level_embedding",
+        "blocks.1.fusion.linear.weight",
+        "blocks.1.fusion.linear.bias",
+    ]
+    assert (plan.ignored, plan.resized) == ([], [])
+    saved = shuffled_state(tiny_config(**BASE), seed=1).tensors()
+    for name, value in weights_of(config, state).items():
+        wanted = before[name] if name in plan.new else saved[prefix + name]
+        assert torch.equal(value, wanted), name
+
+
+def test_level_0_is_bitwise_the_bases_at_step_0(base):
+    config = pyramid_config(base)
+    state = fresh_state(config)
+    warm_start(config, state.engine)
+    base_state = shuffled_state(tiny_config(**BASE), seed=1)
+    for name, part in base_state.engine.parameters().items():
+        part.copy_(base_state.ema.averages[name])
+    batch = noise_batch(config, [0, 1])
+    # One in two frames of a clip is level 0's; the base is told that rate.
+    condition = Condition.of(batch, torch.device("cpu"))
+    x, noise = torch.randn(2, 2, 3, 2, 6, 8), torch.randn(2, 2)
+    x0, noise0, offsets0 = x[:, :1], noise[:, :1], batch.offsets[:, 0]
+    half_rate = replace(condition, fps=condition.fps / 2)
+    ours, base_model = state.engine.model, base_state.engine.model
+    found, latents, _ = ours.forward_level(0, x0, noise0, offsets0, condition, no_volumes)
+    wanted, base_latents, _ = base_model.forward_level(
+        0, x0, noise0, offsets0, half_rate, no_volumes
+    )
+    assert torch.equal(found, wanted)
+    assert torch.equal(latents, base_latents)
+    # In training all levels share one matrix product, whose size moves the last bit.
+    together = ours(x, noise, batch.offsets, condition)[0][:, :1]
+    torch.testing.assert_close(together, wanted, rtol=1e-5, atol=1e-5)
+
+
+def no_volumes(*_) -> torch.Tensor:
+    raise AssertionError("level 0 has no context")
+
+
+def warm_weights(config: RunConfig) -> dict:
+    with join_world(config.engine) as world:
+        with torch.device("meta"):
+            model = build_model(config)
+        engine = build_engine(model, config, world)
+        warm_start(config, engine)
+        parts = engine.parameters().items()
+        return {name: engine.whole(name, part).full_tensor().numpy() for name, part in parts}
+
+
+@pytest.mark.dist
+def test_sharded_warm_start_gives_bitwise_the_same_weights(base):
+    config = pyramid_config(base)
+    state = fresh_state(config)
+    warm_start(config, state.engine)
+    alone = weights_of(config, state)
+    fsdp = tiny_config(engine={"kind": "fsdp"}, warm_start={"checkpoint": str(base)})
+    for weights in run_distributed(warm_weights, 2, fsdp):
+        for name, value in alone.items():
+            assert (weights[name] == value.numpy()).all(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"latent_dim": 24}}, r"read_norm\.bias +16 float32 +24 float32"),
+        ({"model": {"latent_layers": 2}}, r"layers\.1\.\S+ +missing"),
+        ({"model": {"self_conditioning_rate": 0.0}}, r"self_conditioning\S+ .*not in this model"),
+        ({"model": {"token_head_dim": 4}}, r"token_head_dim: 4 is wrong because the base .* has 8"),
+        ({"conditioning": {"kind": "class", "num_classes": 4}}, r"num_classes: 4 is wrong"),
+        (
+            {"pyramid": {"levels": 2, "patch_size": [2, 6, 16], "clip_size": [4, 12, 32]}},
+            r"positions\.width +2x16 float32 +4x16 float32",
+        ),
+    ],
+)
+def test_another_network_is_refused(base, change, message):
+    config = tiny_config(warm_start={"checkpoint": str(base)}, **change)
+    with torch.device("meta"):
+        model = build_model(config)
+    with pytest.raises(ConfigError, match=message):
+        warm_start(config, build_engine(model, config, ALONE))
+
+
+def test_absent_base_is_named(tmp_path):
+    config = pyramid_config(tmp_path / "nowhere")
+    with pytest.raises(InputMissing, match="nowhere: no such checkpoint"):
+        warm_start(config, fresh_state(config).engine)
+
+
+def test_position_tables_of_another_grid_are_interpolated_when_asked(base):
+    config = tiny_config(
+        warm_start={"checkpoint": str(base), "resize_positions": True},
+        pyramid={"levels": 2, "patch_size": [2, 6, 16], "clip_size": [4, 12, 32]},
+    )
+    state = fresh_state(config)
+    plan = warm_start(config, state.engine)
+    assert plan.resized == ["positions.width"]
+    table = shuffled_state(tiny_config(**BASE), seed=1).tensors()["ema.positions.width"]
+    expected = torch.nn.functional.interpolate(table.T[None], size=4, mode="linear")[0].T
+    torch.testing.assert_close(state.engine.parameters()["positions.width"], expected)
+
+
+def test_resized_table_agrees_with_a_ramp_inside():
+    ramp = torch.arange(8.0)[:, None]
+    space = resize_table(ramp, 16, aligned_start=False)[:, 0]
+    assert torch.equal(space[1:-1], torch.arange(1, 15) / 2 - 0.25)
+    time = resize_table(ramp, 16, aligned_start=True)[:, 0]
+    assert torch.equal(time[:15], torch.arange(15) / 2)
+
+
+def test_a_pyramids_own_keys_are_ignored_by_a_base():
+    kind = TensorKind((2,), torch.float32)
+    plan = plan_warm_start(
+        Path("x"),
+        {"latents": kind, "blocks.1.fusion.linear.bias": kind},
+        {"latents": kind},
+        resize_positions=False,
+    )
+    assert (plan.loaded, plan.ignored) == (["latents"], ["blocks.1.fusion.linear.bias"])
