@@ -5,8 +5,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipeline.dataset import Dataset
 
 EXIT_CODES = """\
 exit codes:
@@ -49,6 +53,47 @@ def data_toy(options: argparse.Namespace) -> None:
 
     write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
     print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
+
+
+def data_build(options: argparse.Namespace) -> None:
+    from data_pipeline.build import build
+
+    frames, height, width = options.size
+    _say_dataset(
+        build(
+            options.source,
+            options.out,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=options.fps,
+            kind=options.kind,
+            shard_samples=options.shard_samples,
+            task=options.task,
+            max_drop_rate=options.max_drop_rate,
+            notes=dict(options.note or []),
+        )
+    )
+
+
+def data_index(options: argparse.Namespace) -> None:
+    from data_pipeline.build import index
+
+    _say_dataset(index(options.dataset, kind=options.kind, notes=dict(options.note or [])))
+
+
+def data_embed(options: argparse.Namespace) -> None:
+    from data_pipeline.embed import embed
+
+    done = embed(
+        options.dataset,
+        options.encoder,
+        name=options.name,
+        max_tokens=options.max_tokens,
+        task=options.task,
+    )
+    state = "complete" if done else "this task is done; others are not"
+    print(f"{options.dataset}/embeddings/{options.name}: {state}.")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -96,7 +141,7 @@ def sample(options: argparse.Namespace) -> None:
 def checkpoint_ls(options: argparse.Namespace) -> None:
     from t2v.train.checkpoint import list_checkpoints, print_checkpoints
 
-    print_checkpoints(list_checkpoints(options.run_dir))
+    print_checkpoints(list_checkpoints(Path(options.run_dir)))
 
 
 def checkpoint_verify(options: argparse.Namespace) -> None:
@@ -129,6 +174,39 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--images", type=int, default=320)
     verb.add_argument("--seed", type=int, default=0)
 
+    verb = _verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
+                 "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
+    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file")
+    verb.add_argument("out", help="dataset folder")
+    verb.add_argument(
+        "--size",
+        type=_size,
+        required=True,
+        metavar="FxHxW",
+        help="frames, height and width of every clip; images keep one frame",
+    )
+    verb.add_argument("--fps", type=float, help="frame rate to resample to; none: as it is")
+    verb.add_argument("--kind", choices=("video", "image"), help="where a folder holds both")
+    verb.add_argument("--shard-samples", type=int, default=1000)
+    verb.add_argument("--max-drop-rate", type=float, default=0.01,
+                      help="share of unusable files that is accepted")  # fmt: skip
+    _add_task(verb)
+    _add_notes(verb)
+
+    verb = _verb(data_verbs, "index", data_index, "make shards written by others a dataset",
+                 "t2v data index data/laion")  # fmt: skip
+    verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
+    verb.add_argument("--kind", choices=("video", "image"))
+    _add_notes(verb)
+
+    verb = _verb(data_verbs, "embed", data_embed, "cache a text encoder's output for all captions",
+                 "t2v data embed data/videos --encoder google-t5/t5-11b --name t5-11b")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
+    verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
+    verb.add_argument("--max-tokens", type=int, default=128)
+    _add_task(verb)
+
     verb = _verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                  "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
                  " total_steps=1000")  # fmt: skip
@@ -151,8 +229,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
     verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")
     verb.add_argument("--seed", type=int, default=0, help="seed of the first clip; then one more")
-    verb.add_argument("--set", action="append", metavar="KEY=VALUE",
-                      help="a sampling setting, such as overlap=fhw or guidance_scale=4")  # fmt: skip
+    verb.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="a sampling setting, such as overlap=fhw or guidance_scale=4",
+    )
 
     checkpoint = verbs.add_parser("checkpoint", help="list and prove checkpoints")
     checkpoint_verbs = checkpoint.add_subparsers(metavar="VERB", required=True)
@@ -180,6 +262,45 @@ def _verb(verbs, name: str, run, help: str, example: str) -> argparse.ArgumentPa
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", type=_task, default=(0, 1), metavar="I/N",
+                        help="this job's part of N, counted from 0, for job arrays")  # fmt: skip
+
+
+def _add_notes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--note",
+        type=_pair,
+        action="append",
+        metavar="KEY=TEXT",
+        help="kept in dataset.json, such as licence=CC-BY; may be repeated",
+    )
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    frames, height, width = (int(part) for part in text.split("x"))
+    return frames, height, width
+
+
+def _task(text: str) -> tuple[int, int]:
+    number, count = (int(part) for part in text.split("/"))
+    return number, count
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, value = text.split("=", 1)
+    return key, value
+
+
+def _say_dataset(dataset: "Dataset | None") -> None:
+    if dataset is None:
+        print("this task is done; the dataset is complete when the other tasks are.")
+    else:
+        info = dataset.info
+        print(f"{dataset.path}: {sum(shard.samples for shard in info.shards)} samples in "
+              f"{len(info.shards)} shards.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Diffusion on one level: preconditioning, noise levels and loss, after Snap Video (arXiv 2402.14797).
+"""Diffusion on one level: preconditioning, noise levels and loss (Snap Video, arXiv 2402.14797).
 
 `sigma_data` is 1 throughout. `input_scale` is the paper's input scaling factor: a clean patch `x`
 in [-1, 1] is corrupted to `x / input_scale + sigma * noise`, so that finer levels, whose pixels are

@@ -5,13 +5,17 @@ are the context of every step and tile of the finer levels.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from itertools import pairwise
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Strict
 from t2v.diffusion import DiffusionConfig, c_in, c_noise, denoised
 from t2v.model.conditioning import Condition
@@ -35,16 +39,18 @@ class SamplingConfig(Strict):
         default="hw", description="axes on which neighbouring tiles overlap by half: f, h, w"
     )
     second_order: bool = Field(default=True, description="Heun steps at level 0 (EDM, Algorithm 1)")
-    churn: float = Field(default=0.0, ge=0, description="EDM's S_churn at level 0; 0: deterministic")
+    churn: float = Field(
+        default=0.0, ge=0, description="EDM's S_churn at level 0; 0: deterministic"
+    )
     tile_batch: int = Field(default=16, ge=1, description="tiles per forward pass")
-    weights: Annotated[str, Field(pattern="^(ema|raw)$")] = "ema"
+    weights: Literal["ema", "raw"] = "ema"
     fps: float = Field(default=24.0, ge=0, description="frame rate asked for; 0: a still image")
     original_size: Annotated[tuple[int, int], Field(strict=False)] = Field(
         default=(720, 1280), description="size of source media asked for: (height, width)"
     )
 
 
-def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, "steps_and_end"]:
+def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, " sigmas"]:
     """Falling sigmas from sigma_max to sigma_min, then 0 (EDM, eq. 5)."""
     if steps == 1:
         return torch.tensor([config.sigma_max, 0.0], dtype=torch.float64)
@@ -52,6 +58,16 @@ def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, "steps_an
     high, low = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
     sigmas = (high + ramp * (low - high)) ** config.rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def network_calls(sampling: SamplingConfig, pyramid: Pyramid) -> list[int]:
+    """Tiles that the denoising of one clip takes at each level, without guidance."""
+    calls = []
+    for level, steps in enumerate(sampling.steps):
+        tiles = len(tile_offsets(pyramid.size(level), pyramid.patch_size, sampling.overlap))
+        second_order = level == 0 and sampling.second_order
+        calls.append((2 * steps - 1 if second_order else steps) * tiles)
+    return calls
 
 
 class TiledDenoiser:
@@ -76,7 +92,6 @@ class TiledDenoiser:
         self.size = model.pyramid.size(level)
         self.patch = model.pyramid.patch_size
         self.offsets = tile_offsets(self.size, self.patch, sampling.overlap)
-        self.network_calls = 0
         self._latents: dict[tuple[int, bool], Tensor] = {}
 
     def __call__(self, x_noisy: Canvas, sigma: float) -> Canvas:
@@ -101,13 +116,12 @@ class TiledDenoiser:
         grid, blocks = self.model.grid, self.model.context_blocks(self.level)
         shape, token_size = grid.level_shape(self.level), torch.tensor(grid.token_size)
         volumes: FeatureVolumes = {}
-        passes = 2 if self.model.self_conditioning is not None else 1
         x_noisy = x / self.input_scale
         for first, clips, offsets, tiles in self._batches(x_noisy):
-            for _ in range(passes):
-                _, inputs = self._network(
-                    first, tiles, clips, offsets, self.sigma_min, self.condition
-                )
+            look = partial(self._network, first, tiles, clips, offsets, self.sigma_min)
+            _, inputs = look(self.condition)
+            if self.model.self_conditioning is not None:
+                _, inputs = look(self.condition)
             for block in blocks:
                 tokens = inputs[block][:, 0].unflatten(1, grid.shape)
                 key = (block, self.level)
@@ -159,12 +173,11 @@ class TiledDenoiser:
             c_noise(sigmas)[:, None],
             offsets.to(device),
             condition.rows(clips.to(device)),
-            lambda *box: self._slices(clips, *box),
+            partial(self._slices, clips),
             self._latents.get(remembered),
         )
         if self.model.self_conditioning is not None:
             self._latents[remembered] = latents
-        self.network_calls += len(x_noisy)
         return denoised(x_noisy, output[:, 0], sigmas, scales), inputs
 
     def _slices(
@@ -194,7 +207,7 @@ def generate(
     seeds: list[int],
     sampling: SamplingConfig,
     diffusion: DiffusionConfig,
-    progress: Callable[[int, int, int], None] = lambda level, step, steps: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> list[Canvas]:
     """Clips in [-1, 1] at every level, one per seed; `condition` and `null` have a row for each.
 
@@ -214,21 +227,20 @@ def generate(
             diffusion=diffusion,
         )
         device = condition.fps.device
-        generators = [torch.Generator(device).manual_seed(seed * 64 + level) for seed in seeds]
+        generators = [
+            torch.Generator(device).manual_seed((seed * 64 + level) % 2**63) for seed in seeds
+        ]
         sigmas = noise_levels(diffusion, sampling.steps[level])
         x_noisy = _noise(model, level, generators, device) * float(sigmas[0])
-        for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-            sigma, following = float(sigma), float(following)
+        for sigma, following in pairwise(sigmas.tolist()):
             if level == 0 and sampling.churn > 0:
                 raised = sigma * (1 + min(sampling.churn / (len(sigmas) - 1), 2**0.5 - 1))
                 noise = _noise(model, level, generators, device)
                 x_noisy = x_noisy + (raised**2 - sigma**2) ** 0.5 * noise
                 sigma = raised
             second_order = level == 0 and sampling.second_order and following > 0
-            x_noisy = denoising_step(
-                denoiser, x_noisy, sigma, following, second_order=second_order
-            )
-            progress(level, step + 1, sampling.steps[level])
+            x_noisy = denoising_step(denoiser, x_noisy, sigma, following, second_order=second_order)
+            progress()
         clips = (x_noisy * denoiser.input_scale).clamp(-1, 1)
         levels.append(clips)
         if level + 1 < model.pyramid.levels:

@@ -40,7 +40,8 @@ def add_tiles(
     offsets: Int[Tensor, "tiles 3"],
 ) -> None:
     """Add tiles to a canvas in place; times `blending_weights`, that is their average."""
-    patch = tuple(tiles.shape[2:])
+    frames, height, width = tiles.shape[2:]
+    patch = (frames, height, width)
     for tile, offset in zip(tiles, offsets.tolist(), strict=True):
         canvas[(slice(None), *_box(offset, patch))] += tile
 

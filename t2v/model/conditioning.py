@@ -39,8 +39,8 @@ class Condition:
     def of(cls, batch: ConditionSource, device: torch.device) -> "Condition":
         """The condition of a loader's batch, on a device."""
         fields = ("fps", "original_size", "text_tokens", "text_mask", "label")
-        values = {name: getattr(batch, name) for name in fields}
-        return cls(**{k: None if v is None else v.to(device) for k, v in values.items()})
+        present = {k: v for k in fields if (v := getattr(batch, k)) is not None}
+        return cls(**{name: value.to(device) for name, value in present.items()})
 
     def rows(self, index: Int[Tensor, " rows"]) -> "Condition":
         """The condition of the clips at `index`, repeats allowed."""
@@ -48,8 +48,27 @@ class Condition:
         return replace(self, **values)
 
 
+class TextEmbedding(nn.Module):
+    """Encoder output -> its mean for the modulation vector, and tokens for the latents to read."""
+
+    def __init__(self, width: int, *, dim: int, token_dim: int) -> None:
+        super().__init__()
+        # T5's outputs have a few channels far larger than the rest.
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.tokens = nn.Linear(width, token_dim)
+        self.pooled = nn.Linear(width, dim)
+
+    def forward(
+        self, text: Float[Tensor, "batch text width"], mask: Bool[Tensor, "batch text"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch text token_dim"]]:
+        text = self.norm(text.float())
+        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        mean = torch.einsum("bnd,bn->bd", text, weights.to(text.dtype))
+        return self.pooled(mean), self.tokens(text)
+
+
 class ConditionEmbedding(nn.Module):
-    """Condition -> one modulation vector for each level, and text tokens for the latents to read."""
+    """Condition -> a modulation vector for each level, and text tokens for the latents to read."""
 
     def __init__(
         self, pyramid: Pyramid, conditioning: Conditioning, *, dim: int, token_dim: int
@@ -65,23 +84,18 @@ class ConditionEmbedding(nn.Module):
         if pyramid.levels > 1:
             self.level_embedding = nn.Parameter(torch.empty(pyramid.levels - 1, dim))
         self.label = None
-        self.text_norm = self.text_tokens = self.text_pooled = None
+        self.text = None
         if isinstance(conditioning, ClassConditioning):
             self.label = nn.Embedding(conditioning.num_classes + 1, dim)
         if isinstance(conditioning, TextConditioning):
-            # T5's outputs have a few channels far larger than the rest.
-            self.text_norm = nn.LayerNorm(conditioning.width, eps=NORM_EPS)
-            self.text_tokens = nn.Linear(conditioning.width, token_dim)
-            self.text_pooled = nn.Linear(conditioning.width, dim)
+            self.text = TextEmbedding(conditioning.width, dim=dim, token_dim=token_dim)
 
     def forward(
         self,
         noise: Float[Tensor, "batch levels"],
         levels: list[int],
         condition: Condition,
-    ) -> tuple[
-        Float[Tensor, "batch levels dim"], Float[Tensor, "batch text token_dim"] | None
-    ]:
+    ) -> tuple[Float[Tensor, "batch levels dim"], Float[Tensor, "batch text token_dim"] | None]:
         hidden = F.silu(self.noise_in(scalar_features(noise.flatten(), FEATURES)))
         vector = self.noise_out(hidden).unflatten(0, noise.shape)
         strides = torch.tensor([self.frame_strides[level] for level in levels], device=noise.device)
@@ -96,12 +110,10 @@ class ConditionEmbedding(nn.Module):
             vector = vector + torch.cat([zero, self.level_embedding])[levels]
         if self.label is not None:
             vector = vector + self.label(condition.label)[:, None]
-        if self.text_tokens is None:
+        if self.text is None:
             return vector, None
-        text = self.text_norm(condition.text_tokens.float())
-        weights = condition.text_mask / condition.text_mask.sum(1, keepdim=True).clamp(min=1)
-        pooled = torch.einsum("bnd,bn->bd", text, weights.to(text.dtype))
-        return vector + self.text_pooled(pooled)[:, None], self.text_tokens(text)
+        pooled, text = self.text(condition.text_tokens, condition.text_mask)
+        return vector + pooled[:, None], text
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Size and frame rate start small: they must not drown the noise level."""

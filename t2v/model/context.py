@@ -23,14 +23,12 @@ class TokenGrid:
     def __init__(self, pyramid: Pyramid, token_size: tuple[int, int, int]) -> None:
         self.pyramid = pyramid
         self.token_size = token_size
-        pairs = zip(pyramid.patch_size, token_size, strict=True)
-        self.shape: tuple[int, int, int] = tuple(patch // token for patch, token in pairs)
+        self.shape = _divided(pyramid.patch_size, token_size)
         self.count = self.shape[0] * self.shape[1] * self.shape[2]
 
     def level_shape(self, level: int) -> tuple[int, int, int]:
         """(frames, height, width) in tokens of the whole clip at a level."""
-        pairs = zip(self.pyramid.size(level), self.token_size, strict=True)
-        return tuple(size // token for size, token in pairs)
+        return _divided(self.pyramid.size(level), self.token_size)
 
     def centers(
         self, level: int, offsets: Int[Tensor, "batch 3"], axis: int
@@ -59,19 +57,20 @@ class TokenGrid:
         self, child: int, child_offsets: Int[Tensor, "batch 3"], parent: int
     ) -> tuple[Int[Tensor, "batch 3"], tuple[int, int, int]]:
         """(first token, shape) of the box of parent tokens that a child window interpolates."""
-        whole, lows, shape = self.level_shape(parent), [], []
-        for axis in range(3):
-            token, strides = self.token_size[axis], (
-                self.pyramid.stride(child)[axis],
-                self.pyramid.stride(parent)[axis],
-            )
-            first = self.centers(child, child_offsets, axis)[:, 0] / strides[1]
+        whole = self.level_shape(parent)
+
+        def box(axis: int) -> tuple[Int[Tensor, " batch"], int]:
+            token, fine = self.token_size[axis], self.pyramid.stride(child)[axis]
+            coarse = self.pyramid.stride(parent)[axis]
+            first = self.centers(child, child_offsets, axis)[:, 0] / coarse
             place = (first - _anchor(token, axis)) / token
-            span = (self.shape[axis] - 1) * strides[0] // strides[1]
-            count = min(span + 2 + (strides[0] < strides[1]), whole[axis])
-            lows.append(place.floor().long().clamp(0, whole[axis] - count))
-            shape.append(count)
-        return torch.stack(lows, dim=1), tuple(shape)
+            # Two more than the span of the window where its ends fall between parent tokens.
+            span = (self.shape[axis] - 1) * fine // coarse
+            count = min(span + 2 + (fine < coarse), whole[axis])
+            return place.floor().long().clamp(0, whole[axis] - count), count
+
+        (t, frames), (h, height), (w, width) = box(0), box(1), box(2)
+        return torch.stack([t, h, w], dim=1), (frames, height, width)
 
     def matrices(
         self,
@@ -85,13 +84,14 @@ class TokenGrid:
 
         The grid is one parent window (training) or the whole parent level at offset 0 (sampling).
         """
-        matrices = []
-        for axis in range(3):
+
+        def matrix(axis: int) -> Matrix:
             token, stride = self.token_size[axis], self.pyramid.stride(parent)[axis]
             pixels = self.centers(child, child_offsets, axis) / stride
             place = (pixels - parent_offsets[:, axis, None] - _anchor(token, axis)) / token
-            matrices.append(interpolation_matrix(place, parent_shape[axis]))
-        return tuple(matrices)
+            return interpolation_matrix(place, parent_shape[axis])
+
+        return matrix(0), matrix(1), matrix(2)
 
 
 def interpolation_matrix(places: Float[Tensor, "batch child"], count: int) -> Matrix:
@@ -139,6 +139,10 @@ class ContextFusion(nn.Module):
         dim = self.linear.out_features
         with torch.no_grad():
             self.linear.weight[:, :dim].copy_(torch.eye(dim))
+
+
+def _divided(sizes: tuple[int, int, int], units: tuple[int, int, int]) -> tuple[int, int, int]:
+    return sizes[0] // units[0], sizes[1] // units[1], sizes[2] // units[2]
 
 
 def _anchor(token: int, axis: int) -> float:

@@ -57,7 +57,9 @@ class ModelConfig(Strict):
         description="deep: block features of all coarser levels; shallow: the previous level's RGB",
     )
     detach_context: bool = Field(default=False, description="stop gradients through the context")
-    coordinates: bool = Field(default=True, description="give each fused token its place in the clip")
+    coordinates: bool = Field(
+        default=True, description="give each fused token its place in the clip"
+    )
 
 
 class AxialPositions(nn.Module):
@@ -127,11 +129,11 @@ class Block(nn.Module):
     ) -> tuple[Tokens, Latents]:
         """`context` belongs to the last `fused` of the given levels."""
         levels = tokens.shape[1]
-        if context is not None:
+        if self.fusion is not None and context is not None:
             alone = levels - context.shape[1]
             fused = self.fusion(tokens[:, alone:], context, coordinates)
             tokens = torch.cat([tokens[:, :alone], fused], dim=1)
-        if text is not None:
+        if text is not None and text_mask is not None:
             text = text.repeat_interleave(levels, dim=0)
             text_mask = text_mask.repeat_interleave(levels, dim=0)
         new_tokens, new_latents = self.rin(
@@ -143,9 +145,7 @@ class Block(nn.Module):
 class HPDM(nn.Module):
     """Joint denoiser of one patch per level; see `t2v.diffusion` for what its output stands for."""
 
-    def __init__(
-        self, config: ModelConfig, pyramid: Pyramid, conditioning: Conditioning
-    ) -> None:
+    def __init__(self, config: ModelConfig, pyramid: Pyramid, conditioning: Conditioning) -> None:
         super().__init__()
         self.config = config
         self.pyramid = pyramid
@@ -187,8 +187,9 @@ class HPDM(nn.Module):
             init_linear(module, generator)
         nn.init.trunc_normal_(self.latents, std=INIT_STD, generator=generator)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights(generator)
+            own = getattr(module, "init_weights", None)
+            if module is not self and callable(own):
+                own(generator)
         nn.init.zeros_(self.detokenizer.weight)
 
     def forward(
@@ -322,9 +323,7 @@ class HPDM(nn.Module):
     def to_pixels(self, x: Patches) -> Float[Tensor, "batch levels tokens token_pixels"]:
         """Patches cut into tokens, pixels flattened."""
         t, h, w = self.config.token_size
-        return rearrange(
-            x, "b l c (f t) (y h) (x w) -> b l (f y x) (c t h w)", t=t, h=h, w=w
-        )
+        return rearrange(x, "b l c (f t) (y h) (x w) -> b l (f y x) (c t h w)", t=t, h=h, w=w)
 
     def embed(self, pixels: Float[Tensor, "batch levels tokens token_pixels"]) -> Tokens:
         """Linear tokenizer and positions; the same for every level."""
@@ -362,5 +361,5 @@ class HPDM(nn.Module):
 
 
 def build_model(config: "RunConfig") -> HPDM:
-    """The network of a recipe, without values: move it from the meta device, then `init_weights`."""
+    """The network of a recipe; its values come from `init_weights`."""
     return HPDM(config.model, config.pyramid, config.conditioning)

@@ -12,9 +12,7 @@ NORM_EPS = 1e-6
 INIT_STD = 0.02
 
 
-def scalar_features(
-    values: Float[Tensor, " batch"], count: int
-) -> Float[Tensor, "batch {count}"]:
+def scalar_features(values: Float[Tensor, " batch"], count: int) -> Float[Tensor, "batch {count}"]:
     """Sines and cosines of a scalar of order 1, at frequencies from 1/8 to 32 per unit."""
     frequencies = torch.logspace(-3, 5, count // 2, base=2, device=values.device)
     angles = 2 * math.pi * values.float()[:, None] * frequencies

@@ -41,11 +41,9 @@ class RINBlock(nn.Module):
         vector: Float[Tensor, "batch conditioning_dim"],
         text: Float[Tensor, "batch text token_dim"] | None,
         text_mask: Bool[Tensor, "batch text"] | None,
-    ) -> tuple[
-        Float[Tensor, "batch tokens token_dim"], Float[Tensor, "batch latents latent_dim"]
-    ]:
+    ) -> tuple[Float[Tensor, "batch tokens token_dim"], Float[Tensor, "batch latents latent_dim"]]:
         source, mask = self.read_context_norm(tokens), None
-        if text is not None:
+        if text is not None and text_mask is not None:
             source = torch.cat([source, text.to(source.dtype)], dim=1)
             all_tokens = text_mask.new_ones(tokens.shape[:2])
             mask = torch.cat([all_tokens, text_mask], dim=1)[:, None, None]

@@ -1,0 +1,210 @@
+"""The whole story on a CPU in minutes: toy clips in, a two-level HPDM trained, stopped, resumed,
+and its samples scored from their pixels."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.build import build
+from data_pipeline.embed import embed, make_tiny_encoder
+from data_pipeline.errors import ConfigError, InputMissing, UserError
+from data_pipeline.loader import TextConditioning
+from data_pipeline.toy import Toy, all_toys, write_toy
+from data_pipeline.toy_score import read_toy
+from data_pipeline.video import decode_clip
+from t2v.config import RunConfig, load_config
+from t2v.train.checkpoint import resolve_checkpoint
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PROCESSES = 2
+# (what is measured, the least that counts as working)
+BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
+
+
+def run_quickstart(workdir: Path) -> int:
+    """Run every part in `workdir`; prints what was measured and where everything is."""
+    console, started = Console(), time.monotonic()
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir}: is not empty; remove it or give --workdir another folder.")
+    if not (CONFIGS / "quickstart_base.yaml").is_file():
+        raise InputMissing(f"{CONFIGS}: no recipes here; run from a clone of the repository.")
+
+    def part(text: str) -> None:
+        console.print(f"[bold]{time.monotonic() - started:5.0f} s[/]  {text}", highlight=False)
+
+    base = load_config(CONFIGS / "quickstart_base.yaml")
+    pyramid = load_config(CONFIGS / "quickstart_pyramid.yaml")
+    part("toy clips and images, captioned")
+    write_toy(
+        workdir / "media", videos=640, images=320, size=(pyramid.pyramid.clip_size[0], 96, 128)
+    )
+    part("media -> WebDataset shards")
+    prepare_data(workdir, pyramid)
+    part(f"base: {base.total_steps} steps on {PROCESSES} FSDP2 processes")
+    train(workdir, "quickstart_base", base.total_steps)
+    half = pyramid.total_steps // 2
+    part(f"pyramid: warm-started from the base, stopped around step {half}")
+    warm = f"warm_start.checkpoint={workdir / 'runs' / 'quickstart_base'}"
+    train(workdir, "quickstart_pyramid", pyramid.total_steps, warm, preempt_at=half)
+    stopped = resolve_checkpoint(workdir / "runs" / "quickstart_pyramid")
+    part(f"pyramid: resumed from {stopped.name}")
+    train(workdir, "quickstart_pyramid", pyramid.total_steps, warm)
+    toys = [toy for number, toy in enumerate(all_toys()) if (number + number // 4) % 2 == 0]
+    part(f"sampling {len(toys)} prompts")
+    samples = sample(workdir, toys)
+    scores = score(samples, toys)
+    seconds = time.monotonic() - started
+    report(console, workdir, scores, seconds)
+    return 0
+
+
+def prepare_data(workdir: Path, config: RunConfig) -> None:
+    """Shards of videos and images at the pyramid's clip size, and their caption embeddings."""
+    frames, height, width = config.pyramid.clip_size
+    for kind in ("videos", "images"):
+        build(
+            workdir / "media" / kind,
+            workdir / "data" / kind,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=config.sampling.fps,
+            shard_samples=160,
+        )
+    captions = sorted({toy.caption for toy in all_toys()} | {still_caption(t) for t in all_toys()})
+    conditioning = config.conditioning
+    assert isinstance(conditioning, TextConditioning)
+    make_tiny_encoder(workdir / "encoder", captions, width=conditioning.width, seed=0)
+    for kind in ("videos", "images"):
+        embed(
+            workdir / "data" / kind,
+            str(workdir / "encoder"),
+            name=conditioning.encoder,
+            max_tokens=conditioning.max_tokens,
+        )
+
+
+def still_caption(toy: Toy) -> str:
+    """What the caption of a still image of the object says."""
+    return Toy(toy.color, toy.shape, None).caption
+
+
+def train(
+    workdir: Path, recipe: str, total_steps: int, *overrides: str, preempt_at: int | None = None
+) -> None:
+    """One training job under torchrun; with `preempt_at`, asked to stop there by the flag file."""
+    run_dir = workdir / "runs" / recipe
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli", "train"),
+        str(CONFIGS / f"{recipe}.yaml"),
+        f"run_dir={run_dir}",
+        f"data.sources.0.path={workdir / 'data' / 'videos'}",
+        f"data.sources.1.path={workdir / 'data' / 'images'}",
+        *overrides,
+    ]
+    log = workdir / "runs" / f"{recipe}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
+    with log.open("ab") as output:
+        job = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": threads}
+        )
+        follow(job, run_dir, total_steps, preempt_at)
+    state = read_status(run_dir).get("state")
+    wanted = "preempted" if preempt_at else "done"
+    if state != wanted:
+        raise UserError(f"{log}: {recipe} ended as '{state}', not '{wanted}'; the log says why.")
+
+
+def follow(job: subprocess.Popen, run_dir: Path, total_steps: int, preempt_at: int | None) -> None:
+    """Show a job's progress until it ends; touch its flag file at the step asked for."""
+    console = Console()
+    asked = False
+    with console.status("starting") as status:
+        while job.poll() is None:
+            time.sleep(0.5)
+            step = read_status(run_dir).get("step", 0)
+            status.update(f"step {step} of {total_steps}")
+            if preempt_at and not asked and step >= preempt_at:
+                (run_dir / "PREEMPT").touch()
+                asked = True
+
+
+def read_status(run_dir: Path) -> dict:
+    """A run's status.json, empty before there is one."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def sample(workdir: Path, toys: list[Toy]) -> Path:
+    """Samples of the trained pyramid, one per toy, by the command a user would give."""
+    out = workdir / "samples"
+    prompts = workdir / "prompts.txt"
+    prompts.write_text("\n".join(toy.caption for toy in toys) + "\n")
+    command = [
+        *(sys.executable, "-m", "t2v.cli", "sample"),
+        str(workdir / "runs" / "quickstart_pyramid"),
+        *("--prompts", str(prompts), "--out", str(out), "--encoder", str(workdir / "encoder")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{out}: sampling failed because {done.stderr.strip()[-500:]}")
+    return out
+
+
+def score(samples: Path, toys: list[Toy]) -> dict[str, float]:
+    """Shares over the finest clips, read from the written mp4 files."""
+    records = json.loads((samples / "samples.json").read_text())
+    readings = [
+        read_toy(decode_clip((samples / record["file"]).read_bytes())) for record in records
+    ]
+    pairs = list(zip(readings, toys, strict=True))
+    return {
+        "colour": float(np.mean([reading.color == toy.color for reading, toy in pairs])),
+        "direction": float(np.mean([reading.direction == toy.direction for reading, toy in pairs])),
+        "in one piece": float(np.mean([reading.whole_frames for reading in readings])),
+        "shape": float(np.mean([reading.shape == toy.shape for reading, toy in pairs])),
+    }
+
+
+def report(console: Console, workdir: Path, scores: dict[str, float], seconds: float) -> None:
+    """Print the measurements with their bounds, losses and where things are; write them as JSON."""
+    table = Table(title="40 sampled clips at the finest level, read from their pixels")
+    for column in ("right", "share", "bound", "chance"):
+        table.add_column(column)
+    chance = {"colour": "20 %", "direction": "25 %", "in one piece": "-", "shape": "25 %"}
+    for name, value in scores.items():
+        bound = f"{BOUNDS[name]:.0%}" if name in BOUNDS else "-"
+        table.add_row(name, f"{value:.0%}", bound, chance[name])
+    console.print(table)
+    losses = {}
+    for run in ("quickstart_base", "quickstart_pyramid"):
+        lines = (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        tail = [json.loads(line)["loss"] for line in lines[-50:]]
+        losses[run] = {"first": json.loads(lines[0])["loss"], "last": float(np.mean(tail))}
+        console.print(
+            f"{run}: loss {losses[run]['first']:.3f} -> {losses[run]['last']:.3f}", highlight=False
+        )
+    result = {"seconds": seconds, "scores": scores, "bounds": BOUNDS, "losses": losses}
+    (workdir / "quickstart.json").write_text(json.dumps(result, indent=1))
+    console.print(
+        f"text encoder: a T5 with random weights, made here; it has learned nothing\n"
+        f"pictures:     {workdir / 'samples' / 'contact_sheet.png'}\n"
+        f"clips:        {workdir / 'samples'}\n"
+        f"runs:         {workdir / 'runs'}\n"
+        f"done in {seconds:.0f} s",
+        highlight=False,
+    )
+    missed = [name for name, bound in BOUNDS.items() if scores[name] < bound]
+    if missed:
+        console.print(f"[yellow]below its bound: {', '.join(missed)}[/]")
