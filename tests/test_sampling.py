@@ -1,0 +1,266 @@
+"""Generation against a network that knows the answer, an exact trajectory, the joint network."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2v.config import RunConfig, load_config
+from t2v.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
+from t2v.model.conditioning import Condition
+from t2v.model.context import TokenGrid
+from t2v.sampling import TiledDenoiser, denoising_step, generate, network_calls, noise_levels
+from t2v.tiling import cut_tiles
+from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DIFFUSION = DiffusionConfig(input_scale=2.0, input_scale_growth=2.0)
+
+
+class Painter:
+    """A network whose denoised tile is always cut from the clip that its label stands for."""
+
+    self_conditioning = None
+
+    def __init__(self, config: RunConfig, clips: list[Tensor]) -> None:
+        self.pyramid, self.diffusion, self.clips = config.pyramid, config.diffusion, clips
+        self.grid = TokenGrid(config.pyramid, config.model.token_size)
+
+    def context_blocks(self, level: int) -> list[int]:
+        return []
+
+    def forward_level(
+        self,
+        level: int,
+        x: Tensor,
+        noise: Tensor,
+        offsets: Tensor,
+        condition: Condition,
+        *_: object,
+    ) -> tuple[Tensor, None, list]:
+        sigma = (4 * noise[:, 0].double()).exp()
+        scale = torch.full_like(sigma, self.diffusion.level_input_scale(level))
+        x_noisy = x[:, 0] / wide(c_in(sigma, scale))
+        canvases = self.clips[level][condition.label]
+        pairs = zip(canvases, offsets, strict=True)
+        clean = torch.cat(
+            [cut_tiles(canvas, offset[None], self.pyramid.patch_size) for canvas, offset in pairs]
+        )
+        answer = (clean - wide(c_skip(sigma, scale)) * x_noisy) / wide(c_out(sigma, scale))
+        return answer[:, None].float(), None, []
+
+
+def wide(values: Tensor) -> Tensor:
+    return values[:, None, None, None, None]
+
+
+def random_clips(config: RunConfig, labels: int) -> list[Tensor]:
+    """Clips of every label at every level, in [-0.4, 0.4], unrelated to each other."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(labels, 3, *config.pyramid.size(level), generator=generator) * 0.8 - 0.4
+        for level in range(config.pyramid.levels)
+    ]
+
+
+def sample(model: object, config: RunConfig, labels: list[int], seeds: list[int]) -> list[Tensor]:
+    return generate(
+        model,
+        condition=class_condition(labels),
+        null=class_condition([3] * len(labels)),
+        seeds=seeds,
+        sampling=config.sampling,
+        diffusion=config.diffusion,
+    )
+
+
+def three_levels(**sampling: object) -> RunConfig:
+    changes = THREE_LEVELS | {"sampling": THREE_LEVELS["sampling"] | sampling}
+    return tiny_config(**changes, diffusion={"input_scale": 2.0, "input_scale_growth": 2.0})
+
+
+@pytest.mark.parametrize("steps", [1, 2, 18])
+def test_noise_levels_are_those_of_edm(steps):
+    sigmas = noise_levels(DIFFUSION, steps).tolist()
+    top, bottom, rho = DIFFUSION.sigma_max, DIFFUSION.sigma_min, DIFFUSION.rho
+    expected = [
+        (top ** (1 / rho) + i / max(steps - 1, 1) * (bottom ** (1 / rho) - top ** (1 / rho))) ** rho
+        for i in range(steps)
+    ]
+    assert sigmas == pytest.approx([*expected, 0.0], rel=1e-9)
+    assert sigmas == sorted(sigmas, reverse=True)
+
+
+@pytest.mark.parametrize("overlap", ["", "hw", "fh", "w"])
+@pytest.mark.parametrize("second_order", [True, False])
+def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order):
+    config = three_levels(overlap=overlap, second_order=second_order, steps=[6, 3, 2], tile_batch=5)
+    clips = random_clips(config, 3)
+    found = sample(Painter(config, clips), config, labels=[2, 0], seeds=[5, 6])
+    for level, canvas in enumerate(found):
+        # Divided and multiplied by c_out, small at the last noise level, in fp32.
+        torch.testing.assert_close(canvas, clips[level][[2, 0]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 2.0])
+def test_guidance_goes_from_the_null_answer_through_the_conditional_one(guidance_scale):
+    config = three_levels(guidance_scale=guidance_scale)
+    clips = random_clips(config, 4)
+    found = sample(Painter(config, clips), config, labels=[1], seeds=[0])
+    for level, canvas in enumerate(found):
+        null, told = clips[level][3], clips[level][1]
+        expected = (null + guidance_scale * (told - null)).clamp(-1, 1)
+        torch.testing.assert_close(canvas[0], expected, rtol=0, atol=2e-4)
+
+
+class LinearDenoiser:
+    """The exact denoiser of pixels that are normal with standard deviation `data_std`."""
+
+    input_scale, data_std = 2.0, 0.5
+
+    def __call__(self, x_noisy: Tensor, sigma: float) -> Tensor:
+        scaled = (self.data_std / self.input_scale) ** 2
+        return self.input_scale * scaled / (scaled + sigma**2) * x_noisy
+
+    def exact(self, x_noisy: Tensor, sigma: float, following: float) -> Tensor:
+        """The solution of the sampling equation between two noise levels."""
+        scaled = (self.data_std / self.input_scale) ** 2
+        return x_noisy * ((scaled + following**2) / (scaled + sigma**2)) ** 0.5
+
+
+@pytest.mark.parametrize(("second_order", "order"), [(False, 1), (True, 2)])
+def test_a_step_follows_the_exact_trajectory_with_its_order(second_order, order):
+    denoiser, start, errors = LinearDenoiser(), torch.ones(1, dtype=torch.float64), []
+    for steps in (64, 128):
+        x_noisy = start
+        sigmas = torch.linspace(2.0, 0.1, steps + 1, dtype=torch.float64).tolist()
+        for sigma, following in pairwise(sigmas):
+            x_noisy = denoising_step(denoiser, x_noisy, sigma, following, second_order=second_order)
+        errors.append(float((x_noisy - denoiser.exact(start, 2.0, 0.1)).abs()))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "overlap", "calls"),
+    [
+        ("t2v_64x288x512", "", 11_007),
+        ("t2v_64x288x512", "hw", 36_479),
+        ("t2v_64x288x512", "fhw", 66_959),
+        ("ucf101_s", "", 2_815),
+        ("ucf101_s", "hw", 7_679),
+        ("ucf101_s", "fhw", 12_959),
+    ],
+)
+def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
+    config = load_config(CONFIGS / f"{name}.yaml", [f"sampling.overlap='{overlap}'"])
+    assert sum(network_calls(config.sampling, config.pyramid)) == calls
+
+
+@pytest.mark.parametrize(("guidance_scale", "answers"), [(1.0, 1), (3.0, 2)])
+def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
+    config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=7)
+    model, calls = stirred_model(config), [0, 0, 0]
+    forward_level = model.forward_level
+
+    def counted(level: int, x: Tensor, *rest: object) -> tuple:
+        calls[level] += len(x)
+        return forward_level(level, x, *rest)
+
+    model.forward_level = counted
+    sample(model, config, labels=[0, 1], seeds=[0, 1])
+    tiles = [1, 18, 196]
+    denoising = network_calls(config.sampling, config.pyramid)
+    assert denoising == [5, 2 * 18, 196]
+    # A finished level is read in two passes, of which the first makes latents for the second.
+    reading = [2 * tiles[0], 2 * tiles[1], 0]
+    expected = [2 * (answers * d + r) for d, r in zip(denoising, reading, strict=True)]
+    assert calls == expected
+
+
+def test_the_same_seeds_give_the_same_bytes_twice():
+    config = three_levels(guidance_scale=2.0, churn=4.0)
+    model = stirred_model(config)
+    first, second = (sample(model, config, [0, 2], [1, 2]) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    other = sample(model, config, [0, 2], [1, 3])
+    assert torch.allclose(other[0][0], first[0][0], atol=1e-4)
+    assert not torch.allclose(other[0][1], first[0][1], atol=1e-2)
+
+
+def gentle_model(config: RunConfig):
+    """A network whose answers are not so wild that rounding grows from step to step."""
+    model = stirred_model(config)
+    with torch.no_grad():
+        model.detokenizer.weight.mul_(0.1)
+    return model
+
+
+def test_neither_the_batch_of_tiles_nor_the_company_changes_a_clip():
+    base = {"guidance_scale": 2.0, "churn": 4.0, "overlap": "w", "steps": [3, 2, 1]}
+    model = gentle_model(three_levels(**base))
+    together = sample(model, three_levels(**base, tile_batch=16), [0, 2, 1], [1, 2, 3])
+    for tile_batch, labels, seeds, rows in (
+        (500, [0, 2, 1], [1, 2, 3], [0, 1, 2]),
+        (1, [2], [2], [1]),
+        (7, [1, 0], [3, 1], [2, 0]),
+    ):
+        other = sample(model, three_levels(**base, tile_batch=tile_batch), labels, seeds)
+        for level, canvas in enumerate(other):
+            # Matrix products of other batch sizes round otherwise: far below 1/255.
+            torch.testing.assert_close(canvas, together[level][rows], rtol=0, atol=1e-3)
+
+
+def test_context_kept_from_a_finished_level_equals_context_computed_anew():
+    """A tile denoised with kept features is the joint network's answer, which reads the coarse
+    clip again at the smallest noise level."""
+    config = tiny_config(sampling={"steps": [1, 1], "overlap": "hw", "tile_batch": 100})
+    model, diffusion = stirred_model(config), config.diffusion
+    condition, sigma = class_condition([0, 1]), 0.7
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, *config.pyramid.size(0), generator=generator) * 2 - 1
+    x_noisy = torch.randn(2, 3, *config.pyramid.size(1), generator=generator)
+    shared = {"condition": condition, "null": condition, "sampling": config.sampling}
+    with torch.no_grad():
+        reader = TiledDenoiser(model, 0, volumes={}, diffusion=diffusion, **shared)
+        volumes = reader.features(coarse)
+        finer = TiledDenoiser(model, 1, volumes=volumes, diffusion=diffusion, **shared)
+        found = finer(x_noisy, sigma)
+
+        sigmas = torch.tensor([diffusion.sigma_min, sigma])
+        scales = torch.tensor([diffusion.level_input_scale(level) for level in (0, 1)])
+        factors, told = c_in(sigmas, scales), c_noise(sigmas)
+        skip, out = c_skip(sigmas, scales)[1], c_out(sigmas, scales)[1]
+        expected, count = torch.zeros_like(x_noisy), torch.zeros_like(x_noisy)
+        for offset in finer.offsets:
+            place = (
+                ...,
+                *(slice(o, o + side) for o, side in zip(offset, finer.patch, strict=True)),
+            )
+            tiles = x_noisy[place]
+            x = torch.stack([coarse / scales[0] * factors[0], tiles * factors[1]], dim=1)
+            windows = torch.stack([torch.zeros_like(offset), offset]).expand(2, 2, 3)
+            latents = model(x, told.expand(2, 2), windows, condition)[1]
+            latents[:, 1] = 0  # the coarse clip is read twice, the tile for the first time
+            output, _ = model(x, told.expand(2, 2), windows, condition, latents)
+            expected[place] += skip * tiles + out * output[:, 1]
+            count[place] += 1
+    # Matrix products of other shapes round otherwise.
+    average = (expected / count).clamp(-1, 1)
+    torch.testing.assert_close(found, average, rtol=1e-4, atol=1e-4)
+    assert float((average.abs() < 1).float().mean()) > 0.3
+
+
+def test_progress_is_told_for_every_step():
+    config, told = three_levels(), []
+    generate(
+        Painter(config, random_clips(config, 4)),
+        condition=class_condition([0]),
+        null=class_condition([3]),
+        seeds=[0],
+        sampling=config.sampling,
+        diffusion=config.diffusion,
+        progress=lambda: told.append(1),
+    )
+    assert len(told) == sum(config.sampling.steps)
