@@ -1,7 +1,6 @@
 """Reading cached caption embeddings, and the proof that they belong to a dataset."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -49,17 +48,12 @@ class EmbeddingInfo(Strict):
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """Cached embeddings of a dataset, by (shard, row)."""
+    """Cached embeddings of a dataset, by (shard, row); `null` is that of the empty caption."""
 
     folder: str
     info: EmbeddingInfo
     dataset: Dataset
-
-    @cached_property
-    def null(self) -> Embedding:
-        """The embedding of the empty caption."""
-        path = storage.join(self.folder, NULL)
-        return parse_embedding(storage.read_bytes(path), path, self.info.provenance.width)
+    null: Embedding
 
     def read(self, shard: int, row: int) -> Embedding:
         """The embedding of a sample's caption."""
@@ -86,7 +80,9 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     ours = [(shard.name, shard.samples) for shard in info.shards]
     if ours != [(shard.name, shard.samples) for shard in dataset.info.shards]:
         raise DataError(f"{path}: shards differ from the dataset's; embed again: {remedy}.")
-    return EmbeddingSet(folder, info, dataset)
+    path = storage.join(folder, NULL)
+    null = parse_embedding(storage.read_bytes(path), path, info.provenance.width)
+    return EmbeddingSet(folder, info, dataset, null)
 
 
 def parse_embedding(content: bytes, path: str, width: int) -> Embedding:

@@ -1,10 +1,34 @@
 """Batches of patches, text embeddings and metadata, in an order no failure disturbs."""
 
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Annotated, Literal
 
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Bool, Float32, Int64, UInt8
 from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
+from data_pipeline.dataset import Dataset, digest_json, open_dataset
+from data_pipeline.embeddings import open_embeddings
+from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.order import GlobalOrder, SourceOrder
+from data_pipeline.pyramid import Pyramid
+from data_pipeline.sample import Sample, SampleReader
+from data_pipeline.sample import Source as OpenSource
 from data_pipeline.strict import Share, Strict
+from data_pipeline.video import reduction
+
+START_SECONDS = 120.0  # for a worker to come up
+QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Source(Strict):
@@ -20,6 +44,9 @@ class DataConfig(Strict):
     sources: list[Source] = Field(min_length=1)
     num_workers: int = Field(default=4, ge=0, description="decoding processes per rank; 0: none")
     prefetch_batches: int = Field(default=2, ge=1, description="micro-batches ahead, per worker")
+    block_shards: int = Field(
+        default=64, ge=1, description="shards that are shuffled together and so in use at a time"
+    )
     max_drop_rate: Share = Field(
         default=0.001, description="share of samples that may be replaced before the run stops"
     )
@@ -54,3 +81,272 @@ class NoConditioning(Strict):
 Conditioning = Annotated[
     TextConditioning | ClassConditioning | NoConditioning, Field(discriminator="kind")
 ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch; the first axis of every tensor is the sample."""
+
+    numbers: Int64[Tensor, " batch"]
+    ids: list[str]
+    patches: UInt8[Tensor, "batch levels frames height width 3"]
+    offsets: Int64[Tensor, "batch levels 3"]
+    fps: Float32[Tensor, " batch"]
+    original_size: Float32[Tensor, "batch 2"]
+    text_tokens: BFloat16[Tensor, "batch tokens width"] | None
+    text_mask: Bool[Tensor, "batch tokens"] | None
+    label: Int64[Tensor, " batch"] | None
+    quarantined: list[dict]
+
+
+class Loader:
+    """Micro-batches of one rank, in the global order; its only state is the step.
+
+    Step k covers samples k*B to (k+1)*B - 1; micro-batch q covers the m samples from q*m, and
+    belongs to rank q modulo world_size.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        pyramid: Pyramid,
+        conditioning: Conditioning,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ):
+        per_pass = micro_batch_size * world_size
+        if global_batch_size % per_pass:
+            raise ConfigError(
+                f"global_batch_size: value {global_batch_size} is wrong because {world_size} "
+                f"processes of micro_batch_size {micro_batch_size} read {per_pass} samples at a "
+                "time; make it a multiple."
+            )
+        sources = open_sources(config, pyramid, conditioning)
+        weights = [source.weight for source in config.sources]
+        self.order = global_order(sources, weights, seed=seed, block_shards=config.block_shards)
+        if global_batch_size % len(self.order.pattern):
+            raise ConfigError(
+                f"data.sources: weights {weights} are wrong because a batch of "
+                f"{global_batch_size} is no multiple of their sum {len(self.order.pattern)}; "
+                "then no batch holds the exact mixture."
+            )
+        self.accumulation_steps = global_batch_size // per_pass
+        self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
+        self.config, self.rank, self.world_size = config, rank, world_size
+        has_classes = isinstance(conditioning, ClassConditioning)
+        reader = SampleReader(
+            order=self.order,
+            sources=sources,
+            pyramid=pyramid,
+            num_classes=conditioning.num_classes if has_classes else None,
+            dropout=0.0 if isinstance(conditioning, NoConditioning) else conditioning.dropout,
+            deadline_seconds=config.decode_deadline_seconds,
+        )
+        has_text = isinstance(conditioning, TextConditioning)
+        text = (conditioning.max_tokens, conditioning.width) if has_text else None
+        self._micro_batches = _MicroBatches(reader, micro_batch_size, text)
+        self._workers: list[BaseProcess] = []
+
+    def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, from `start_step` to the last."""
+        per_step = self.accumulation_steps * self.world_size
+        numbers = range(start_step * per_step + self.rank, total_steps * per_step, self.world_size)
+        batches = self._batches(numbers)
+        try:
+            for _ in range(start_step, total_steps):
+                yield [_raise_failure(next(batches)) for _ in range(self.accumulation_steps)]
+        finally:
+            batches.close()
+            self.close()
+
+    def close(self) -> None:
+        """End worker processes, stuck ones too."""
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self._workers = []
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[Batch | UserError]:
+        if not self.config.num_workers:
+            yield from (self._micro_batches[number] for number in numbers)
+            return
+        patience = self.config.decode_deadline_seconds * self._micro_batches.size + START_SECONDS
+        loader = DataLoader(
+            self._micro_batches,
+            batch_size=None,
+            sampler=numbers,
+            collate_fn=_as_is,
+            num_workers=self.config.num_workers,
+            prefetch_factor=self.config.prefetch_batches,
+            timeout=patience,
+            worker_init_fn=_block_signals,
+            multiprocessing_context=_worker_context(),
+        )
+        others = set(multiprocessing.active_children())
+        with _signals_blocked():  # workers inherit it from their first instant
+            batches = iter(loader)
+        self._workers = [w for w in multiprocessing.active_children() if w not in others]
+        while True:
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # what DataLoader raises for lost and silent workers
+                reason = str(error).splitlines()[0]
+                raise StorageError(
+                    f"data: a loader process of rank {self.rank} is lost or stuck ({reason}); "
+                    "check memory, storage and data.decode_deadline_seconds."
+                ) from error
+
+
+class _MicroBatches(TorchDataset):
+    """Micro-batch q by its number."""
+
+    def __init__(self, reader: SampleReader, size: int, text: tuple[int, int] | None):
+        self.reader, self.size, self.text = reader, size, text
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        """The micro-batch, or the error that ends the run, which survives the way to the parent."""
+        try:
+            numbers = range(number * self.size, (number + 1) * self.size)
+            read = [self.reader.read(n) for n in numbers]
+        except UserError as error:
+            return error
+        return collate(
+            [sample for sample, _ in read], [b for _, bad in read for b in bad], self.text
+        )
+
+
+def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | None) -> Batch:
+    """A micro-batch of samples; texts are cut or zero-padded to `text` = (tokens, width)."""
+    text_tokens = text_mask = label = None
+    if text:
+        text_tokens = torch.zeros(len(samples), *text, dtype=torch.bfloat16)
+        text_mask = torch.zeros(len(samples), text[0], dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            tokens = sample.text[: text[0]]
+            text_tokens[row, : len(tokens)] = tokens
+            text_mask[row, : len(tokens)] = True
+    if samples[0].label is not None:
+        label = torch.tensor([sample.label for sample in samples])
+    return Batch(
+        numbers=torch.tensor([sample.number for sample in samples]),
+        ids=[sample.id for sample in samples],
+        patches=torch.from_numpy(np.stack([sample.patches for sample in samples])),
+        offsets=torch.from_numpy(np.stack([sample.offsets for sample in samples])),
+        fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
+        original_size=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
+        text_tokens=text_tokens,
+        text_mask=text_mask,
+        label=label,
+        quarantined=bad,
+    )
+
+
+def open_sources(
+    config: DataConfig, pyramid: Pyramid, conditioning: Conditioning
+) -> list[OpenSource]:
+    """The datasets and embeddings of a recipe; refuses those that do not fit it."""
+    sources = []
+    for number, source in enumerate(config.sources):
+        dataset, embeddings = open_dataset(source.path), None
+        if dataset.info.clip:
+            try:
+                reduction(dataset.info.clip, pyramid.clip_size, dataset.info.kind)
+            except ConfigError as error:
+                raise ConfigError(f"data.sources.{number}: {source.path}: {error}") from None
+        if isinstance(conditioning, TextConditioning):
+            embeddings = open_embeddings(dataset, conditioning.encoder)
+            width = embeddings.info.provenance.width
+            if width != conditioning.width:
+                raise ConfigError(
+                    f"conditioning.width: value {conditioning.width} is wrong because "
+                    f"{embeddings.folder} has width {width}; set {width}."
+                )
+        if isinstance(conditioning, ClassConditioning):
+            _refuse_unlabelled(dataset)
+        sources.append(OpenSource(dataset, embeddings))
+    return sources
+
+
+def global_order(
+    sources: Sequence[OpenSource], weights: Sequence[int], *, seed: int, block_shards: int
+) -> GlobalOrder:
+    """The order of a mixture of datasets."""
+    orders = [
+        SourceOrder(
+            source.dataset.info.fingerprint,
+            source.dataset.shard_sizes,
+            seed=seed,
+            block_shards=block_shards,
+        )
+        for source in sources
+    ]
+    return GlobalOrder(seed, orders, weights)
+
+
+def _refuse_unlabelled(dataset: Dataset) -> None:
+    shard = int(np.argmax(dataset.shard_sizes > 0))
+    if "label" not in dataset.read(shard, 0).metadata:
+        raise ConfigError(
+            f"{dataset.path}: does not fit conditioning.kind 'class' because its samples have no "
+            "label; build it from captions.jsonl with a label on each line."
+        )
+
+
+def _fingerprint(
+    config: DataConfig,
+    sources: Sequence[OpenSource],
+    pyramid: Pyramid,
+    conditioning: Conditioning,
+    seed: int,
+) -> str:
+    """Digest of all that decides what sample n is and how it looks."""
+    return digest_json(
+        {
+            "seed": seed,
+            "datasets": [source.dataset.info.fingerprint for source in sources],
+            "embeddings": [s.embeddings and s.embeddings.info.fingerprint for s in sources],
+            "weights": [source.weight for source in config.sources],
+            "block_shards": config.block_shards,
+            "pyramid": pyramid.model_dump(),
+            "conditioning": conditioning.model_dump(),
+        }
+    )
+
+
+def _raise_failure(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _worker_context() -> BaseContext:
+    """Workers come from a server process that has no threads, locks or devices to inherit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Hold back the signals that tell a run to stop; those that come meanwhile are not lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _block_signals(_worker: int) -> None:
+    """Stopping is the run's decision: a worker that died of a signal would turn it into a crash."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
