@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import sentencepiece
@@ -12,7 +13,7 @@ from huggingface_hub import snapshot_download
 from jaxtyping import BFloat16
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from data_pipeline import storage
@@ -58,15 +59,16 @@ class TextEncoder:
         folder = fetch_encoder(str(encoder))
         is_local = Path(encoder).is_dir()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = T5EncoderModel.from_pretrained(folder, dtype=self.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = T5EncoderModel.from_pretrained(folder, dtype=self.dtype)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."
             ) from None
-        self.model.to(self.device).eval()
-        self.width = int(self.model.config.d_model)
+        self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
+        self.model = cast(torch.nn.Module, model).eval().to(self.device)
+        self.width = int(model.config.d_model)
         self.provenance = Provenance(
             encoder=Path(encoder).resolve().name if is_local else str(encoder),
             weights_sha256=_digest_files(folder, WEIGHT_FILES),
@@ -82,7 +84,9 @@ class TextEncoder:
         """Embeddings of the captions at their true lengths, equal for equal captions."""
         distinct = list(dict.fromkeys(normalise(caption) for caption in captions))
         tokens = {
-            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens)[
+                "input_ids"
+            ]
             for caption in distinct
         }
         embeddings: dict[str, Tensor] = {}

@@ -29,17 +29,16 @@ def list_media(source: str | Path, kind: Kind | None = None) -> tuple[Kind, list
     captions = folder / CAPTIONS
     items = _from_captions(captions) if captions.is_file() else _from_sidecars(folder)
     kinds = {_kind(item.file) for item in items}
-    if kind is None:
-        if len(kinds) > 1:
-            raise ConfigError(
-                f"{folder}: holds videos and images, which make separate datasets; "
-                "choose one with --kind video or --kind image."
-            )
-        kind = kinds.pop()
-    items = [item for item in items if _kind(item.file) == kind]
+    if kind is None and len(kinds) > 1:
+        raise ConfigError(
+            f"{folder}: holds videos and images, which make separate datasets; "
+            "choose one with --kind video or --kind image."
+        )
+    chosen = kind or ("video" if "video" in kinds else "image")
+    items = [item for item in items if _kind(item.file) == chosen]
     if not items:
-        raise InputMissing(f"{folder}: holds no captioned {kind}; check --kind and the folder.")
-    return kind, items
+        raise InputMissing(f"{folder}: holds no captioned {chosen}; check --kind and the folder.")
+    return chosen, items
 
 
 def _from_captions(path: Path) -> list[Item]:

@@ -2,12 +2,12 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from data_pipeline.strict import Share, Strict
 from data_pipeline.video import reduction
 
 START_SECONDS = 120.0  # for a worker to come up
+WORKER_LOST = ("DataLoader worker", "DataLoader timed out")  # what torch says of such
 QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -155,13 +156,9 @@ class Loader:
         """The micro-batches of each step, from `start_step` to the last."""
         per_step = self.accumulation_steps * self.world_size
         numbers = range(start_step * per_step + self.rank, total_steps * per_step, self.world_size)
-        batches = self._batches(numbers)
-        try:
+        with closing(self._batches(numbers)) as batches:
             for _ in range(start_step, total_steps):
                 yield [_raise_failure(next(batches)) for _ in range(self.accumulation_steps)]
-        finally:
-            batches.close()
-            self.close()
 
     def close(self) -> None:
         """End worker processes, stuck ones too."""
@@ -171,7 +168,7 @@ class Loader:
                 worker.join()
         self._workers = []
 
-    def _batches(self, numbers: Sequence[int]) -> Iterator[Batch | UserError]:
+    def _batches(self, numbers: Sequence[int]) -> Generator[Batch | UserError, None, None]:
         if not self.config.num_workers:
             yield from (self._micro_batches[number] for number in numbers)
             return
@@ -191,17 +188,19 @@ class Loader:
         with _signals_blocked():  # workers inherit it from their first instant
             batches = iter(loader)
         self._workers = [w for w in multiprocessing.active_children() if w not in others]
-        while True:
-            try:
-                yield next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:  # what DataLoader raises for lost and silent workers
-                reason = str(error).splitlines()[0]
-                raise StorageError(
-                    f"data: a loader process of rank {self.rank} is lost or stuck ({reason}); "
-                    "check memory, storage and data.decode_deadline_seconds."
-                ) from error
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith(WORKER_LOST):
+                raise
+            reason = str(error).splitlines()[0]
+            raise StorageError(
+                f"data: a loader process of rank {self.rank} is lost or stuck ({reason}); "
+                "check memory, storage and data.decode_deadline_seconds."
+            ) from error
+        finally:
+            del batches  # ends the workers that still listen
+            self.close()
 
 
 class _MicroBatches(TorchDataset):
@@ -210,10 +209,10 @@ class _MicroBatches(TorchDataset):
     def __init__(self, reader: SampleReader, size: int, text: tuple[int, int] | None):
         self.reader, self.size, self.text = reader, size, text
 
-    def __getitem__(self, number: int) -> Batch | UserError:
+    def __getitem__(self, index: int) -> Batch | UserError:
         """The micro-batch, or the error that ends the run, which survives the way to the parent."""
         try:
-            numbers = range(number * self.size, (number + 1) * self.size)
+            numbers = range(index * self.size, (index + 1) * self.size)
             read = [self.reader.read(n) for n in numbers]
         except UserError as error:
             return error
@@ -229,6 +228,7 @@ def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | 
         text_tokens = torch.zeros(len(samples), *text, dtype=torch.bfloat16)
         text_mask = torch.zeros(len(samples), text[0], dtype=torch.bool)
         for row, sample in enumerate(samples):
+            assert sample.text is not None
             tokens = sample.text[: text[0]]
             text_tokens[row, : len(tokens)] = tokens
             text_mask[row, : len(tokens)] = True
@@ -281,7 +281,7 @@ def global_order(
     orders = [
         SourceOrder(
             source.dataset.info.fingerprint,
-            source.dataset.shard_sizes,
+            source.dataset.shard_sizes.tolist(),
             seed=seed,
             block_shards=block_shards,
         )
@@ -348,5 +348,5 @@ def _block_signals(_worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -1,9 +1,9 @@
 """Reading sample number n: from the global order to patches, conditions and metadata."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from jaxtyping import BFloat16
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class SampleReader:
             embeddings = source.embeddings
             text = embeddings.null if dropped else embeddings.read(place.shard, place.row)
         if self.num_classes is not None:
-            label = self.num_classes if dropped else self._label(record)
+            label = self.num_classes if dropped else _label(record.metadata, self.num_classes)
         return Sample(n, self.id(place), patches, offsets, fps, original_size, text, label)
 
     def _patches(
@@ -109,15 +109,17 @@ class SampleReader:
         size = _number(metadata, "original_height"), _number(metadata, "original_width")
         return patches, fps, size
 
-    def _label(self, record: Record) -> int:
-        label = record.metadata.get("label")
-        if type(label) is not int or not 0 <= label < self.num_classes:
-            raise DataError(f"label {label!r} is none of 0 to {self.num_classes - 1}")
-        return label
+
+def _label(metadata: dict, num_classes: int) -> int:
+    label = metadata.get("label")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
+        raise DataError(f"json: label {label!r} is none of 0 to {num_classes - 1}")
+    return label
 
 
 def _number(metadata: dict, name: str) -> float:
     value = metadata.get(name)
-    if type(value) not in (int, float) or not np.isfinite(value) or value < 0:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
         raise DataError(f"json: {name} {value!r} is no number of at least 0")
     return float(value)

@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,8 +56,8 @@ class Media:
 
 def decode_clip(media: bytes) -> Clip:
     """Every frame of a stored clip."""
-    with _open_video(media) as stream:
-        frames = [_rgb(frame) for frame in _frames(stream, float("inf"))]
+    with _open_video(media) as video:
+        frames = [_rgb(frame) for frame in _frames(video, float("inf"))]
     if not frames:
         raise DataError("holds no frame")
     return np.stack(frames)
@@ -112,14 +113,13 @@ def reduction(stored: Size, wanted: Size, kind: str) -> Size:
 
     The frames of an image do not count: it is repeated.
     """
-    axes = [(1, 1) if kind == "image" else (stored[0], wanted[0])]
-    axes += zip(stored[1:], wanted[1:], strict=True)
-    if any(large % small for large, small in axes):
+    stored_frames, frames = (1, 1) if kind == "image" else (stored[0], wanted[0])
+    if stored_frames % frames or stored[1] % wanted[1] or stored[2] % wanted[2]:
         raise ConfigError(
             f"stored size {stored} is wrong because it is no whole multiple of pyramid.clip_size "
             f"{wanted} on every axis (frames, height, width); build the dataset at that size."
         )
-    return tuple(large // small for large, small in axes)
+    return stored_frames // frames, stored[1] // wanted[1], stored[2] // wanted[2]
 
 
 def reduce_clip(clip: Clip, factors: Size) -> Clip:
@@ -138,7 +138,8 @@ def read_clip(
         fitted = ImageOps.fit(upright, (size[2], size[1]), Image.Resampling.BICUBIC)
         still = repeat_still(np.array(fitted), size[0])
         return Media(still, 0.0, upright.height, upright.width, 0.0)
-    with _open_video(media) as stream:
+    with _open_video(media) as video:
+        stream = video.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if rate <= 0:
             raise DataError("has no frame rate")
@@ -146,7 +147,7 @@ def read_clip(
             raise DataError(f"has {rate:g} frames per second, fewer than {fps:g}")
         aspect = float(stream.sample_aspect_ratio or 1)
         frames, shape = [], (0, 0)
-        chosen = _frames_at(_frames(stream, deadline_seconds), rate, fps or rate)
+        chosen = _frames_at(_frames(video, deadline_seconds), rate, fps or rate)
         for frame, _ in zip(chosen, range(size[0]), strict=False):
             picture, shape = _fitted(frame, size[1:], aspect)
             frames.append(picture)
@@ -196,8 +197,8 @@ def encode_image(picture: Picture) -> bytes:
 def _decode_frames(media: bytes, numbers: set[int], deadline_seconds: float) -> dict[int, Picture]:
     """The frames of these numbers; the rest is decoded as far as needed, never converted."""
     last, pictures = max(numbers), {}
-    with _open_video(media) as stream:
-        for number, frame in enumerate(_frames(stream, deadline_seconds)):
+    with _open_video(media) as video:
+        for number, frame in enumerate(_frames(video, deadline_seconds)):
             if number in numbers:
                 pictures[number] = _rgb(frame)
             if number == last:
@@ -206,23 +207,23 @@ def _decode_frames(media: bytes, numbers: set[int], deadline_seconds: float) -> 
 
 
 @contextmanager
-def _open_video(media: bytes) -> Iterator[av.VideoStream]:
+def _open_video(media: bytes) -> Iterator[InputContainer]:
     try:
-        with av.open(io.BytesIO(media), options={"format_whitelist": CONTAINERS}) as container:
+        with av.open(io.BytesIO(media), "r", options={"format_whitelist": CONTAINERS}) as container:
             if not container.streams.video:
                 raise DataError("holds no video")
             stream = container.streams.video[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             if stream.width * stream.height > MAX_PIXELS:
                 raise DataError(f"has frames of {stream.width}x{stream.height}, too large to read")
-            yield stream
+            yield container
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be decoded ({getattr(error, 'strerror', error)})") from None
 
 
-def _frames(stream: av.VideoStream, deadline_seconds: float) -> Iterator[av.VideoFrame]:
+def _frames(video: InputContainer, deadline_seconds: float) -> Iterator[av.VideoFrame]:
     deadline = time.monotonic() + deadline_seconds
-    for frame in stream.container.decode(stream):
+    for frame in video.decode(video=0):
         if time.monotonic() > deadline:
             raise DataError(f"took more than {deadline_seconds:g} seconds to decode")
         yield frame
