@@ -5,7 +5,6 @@ are the context of every step and tile of the finer levels.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
