@@ -1,6 +1,7 @@
 """A recipe: one complete YAML file, read strictly; its errors name field, value and remedy."""
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -95,13 +96,27 @@ class RunConfig(Strict):
         return self
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have no key twice: the earlier value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str) or key in keys:
+                problem = f"key '{key}' is there twice" if key in keys else f"key {key} is no text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The recipe at `path` with `dotted.key=value` overrides; errors say all that is wrong."""
     path = Path(path)
     if not path.is_file():
         raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
@@ -180,7 +195,14 @@ def _list_index(node: list, name: str, key: str) -> int:
 def _explain(error: typing.Any) -> str:
     """One line for one pydantic error: dotted path, what is wrong, what to do."""
     location = [str(part) for part in error["loc"]]
+    if location[:1] == ["conditioning"]:
+        del location[1:2]  # the kind, which is no part of the path
     path, value = ".".join(location), error.get("input")
+    if error["type"] == "union_tag_invalid":
+        tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+        return f"{path}.kind: value {tag!r} is wrong because it is none of {known}; correct it."
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.kind: missing; every recipe is complete, add it."
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -192,8 +214,8 @@ def _explain(error: typing.Any) -> str:
         message = error["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
     line = f"{path}: value {value!r} is wrong because {_lower(error['msg'])}"
-    if isinstance(value, str) and error["type"] == "float_type" and _is_float(value):
-        return f"{line}. YAML reads '{value}' as text; write {float(value):.1e}."
+    if isinstance(value, str) and error["type"] == "float_type" and (number := _as_yaml(value)):
+        return f"{line}. YAML reads '{value}' as text; write {number}."
     return f"{line}; correct it."
 
 
@@ -222,12 +244,13 @@ def _models_in(annotation: typing.Any) -> typing.Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _as_yaml(text: str) -> str | None:
+    """`1e-4` as `1.0e-4`, which YAML 1.1 reads as a number; None for what is not one."""
+    match = re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", text)
+    if match is None:
+        return None
+    whole, fraction, sign, exponent = match.groups()
+    return f"{whole}{fraction or '.0'}e{sign or '+'}{exponent}"
 
 
 def _lower(text: str) -> str:

@@ -1,0 +1,222 @@
+"""Recipes: those we ship load, and what is wrong with another is said in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.errors import ConfigError, InputMissing
+from t2v.config import dump_config, load_config, parse_config
+from tests.tiny import RECIPE, tiny_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_shipped_recipe_loads_is_called_as_its_file_and_survives_a_dump(path, tmp_path):
+    config = load_config(path)
+    assert config.name == path.stem
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("ucf101_s", [1, 1, 2, 2, 3, 3]),
+        ("t2v_64x288x512", [1, 2, 2, 3, 3, 4]),
+        ("t2v_16x576x1024", [4, 4, 4, 4, 4, 4]),
+    ],
+)
+def test_shipped_recipes_follow_table_8(name, blocks):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.model.levels_per_block == blocks
+    assert (config.model.token_dim, config.model.num_latents) == (1024, 768)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("lamb", 0.005)
+    assert config.optimizer.weight_decay == 0.01
+    assert config.conditioning.dropout == 0.1
+
+
+def message(tmp_path: Path, overrides: list[str]) -> str:
+    """What is said of the tiny recipe with these changes, without the file's name."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).replace(f"{path}: ", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("total_step=3", "total_step: unknown field; did you mean 'total_steps'?"),
+        ("model.token_dims=8", "model.token_dims: unknown field; did you mean 'token_dim'?"),
+        (
+            "data.sources.0.pth=a",
+            "data.sources.0.pth: unknown field; did you mean 'path'?",
+        ),
+        (
+            "conditioning.num_clases=5",
+            "conditioning.num_clases: unknown field; did you mean 'num_classes'?",
+        ),
+        ("metrics.zzz=1", "metrics.zzz: unknown field; known here: every_steps, wandb_project."),
+        (
+            "optimizer.learning_rate=1e-4",
+            "optimizer.learning_rate: value '1e-4' is wrong because input should be a valid "
+            "number. YAML reads '1e-4' as text; write 1.0e-4.",
+        ),
+        (
+            "optimizer.learning_rate=1.25e4",
+            "optimizer.learning_rate: value '1.25e4' is wrong because input should be a valid "
+            "number. YAML reads '1.25e4' as text; write 1.25e+4.",
+        ),
+        (
+            "optimizer.learning_rate=fast",
+            "optimizer.learning_rate: value 'fast' is wrong because input should be a valid "
+            "number; correct it.",
+        ),
+        (
+            "diffusion.sigma_mean=.nan",
+            "diffusion.sigma_mean: value nan is wrong because input should be a finite number; "
+            "correct it.",
+        ),
+        (
+            "total_steps=true",
+            "total_steps: value True is wrong because input should be a valid integer; correct it.",
+        ),
+        (
+            "engine.kind=zero",
+            "engine.kind: value 'zero' is wrong because input should be 'single' or 'fsdp'; "
+            "correct it.",
+        ),
+        (
+            "conditioning.kind=tekst",
+            "conditioning.kind: value 'tekst' is wrong because it is none of 'text', 'class', "
+            "'none'; correct it.",
+        ),
+        ("conditioning={}", "conditioning.kind: missing; every recipe is complete, add it."),
+        (
+            "pyramid={levels: 2, patch_size: [2, 6, 8]}",
+            "pyramid.clip_size: missing; every recipe is complete, add it.",
+        ),
+        (
+            "pyramid.clip_size=[4, 12, 17]",
+            "pyramid: clip_size 17 (width) does not come from patch_size 8 by the same whole "
+            "factor at each of 2 levels; use 8 or 16",
+        ),
+        (
+            "model.token_size=[1, 3, 5]",
+            "pyramid.patch_size: 8 (width) is not a multiple of model.token_size 5; use 5 or 10",
+        ),
+        (
+            "model.levels_per_block=[2, 1]",
+            "model.levels_per_block: [2, 1] must rise from at least 1 to pyramid.levels = 2; its "
+            "last entry covers every level",
+        ),
+        (
+            "sampling.steps=[4]",
+            "sampling.steps: [4] has 1 entries for 2 levels; give one per level",
+        ),
+        (
+            "micro_batch_size=3",
+            "micro_batch_size: 3 does not divide global_batch_size 4; choose a divisor",
+        ),
+        (
+            "data.sources.0.weight=3",
+            "data.sources: weights sum to 3, which does not divide global_batch_size 4; then a "
+            "batch cannot hold the exact mixture",
+        ),
+        (
+            "model.latent_head_dim=5",
+            "model.latent_head_dim: 5 does not divide latent_dim 16; choose a divisor",
+        ),
+        ("foo", "foo: is not an override; write dotted.key=value."),
+        ("seed=[", "seed=[: the value is not valid YAML; quote it."),
+        (
+            "name.first=a",
+            "name.first: cannot be set because its parent holds a value; check the path.",
+        ),
+        (
+            "name.first.second=a",
+            "name.first.second: cannot be set because 'first' is inside a value; check the path.",
+        ),
+        (
+            "data.sources.5.path=a",
+            "data.sources.5.path: '5' is no entry of a list of 1; count from 0.",
+        ),
+    ],
+    ids=lambda value: "" if " " in value else value,
+)
+def test_a_mistake_is_named_with_its_remedy(override, expected, tmp_path):
+    assert message(tmp_path, [override]) == expected
+
+
+def test_a_tile_that_would_cut_tokens_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(model={"token_size": [2, 3, 4]}, sampling={"overlap": "fhw"})
+    assert str(caught.value) == (
+        "tiny: sampling.overlap: 'f' is wrong because half of pyramid.patch_size 2 (frames) is "
+        "not whole tokens of 2; leave 'f' out"
+    )
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    lines = message(tmp_path, ["seed=-1", "total_step=3"]).splitlines()
+    assert lines == [
+        "seed: value -1 is wrong because input should be greater than or equal to 0; correct it.",
+        "total_step: unknown field; did you mean 'total_steps'?",
+    ]
+
+
+def test_a_missing_field_is_named():
+    content = {key: value for key, value in RECIPE.items() if key != "seed"}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(content, "recipe.yaml")
+    assert str(caught.value) == "recipe.yaml: seed: missing; every recipe is complete, add it."
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: [", "is not valid YAML at line 1 because"),
+        ("seed: 1\nseed: 2", "is not valid YAML at line 2 because key 'seed' is there twice"),
+        ("1: 2", "is not valid YAML at line 1 because key 1 is no text; correct it."),
+        ("- 1", "is not a recipe because it holds no mapping; see configs/."),
+        (b"\xff\xfe\x00", "is not valid YAML because it is not UTF-8 text; correct it."),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML at line 1 because could"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(content, expected, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {expected}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_is_missing_input(tmp_path):
+    with pytest.raises(InputMissing, match=r"no such recipe; `ls configs` shows those we ship\."):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_reach_into_sections_lists_and_absent_sections(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    config = load_config(
+        path,
+        [
+            "total_steps=7",
+            "optimizer.learning_rate=1.0e-4",
+            "data.sources.0.path=s3://bucket/set=1",
+            "sampling.steps=[3, 1]",
+            "warm_start.checkpoint=runs/base",
+        ],
+    )
+    assert config.total_steps == 7
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.sources[0].path == "s3://bucket/set=1"
+    assert config.sampling.steps == [3, 1]
+    assert config.warm_start.checkpoint == "runs/base"
