@@ -83,26 +83,29 @@ def decode_patches(
     Equals `cut_patches(reduce_clip(decode_clip(media), ...), pyramid, offsets)` byte for byte.
     """
     frame_factor, *factors = reduction(stored, pyramid.clip_size, kind)
-    wanted = [
+    frames = [
         (offset[0] + np.arange(pyramid.patch_size[0])) * pyramid.stride(level)[0] * frame_factor
         for level, offset in enumerate(offsets)
     ]
     if kind == "image":
-        wanted = [np.zeros(1, np.int64)] * pyramid.levels
+        frames = [np.zeros(1, np.int64)] * pyramid.levels
         pictures = {0: decode_image(media)}
     else:
-        pictures = _decode_frames(media, set(np.concatenate(wanted).tolist()), deadline_seconds)
+        pictures = _decode_frames(media, set(np.concatenate(frames).tolist()), deadline_seconds)
+    for picture in pictures.values():
+        if picture.shape[:2] != stored[1:]:
+            raise DataError(f"is {picture.shape[:2]} pixels, not {stored[1:]} as its dataset")
     patches = []
-    for level, numbers in enumerate(wanted):
-        stride = np.array(pyramid.stride(level)[1:])
-        low = offsets[level, 1:] * stride * factors
-        high = low + np.array(pyramid.patch_size[1:]) * stride * factors
-        region = []
-        for number in numbers.tolist():
-            if pictures[number].shape != (*stored[1:], 3):
-                raise DataError(f"is {pictures[number].shape[:2]}, its dataset {stored[1:]}")
-            region.append(pictures[number][low[0] : high[0], low[1] : high[1]])
-        patches.append(area_average(area_average(np.stack(region), *factors), *stride))
+    for level, numbers in enumerate(frames):
+        _, *strides = pyramid.stride(level)
+        rows, columns = (
+            slice(offset * stride * factor, (offset + patch) * stride * factor)
+            for offset, patch, stride, factor in zip(
+                offsets[level, 1:].tolist(), pyramid.patch_size[1:], strides, factors, strict=True
+            )
+        )
+        region = np.stack([pictures[number][rows, columns] for number in numbers.tolist()])
+        patches.append(area_average(area_average(region, *factors), *strides))
     if kind == "image":
         patches = [repeat_still(patch[0], pyramid.patch_size[0]) for patch in patches]
     return np.stack(patches)

@@ -1,0 +1,43 @@
+"""Small datasets that several tests read; none may change them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
+
+
+@pytest.fixture(scope="session")
+def shared_clips() -> Path:
+    """Real captioned clips beside the repository."""
+    if not SHARED_CLIPS.is_dir():
+        pytest.skip(f"no real clips at {SHARED_CLIPS}")
+    return SHARED_CLIPS
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> Path:
+    """26 captioned videos and 14 images, as a collector would have them."""
+    from data_pipeline.toy import write_toy
+
+    folder = tmp_path_factory.mktemp("media")
+    write_toy(folder, videos=26, images=14, size=(8, 32, 48), fps=8.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def datasets(media, tmp_path_factory) -> Path:
+    """`videos` and `images` built from `media` at 8x24x32 in shards of 6, with embeddings `tiny`."""
+    from data_pipeline.build import build
+    from data_pipeline.embed import embed, make_tiny_encoder
+    from data_pipeline.toy import all_toys
+
+    folder = tmp_path_factory.mktemp("datasets")
+    make_tiny_encoder(folder / "encoder", [toy.caption for toy in all_toys()], width=8, seed=0)
+    for kind in ("videos", "images"):
+        build(media / kind, folder / kind, frames=8, height=24, width=32, shard_samples=6)
+        embed(folder / kind, folder / "encoder", name="tiny", max_tokens=16)
+    return folder
