@@ -68,6 +68,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
             refuse_endless_skips(state, config)
             stop = world.any(preemption.requested(run_dir) or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
+                state.refuse_non_finite()
                 checkpoints.save(state.tensors(), facts(state, config, loader.fingerprint))
                 report.saved(state.step)
         if state.step == config.total_steps:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from data_pipeline.quarantine import Quarantine
 from t2v.engine.world import World
 from t2v.train.metrics import Metrics, ProgressView, StepSums, peak_memory_gib
 from t2v.train.run_folder import State, StatusFile
@@ -30,8 +31,15 @@ class Report:
         self.config, self.world, self.status = config, world, status
         self.sums = StepSums(config.pyramid.levels, world)
         self.ids: list[str] = []
-        self.metrics = self.view = None
+        self.dropped: list[dict] = []
+        self.metrics = self.view = self.quarantine = None
         if status is not None:
+            self.quarantine = Quarantine(
+                run_dir / "quarantine.jsonl",
+                max_drop_rate=config.data.max_drop_rate,
+                max_drops_in_a_row=config.data.max_drops_in_a_row,
+                first_sample=step * config.global_batch_size,
+            )
             self.metrics = Metrics(run_dir, config.metrics, name=config.name, step=step)
             self.view = ProgressView(config.total_steps, step)
             status.write("running", step=step, last_checkpoint=step)
@@ -40,6 +48,7 @@ class Report:
         """Account for the samples of a micro-batch."""
         self.sums.add_samples(batch.numbers.tolist(), batch.ids)
         self.ids += batch.ids
+        self.dropped += batch.quarantined
 
     def step(
         self,
@@ -60,6 +69,7 @@ class Report:
             ids = self.world.gather(self.ids)
             facts["skipped_samples"] = [name for part in ids for name in part]
         self.ids = []
+        self._account_for_dropped(step)
         last = step == self.config.total_steps
         if step % self.config.metrics.every_steps and not last and not skipped:
             return
@@ -70,6 +80,19 @@ class Report:
         self.metrics.write(values)
         self.view.show(values)
         self.status.refresh(step=step, samples_per_second=values["samples_per_second"])
+
+    def _account_for_dropped(self, step: int) -> None:
+        """Write down the samples that were replaced in a step; DataError when they are too many."""
+        if self.world.any(bool(self.dropped)):
+            parts = self.world.gather(self.dropped)
+            records = [record for part in parts for record in part]
+            samples = step * self.config.global_batch_size
+            self.world.on_first(lambda: self._record(records, samples))
+        self.dropped = []
+
+    def _record(self, records: list[dict], samples: int) -> None:
+        assert self.quarantine is not None
+        self.quarantine.record(records, next_sample=samples)
 
     def saved(self, step: int) -> None:
         """A checkpoint was committed."""

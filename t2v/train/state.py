@@ -5,10 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_pipeline.errors import NumericError
 from t2v.engine.engine import Engine
 from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
 from t2v.train.ema import Ema
 from t2v.train.manifest import Manifest
+from t2v.train.optim import squared_norms
 from t2v.train.tensor_files import read_tensors, tensor_kinds
 
 
@@ -33,6 +35,15 @@ class TrainState:
         self.engine.forget_gradients()
         self.step += 1
         self.skips_in_a_row += 1
+
+    def refuse_non_finite(self) -> None:
+        """NumericError where a weight is not finite; such a state must never be kept."""
+        norms = squared_norms(list(self.engine.parameters().values()))
+        if self.engine.world.any(not bool(norms.isfinite().all())):
+            raise NumericError(
+                f"weights: not finite after step {self.step}, so they are not saved; resume from "
+                "the last checkpoint with a lower optimizer.learning_rate."
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averages and moments by name, each as a whole; memory is shared."""
