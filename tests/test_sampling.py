@@ -112,7 +112,8 @@ def test_guidance_goes_from_the_null_answer_through_the_conditional_one(guidance
     for level, canvas in enumerate(found):
         null, told = clips[level][3], clips[level][1]
         expected = (null + guidance_scale * (told - null)).clamp(-1, 1)
-        torch.testing.assert_close(canvas[0], expected, rtol=0, atol=2e-4)
+        # A single step from sigma 80 at input scale 8 leaves 80 * 8 roundings of fp32.
+        torch.testing.assert_close(canvas[0], expected, rtol=0, atol=1e-3)
 
 
 class LinearDenoiser:
