@@ -10,19 +10,25 @@ import torch.multiprocessing as multiprocessing
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    worlds: int = 1,
+    timeout_seconds: float = 120,
 ) -> list[Any]:
     """What `function(*args)` returned in each of `world_size` fresh processes, in rank order.
 
-    The parent keeps the meeting point, so no port is guessed; a failure shows its own traceback.
+    The parent keeps the meeting point, so no port is guessed; a failure shows its own traceback. A
+    function that joins more than one world calls `next_world` between them.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(worlds)
+    ]
+    ports = [str(store.port) for store in stores]
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [
-        context.Process(
-            target=_run, args=(rank, world_size, store.port, answers, function, args), daemon=False
-        )
+        context.Process(target=_run, args=(rank, world_size, ports, answers, function, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -42,18 +48,30 @@ def run_distributed(
     return [results[rank] for rank in range(world_size)]
 
 
+def next_world() -> None:
+    """Have this process and its peers meet anew."""
+    port, *rest = os.environ["WORLD_PORTS"].split()
+    os.environ |= {"MASTER_PORT": port, "WORLD_PORTS": " ".join(rest)}
+
+
 def _run(
-    rank: int, world_size: int, port: int, answers: Any, function: Callable[..., Any], args: Any
+    rank: int,
+    world_size: int,
+    ports: list[str],
+    answers: Any,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        WORLD_PORTS=" ".join(ports),
         TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
+    next_world()
     import torch
 
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from t2v.train.checkpoint import list_checkpoints, verify_checkpoint
 from t2v.train.loop import train
 from t2v.train.run_folder import locked
 from t2v.train.tensor_files import read_tensors, tensor_kinds
-from tests.distributed import run_distributed
+from tests.distributed import next_world, run_distributed
 from tests.test_warm_start import BASE
 from tests.tiny import tiny_config
 
@@ -104,7 +104,7 @@ def test_two_ranks_resume_bitwise_and_other_worlds_to_rounding(dataset, tmp_path
     # A large eps keeps rounding what it is; see tests/test_engine.py.
     tame = {"optimizer": {"eps": 1.0e-2}}
     whole, parts = (config_of(dataset, tmp_path / n, **fsdp, **tame) for n in ("whole", "parts"))
-    run_distributed(train_all_parts, 2, [(whole, []), (parts, [1, 3])])
+    run_distributed(train_all_parts, 2, [whole, parts, parts, parts], [6, 1, 3, 6], worlds=4)
     assert_same_tensors(tensors_at(tmp_path / "parts", 6), tensors_at(tmp_path / "whole", 6))
     assert lines_of(tmp_path / "parts", *TRUTH) == lines_of(tmp_path / "whole", *TRUTH)
     # One process goes on with what two have saved, and sees the same batches.
@@ -118,12 +118,11 @@ def test_two_ranks_resume_bitwise_and_other_worlds_to_rounding(dataset, tmp_path
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=0)
 
 
-def train_all_parts(runs: list[tuple[RunConfig, list[int]]]) -> list[list[int]]:
-    codes = []
-    for config, stops in runs:
-        with_one_world = config.model_copy()
-        codes.append(train_in_parts(with_one_world, stops))
-    return codes
+def train_all_parts(configs: list[RunConfig], stops: list[int]) -> None:
+    for number, (config, stop) in enumerate(zip(configs, stops, strict=True)):
+        if number:
+            next_world()
+        assert train(config, stop_at_step=stop) == (0 if stop == STEPS else 75)
 
 
 def command(config: RunConfig) -> list[str]:
@@ -163,15 +162,16 @@ def test_preempted_run_saves_the_step_it_is_at_and_exits_75(dataset, tmp_path, r
 
 @pytest.mark.dist
 def test_killed_run_loses_at_most_the_steps_since_its_checkpoint(dataset, tmp_path):
-    whole = config_of(dataset, tmp_path / "whole", total_steps=40)
-    killed = config_of(dataset, tmp_path / "killed", total_steps=40)
+    changes = {"total_steps": 20, "checkpoint": {"every_steps": 5}}
+    whole = config_of(dataset, tmp_path / "whole", **changes)
+    killed = config_of(dataset, tmp_path / "killed", **changes)
     process = subprocess.Popen(command(killed))
     wait_for_step(tmp_path / "killed", 7, process)
     process.kill()
     process.wait()
     assert train(killed) == 0
     assert train(whole) == 0
-    assert_same_tensors(tensors_at(tmp_path / "killed", 40), tensors_at(tmp_path / "whole", 40))
+    assert_same_tensors(tensors_at(tmp_path / "killed", 20), tensors_at(tmp_path / "whole", 20))
     assert lines_of(tmp_path / "killed", *TRUTH) == lines_of(tmp_path / "whole", *TRUTH)
 
 
