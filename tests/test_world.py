@@ -60,9 +60,13 @@ def test_one_process_agrees_with_itself():
             world.on_all(fail_on(world, 0, OSError(28, "No space", "/disk")))
 
 
-def test_fsdp_alone_needs_no_launcher(monkeypatch):
+@pytest.mark.parametrize("environment", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}])
+def test_fsdp_alone_needs_no_launcher(monkeypatch, environment):
+    """`accelerate launch` names a meeting point but no rank to a process that is alone."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with join_world(EngineConfig(kind="fsdp")) as world:
         assert (world.rank, world.world_size) == (0, 1)
 

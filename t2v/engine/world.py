@@ -127,7 +127,7 @@ def _start_process_group(
 ) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if world_size == 1:
         store = dist.HashStore()
         dist.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=deadline, device_id=device_id
