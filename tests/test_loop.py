@@ -14,7 +14,7 @@ import torch
 from data_pipeline.build import build
 from data_pipeline.errors import ConfigError, NumericError, RunLocked
 from data_pipeline.toy import write_toy
-from t2v.config import RunConfig, dump_config
+from t2v.config import RunConfig, dump_config, load_config
 from t2v.train import loop, preemption
 from t2v.train.checkpoint import list_checkpoints, verify_checkpoint
 from t2v.train.loop import train
@@ -94,8 +94,12 @@ def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset
     found, wanted = (tensors_at(tmp_path / name, STEPS) for name in ("parts", "whole"))
     assert_same_tensors(found, wanted)
     assert status_of(tmp_path / "parts")["state"] == "done"
-    steps = [line[0] for line in lines_of(tmp_path / "whole")]
-    assert steps == list(range(1, STEPS + 1))
+    # A finished run has nothing left to do; a refused recipe leaves no trace in the folder.
+    assert train(whole) == 0
+    with pytest.raises(ConfigError, match="seed: 3 -> 4"):
+        train(config_of(dataset, tmp_path / "whole", seed=4))
+    assert load_config(tmp_path / "whole" / "config.yaml") == whole
+    assert [line[0] for line in lines_of(tmp_path / "whole")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.dist

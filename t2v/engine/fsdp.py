@@ -36,9 +36,9 @@ class FsdpEngine:
         )
         self._shards = mesh.get_group("dp_shard")
         prepare_blocks(model.blocks, config.engine)
-        # Blocks are gathered in bf16 where they compute in it, save on a CPU, whose norms cannot mix
-        # precisions. The small rest stays fp32, and so do all inputs: a noise level or a frame rate
-        # does not survive bf16.
+        # Blocks are gathered in bf16 where they compute in it, save on a CPU, whose norms do not
+        # mix precisions. The small rest stays fp32, and so do all inputs: a noise level or a frame
+        # rate does not survive bf16.
         in_bf16 = config.engine.precision == "bf16" and world.device.type == "cuda"
         gathered = torch.bfloat16 if in_bf16 else torch.float32
         policy = MixedPrecisionPolicy(

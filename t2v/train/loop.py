@@ -47,6 +47,8 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
         checkpoints = Checkpoints(run_dir, config.checkpoint, world)
         state = begin(config, world, checkpoints, loader.fingerprint)
+        recipe = dump_config(config).encode()
+        world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
         report = Report(run_dir, config, world, status, step=state.step)
         exits.enter_context(contextlib.closing(report))
         wait = Waiting()
@@ -177,7 +179,7 @@ def open_loader(config: RunConfig, world: World) -> Loader:
 
 @contextlib.contextmanager
 def owned(run_dir: Path, config: RunConfig, world: World) -> Iterator[StatusFile | None]:
-    """The run folder, locked, with the recipe in it; rank 0 gets its status file."""
+    """The run folder, locked; rank 0 gets its status file, in which a failure leaves its reason."""
     with contextlib.ExitStack() as exits:
         status = None
         if world.is_first:
@@ -185,7 +187,6 @@ def owned(run_dir: Path, config: RunConfig, world: World) -> Iterator[StatusFile
 
         def enter() -> None:
             exits.enter_context(locked(run_dir))
-            storage.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
             assert status is not None
             status.write("starting")
 
