@@ -1,6 +1,7 @@
 """Reading cached caption embeddings, and the proof that they belong to a dataset."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -48,12 +49,16 @@ class EmbeddingInfo(Strict):
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """Cached embeddings of a dataset, by (shard, row); `null` is that of the empty caption."""
+    """Cached embeddings of a dataset, by (shard, row)."""
 
     folder: str
     info: EmbeddingInfo
     dataset: Dataset
-    null: Embedding
+
+    @property
+    def null(self) -> Embedding:
+        """The embedding of the empty caption."""
+        return _read_null(storage.join(self.folder, NULL), self.info.provenance.width)
 
     def read(self, shard: int, row: int) -> Embedding:
         """The embedding of a sample's caption."""
@@ -69,7 +74,7 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     """The embedding set of a name; refuses one made for other data."""
     folder = storage.join(dataset.path, "embeddings", name)
     path = storage.join(folder, MANIFEST)
-    remedy = f"`t2v data embed {dataset.path} --name {name}`"
+    remedy = f"`t2v data embed {dataset.path} ENCODER --name {name}`"
     content = read_manifest(path, f"{dataset.path}: has no embeddings '{name}'", remedy)
     info = parse_manifest(EmbeddingInfo, content, path)
     if info.dataset_fingerprint != dataset.info.fingerprint:
@@ -81,8 +86,13 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     if ours != [(shard.name, shard.samples) for shard in dataset.info.shards]:
         raise DataError(f"{path}: shards differ from the dataset's; embed again: {remedy}.")
     path = storage.join(folder, NULL)
-    null = parse_embedding(storage.read_bytes(path), path, info.provenance.width)
-    return EmbeddingSet(folder, info, dataset, null)
+    parse_embedding(storage.read_bytes(path), path, info.provenance.width)
+    return EmbeddingSet(folder, info, dataset)
+
+
+@lru_cache(maxsize=64)
+def _read_null(path: str, width: int) -> Embedding:
+    return parse_embedding(storage.read_bytes(path), path, width)
 
 
 def parse_embedding(content: bytes, path: str, width: int) -> Embedding:

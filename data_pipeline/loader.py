@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from data_pipeline.strict import Share, Strict
 from data_pipeline.video import reduction
 
 START_SECONDS = 120.0  # for a worker to come up
-WORKER_LOST = ("DataLoader worker", "DataLoader timed out")  # what torch says of such
+POLL_SECONDS = 1.0  # between two looks at whether workers live
+WORKER_LOST, WORKER_SILENT = "DataLoader worker", "DataLoader timed out"  # as torch says it
 QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -82,6 +84,9 @@ class NoConditioning(Strict):
 Conditioning = Annotated[
     TextConditioning | ClassConditioning | NoConditioning, Field(discriminator="kind")
 ]
+
+
+Read = tuple[list[Sample], list[dict]]  # samples, and records of those they replace
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,8 @@ class Loader:
             deadline_seconds=config.decode_deadline_seconds,
         )
         has_text = isinstance(conditioning, TextConditioning)
-        text = (conditioning.max_tokens, conditioning.width) if has_text else None
-        self._micro_batches = _MicroBatches(reader, micro_batch_size, text)
+        self._text = (conditioning.max_tokens, conditioning.width) if has_text else None
+        self._micro_batches = _MicroBatches(reader, micro_batch_size)
         self._workers: list[BaseProcess] = []
 
     def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
@@ -158,7 +163,7 @@ class Loader:
         numbers = range(start_step * per_step + self.rank, total_steps * per_step, self.world_size)
         with closing(self._batches(numbers)) as batches:
             for _ in range(start_step, total_steps):
-                yield [_raise_failure(next(batches)) for _ in range(self.accumulation_steps)]
+                yield [self._collate(next(batches)) for _ in range(self.accumulation_steps)]
 
     def close(self) -> None:
         """End worker processes, stuck ones too."""
@@ -168,7 +173,12 @@ class Loader:
                 worker.join()
         self._workers = []
 
-    def _batches(self, numbers: Sequence[int]) -> Generator[Batch | UserError, None, None]:
+    def _collate(self, read: Read | UserError) -> Batch:
+        if isinstance(read, UserError):
+            raise read
+        return collate(*read, self._text)
+
+    def _batches(self, numbers: Sequence[int]) -> Generator[Read | UserError, None, None]:
         if not self.config.num_workers:
             yield from (self._micro_batches[number] for number in numbers)
             return
@@ -180,7 +190,7 @@ class Loader:
             collate_fn=_as_is,
             num_workers=self.config.num_workers,
             prefetch_factor=self.config.prefetch_batches,
-            timeout=patience,
+            timeout=POLL_SECONDS,
             worker_init_fn=_block_signals,
             multiprocessing_context=_worker_context(),
         )
@@ -189,9 +199,9 @@ class Loader:
             batches = iter(loader)
         self._workers = [w for w in multiprocessing.active_children() if w not in others]
         try:
-            yield from batches
+            yield from _arrivals(batches, patience)
         except RuntimeError as error:
-            if not str(error).startswith(WORKER_LOST):
+            if not str(error).startswith((WORKER_LOST, WORKER_SILENT)):
                 raise
             reason = str(error).splitlines()[0]
             raise StorageError(
@@ -206,19 +216,17 @@ class Loader:
 class _MicroBatches(TorchDataset):
     """Micro-batch q by its number."""
 
-    def __init__(self, reader: SampleReader, size: int, text: tuple[int, int] | None):
-        self.reader, self.size, self.text = reader, size, text
+    def __init__(self, reader: SampleReader, size: int):
+        self.reader, self.size = reader, size
 
-    def __getitem__(self, index: int) -> Batch | UserError:
-        """The micro-batch, or the error that ends the run, which survives the way to the parent."""
+    def __getitem__(self, index: int) -> Read | UserError:
+        """The samples, or the error that ends the run: returned, it arrives as what it is."""
         try:
             numbers = range(index * self.size, (index + 1) * self.size)
             read = [self.reader.read(n) for n in numbers]
         except UserError as error:
             return error
-        return collate(
-            [sample for sample, _ in read], [b for _, bad in read for b in bad], self.text
-        )
+        return [sample for sample, _ in read], [record for _, bad in read for record in bad]
 
 
 def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | None) -> Batch:
@@ -229,8 +237,8 @@ def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | 
         text_mask = torch.zeros(len(samples), text[0], dtype=torch.bool)
         for row, sample in enumerate(samples):
             assert sample.text is not None
-            tokens = sample.text[: text[0]]
-            text_tokens[row, : len(tokens)] = tokens
+            tokens = torch.from_numpy(sample.text[: text[0]])
+            text_tokens[row, : len(tokens)] = tokens.view(torch.bfloat16)
             text_mask[row, : len(tokens)] = True
     if samples[0].label is not None:
         label = torch.tensor([sample.label for sample in samples])
@@ -246,6 +254,22 @@ def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | 
         label=label,
         quarantined=bad,
     )
+
+
+def _arrivals(batches: Iterator[Read | UserError], patience: float) -> Iterator[Read | UserError]:
+    """What workers send, in order; silence is an error once it has lasted `patience` seconds."""
+    since = time.monotonic()
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            is_silence = str(error).startswith(WORKER_SILENT)
+            if not is_silence or time.monotonic() - since > patience:
+                raise
+            continue
+        since = time.monotonic()
 
 
 def open_sources(
@@ -320,12 +344,6 @@ def _fingerprint(
     )
 
 
-def _raise_failure(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
 def _worker_context() -> BaseContext:
     """Workers come from a server process that has no threads, locks or devices to inherit."""
     context = multiprocessing.get_context("forkserver")
@@ -348,5 +366,5 @@ def _block_signals(_worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _as_is(read: Any) -> Any:
+    return read

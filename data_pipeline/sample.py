@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import BFloat16
-from torch import Tensor
+import numpy as np
+import torch
+from jaxtyping import UInt16
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.embeddings import EmbeddingSet
@@ -28,7 +29,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a batch; an image has 0 fps."""
+    """One sample of a batch; an image has 0 fps.
+
+    Plain arrays only: they reach the training process through a pipe. Tensors would go through
+    shared memory, which containers limit to 64 MiB.
+    """
 
     number: int
     id: str
@@ -36,7 +41,7 @@ class Sample:
     offsets: Offsets
     fps: float
     original_size: tuple[float, float]
-    text: BFloat16[Tensor, "tokens width"] | None
+    text: UInt16[np.ndarray, "tokens width"] | None  # the bits of bfloat16
     label: int | None
 
 
@@ -81,7 +86,8 @@ class SampleReader:
         text = label = None
         if source.embeddings:
             embeddings = source.embeddings
-            text = embeddings.null if dropped else embeddings.read(place.shard, place.row)
+            tokens = embeddings.null if dropped else embeddings.read(place.shard, place.row)
+            text = tokens.view(torch.uint16).numpy()
         if self.num_classes is not None:
             label = self.num_classes if dropped else _label(record.metadata, self.num_classes)
         return Sample(n, self.id(place), patches, offsets, fps, original_size, text, label)
