@@ -1,0 +1,154 @@
+"""Mistakes at the command line: one clear line, the documented exit code, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.toy import write_toy
+from t2v.cli import main
+from tests.tiny import RECIPE
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A writer of recipe files that differ from the tiny one."""
+
+    def write(**changes) -> str:
+        content = json.loads(json.dumps(RECIPE))
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            node = content
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def media(tmp_path):
+    """A few toy videos with captions."""
+    write_toy(tmp_path / "media", videos=3, images=1, size=(4, 24, 32))
+    return tmp_path / "media" / "videos"
+
+
+def refusal(capsys, *arguments: str) -> tuple[int, str]:
+    """(exit code, stderr) of a command that is refused."""
+    code = main(list(arguments))
+    return code, capsys.readouterr().err
+
+
+def test_an_unknown_key_names_the_one_that_was_meant(recipe, capsys):
+    code, error = refusal(capsys, "train", recipe(total_step=3))
+    assert code == 78
+    assert "total_step: unknown field; did you mean 'total_steps'?" in error
+    assert "Traceback" not in error
+
+
+def test_a_patch_that_tokens_do_not_divide_is_refused(recipe, capsys):
+    code, error = refusal(capsys, "plan", recipe(model__token_size=[1, 4, 4]))
+    assert code == 78
+    assert "pyramid.patch_size: 6 (height) is not a multiple of model.token_size 4; use" in error
+
+
+def test_a_clip_that_the_pyramid_does_not_reach_is_refused(recipe, capsys):
+    code, error = refusal(capsys, "train", recipe(pyramid__clip_size=[4, 13, 16]))
+    assert code == 78
+    assert "clip_size 13 (height)" in error
+
+
+def test_a_recipe_that_is_not_there_is_missing_input(capsys):
+    code, error = refusal(capsys, "train", "nowhere.yaml")
+    assert code == 66
+    assert error.startswith("nowhere.yaml: no such recipe")
+
+
+def test_a_dataset_that_is_not_there_is_missing_input(recipe, tmp_path, capsys):
+    absent = str(tmp_path / "absent")
+    code, error = refusal(
+        capsys, "train", recipe(run_dir=str(tmp_path / "run"), data__sources=[{"path": absent}])
+    )
+    assert code == 66
+    assert absent in error
+    assert error.count("\n") == 1
+
+
+def test_a_caption_of_a_missing_clip_is_refused_and_nothing_is_written(media, tmp_path, capsys):
+    with (media / "captions.jsonl").open("a") as captions:
+        captions.write(json.dumps({"file": "ghost.mp4", "caption": "a ghost"}) + "\n")
+    code, error = refusal(
+        capsys, "data", "build", str(media), str(tmp_path / "out"), "--size", "4x24x32"
+    )
+    assert code == 66
+    assert "ghost.mp4" in error
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_an_empty_folder_is_missing_input(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    code, error = refusal(
+        capsys, "data", "build", str(tmp_path / "empty"), str(tmp_path / "out"), "--size", "4x24x32"
+    )
+    assert code == 66
+    assert str(tmp_path / "empty") in error
+
+
+def test_a_truncated_mp4_is_named(media, tmp_path, capsys):
+    clip = media / "000001.mp4"
+    clip.write_bytes(clip.read_bytes()[:200])
+    code, error = refusal(
+        capsys, "data", "build", str(media), str(tmp_path / "out"), "--size", "4x24x32"
+    )
+    assert code == 65
+    assert "000001.mp4" in error
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("size", ["4x24", "axbxc", "4,24,32"])
+def test_a_size_of_another_form_is_a_usage_error(media, tmp_path, size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "build", str(media), str(tmp_path / "out"), "--size", size])
+    assert stop.value.code == 2
+    assert "--size" in capsys.readouterr().err
+
+
+def test_sampling_from_no_checkpoint_is_missing_input(tmp_path, capsys):
+    arguments = ("sample", str(tmp_path / "none"), "--prompt", "a cat", "--out", str(tmp_path))
+    code, error = refusal(capsys, *arguments)
+    assert code == 66
+    assert "no such checkpoint; give a step folder or a run folder" in error
+
+
+def test_every_command_shows_an_example(capsys):
+    for words in (
+        ["quickstart"],
+        ["data", "toy"],
+        ["data", "build"],
+        ["data", "index"],
+        ["data", "embed"],
+        ["train"],
+        ["plan"],
+        ["sample"],
+        ["checkpoint", "ls"],
+        ["checkpoint", "verify"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--help"])
+        assert stop.value.code == 0
+        assert (
+            f"example:\n  {'torchrun' if words == ['train'] else 't2v'}" in capsys.readouterr().out
+        )
+
+
+def test_help_starts_without_torch():
+    """A signal must find its handler armed: `t2v train` may not import torch before that."""
+    program = "import sys, t2v.cli; t2v.cli.build_parser(); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
