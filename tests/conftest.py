@@ -30,7 +30,7 @@ def media(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def datasets(media, tmp_path_factory) -> Path:
-    """`videos` and `images` built from `media` at 8x24x32 in shards of 6, with embeddings `tiny`."""
+    """`videos` and `images` from `media` at 8x24x32 in shards of 6, with embeddings `tiny`."""
     from data_pipeline.build import build
     from data_pipeline.embed import embed, make_tiny_encoder
     from data_pipeline.toy import all_toys
