@@ -1,0 +1,147 @@
+"""The forecast: arithmetic that adds up, refusals that name the knob, and knobs that help."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data_pipeline.errors import ConfigError
+from t2v.config import RunConfig, load_config
+from t2v.footprint import Footprint, measure
+from t2v.plan import GIB, PEAK_TFLOPS, memory, plan, print_plan
+from tests.tiny import tiny_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def recipe(name: str, *overrides: str) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def t2v_footprint() -> Footprint:
+    return measure(recipe("t2v_64x288x512"))
+
+
+def test_the_text_to_video_recipe_on_64_gpus():
+    told = json.loads(plan(recipe("t2v_64x288x512"), gpus=64, gpu_memory_gib=80).to_json())
+    assert told["parameters"] / 1e6 == pytest.approx(3934, rel=0.01)
+    assert told["parameters"] == sum(told["parameters_by_part"].values())
+    tflop = told["tflop_per_sample"]
+    assert 12.5 < tflop["forward"] < 13
+    assert tflop["training"] == 3 * tflop["forward"]
+    # The recipe self-conditions and recomputes: two more forward passes.
+    assert tflop["spent"] == pytest.approx(5 * tflop["forward"])
+    assert told["pixel_share"] == pytest.approx(4 / 8**3)
+    assert told["tokens_per_patch"] == 1536
+    assert told["total_samples"] == 15_000 * 8192
+    assert told["step"]["accumulation_steps"] * 4 * 64 == told["step"]["samples"] == 8192
+    assert told["step"]["patch_gib"] == 8192 * 4 * 8 * 36 * 64 * 3 / GIB
+    assert told["step"]["embedding_gib"] == 8192 * 128 * 1024 * 2 / GIB
+    assert sum(told["sampling_network_calls"]) == 36_479
+    assert told["memory_gib"]["total"] < 80
+
+
+def test_hours_are_operations_over_assumed_speed():
+    forecast = plan(recipe("ucf101_s"), gpus=8, gpu_memory_gib=80)
+    operations = 40_000 * 768 * forecast.tflop_per_sample.spent
+    for row in forecast.forecasts:
+        seconds = operations / (8 * PEAK_TFLOPS["tf32"] * row.utilisation)
+        assert row.hours == pytest.approx(seconds / 3600)
+        assert row.samples_per_second * row.step_seconds == pytest.approx(768)
+
+
+def test_memory_adds_up_to_the_fuller_of_its_two_moments(t2v_footprint):
+    for gpus in (2, 64):
+        needed = memory(recipe("t2v_64x288x512"), t2v_footprint, gpus)
+        always = needed.weights + needed.gradients + needed.optimizer + needed.ema + needed.reserve
+        backward = (
+            needed.gathered_weights + needed.summed_gradients + needed.activations + needed.batch
+        )
+        assert needed.total == pytest.approx(always + max(backward, needed.optimizer_step))
+
+
+def test_shards_add_up_to_the_model_and_activations_follow_the_micro_batch(t2v_footprint):
+    whole = 4 * sum(t2v_footprint.parameters.values()) / GIB
+    sizes = {gpus: memory(recipe("t2v_64x288x512"), t2v_footprint, gpus) for gpus in (1, 8, 64)}
+    for gpus, needed in sizes.items():
+        assert needed.weights * gpus == pytest.approx(whole)
+        assert needed.optimizer * gpus == pytest.approx(2 * whole)
+        assert needed.summed_gradients == pytest.approx(whole)
+    for size in (1, 2, 8):
+        needed = memory(recipe("t2v_64x288x512", f"micro_batch_size={size}"), t2v_footprint, 8)
+        assert needed.activations / size == pytest.approx(sizes[8].activations / 4)
+
+
+def test_recomputation_trades_operations_for_memory():
+    without, recomputing = (
+        plan(recipe("ucf101_l", f"engine.activation_checkpointing={on}"), gpus=8, gpu_memory_gib=80)
+        for on in ("false", "true")
+    )
+    assert recomputing.memory_gib.activations < 0.4 * without.memory_gib.activations
+    assert recomputing.tflop_per_sample.spent > without.tflop_per_sample.spent
+    assert recomputing.tflop_per_sample.training == without.tflop_per_sample.training
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "gib", "knob"),
+    [
+        ([], 8, 40, r"set engine\.activation_checkpointing=true\.$"),
+        ([], 8, 14, r"set engine\.activation_checkpointing=true and micro_batch_size=\d\.$"),
+        (["engine.kind=single", "model.latent_dim=3072"], 1, 60, r"use \d+ GPUs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_sums_and_a_knob_that_helps(overrides, gpus, gib, knob):
+    config = recipe("ucf101_l", *overrides)
+    with pytest.raises(ConfigError) as caught:
+        plan(config, gpus=gpus, gpu_memory_gib=gib)
+    message = str(caught.value)
+    assert caught.value.exit_code == 78
+    total, terms = re.fullmatch(
+        rf"--gpu-memory-gib: {gib} is wrong because each GPU needs ([\d.]+) GiB \((.*)\); .*",
+        message,
+    ).groups()
+    # Every term is rounded to a tenth, and those below a twentieth are left out.
+    parts = [float(term.split()[0]) for term in terms.split(" + ")]
+    assert sum(parts) == pytest.approx(float(total), abs=0.5)
+    assert re.search(knob, message)
+    more = re.search(r"use (\d+) GPUs", message)
+    changes = re.findall(r"[a-z_.]+=[a-z0-9]+", message.partition(";")[2])
+    changed = recipe("ucf101_l", *overrides, *changes)
+    assert plan(changed, gpus=int(more[1]) if more else gpus, gpu_memory_gib=gib)
+
+
+def test_what_no_number_of_gpus_can_hold_is_said():
+    with pytest.raises(ConfigError, match="no number of GPUs helps"):
+        plan(recipe("ucf101_s"), gpus=8, gpu_memory_gib=2.1)
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused():
+    with pytest.raises(ConfigError, match="global_batch_size: 768 is wrong because 7 ranks"):
+        plan(recipe("ucf101_s"), gpus=7, gpu_memory_gib=80)
+
+
+def test_one_process_does_not_use_two_gpus():
+    with pytest.raises(ConfigError, match=r"engine\.kind: 'single' is wrong because there are 2"):
+        plan(tiny_config(), gpus=2, gpu_memory_gib=80)
+
+
+@pytest.mark.parametrize(("gpus", "gib"), [(0, 80.0), (1, 0.0)])
+def test_no_gpu_is_refused(gpus, gib):
+    with pytest.raises(ConfigError, match="because nothing runs on that"):
+        plan(tiny_config(), gpus=gpus, gpu_memory_gib=gib)
+
+
+def test_the_tables_show_the_numbers_in_80_columns():
+    told = plan(tiny_config(), gpus=1, gpu_memory_gib=8)
+    out = io.StringIO()
+    print_plan(told, Console(file=out, width=80))
+    text = out.getvalue()
+    assert "tiny, GPUs: 1 (single, fp32)" in text
+    assert f"{told.memory_gib.total:,.2f} of 8" in text
+    assert f"{told.forecasts[0].hours:,.1f}" in text
+    assert f"{told.pixel_share:.2%} of the clip" in text
+    assert max(map(len, text.splitlines())) <= 80
