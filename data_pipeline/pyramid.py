@@ -34,8 +34,7 @@ class Pyramid(Strict):
     @model_validator(mode="after")
     def _refuse_impossible_geometry(self) -> "Pyramid":
         for axis, patch, clip in zip(AXES, self.patch_size, self.clip_size, strict=True):
-            growth = _growth(patch, clip, self.levels)
-            if growth is None:
+            if patch * _growth(patch, clip, self.levels) ** (self.levels - 1) != clip:
                 fits = " or ".join(str(patch * g ** (self.levels - 1)) for g in (1, 2))
                 raise ValueError(
                     f"clip_size {clip} ({axis}) does not come from patch_size {patch} by the same "
@@ -46,17 +45,19 @@ class Pyramid(Strict):
     @property
     def growth(self) -> tuple[int, int, int]:
         """Factor by which each axis grows from one level to the next."""
-        pairs = zip(self.patch_size, self.clip_size, strict=True)
-        return tuple(_growth(patch, clip, self.levels) for patch, clip in pairs)
+        (t, h, w), (frames, height, width) = self.patch_size, self.clip_size
+        levels = self.levels
+        return _growth(t, frames, levels), _growth(h, height, levels), _growth(w, width, levels)
 
     def size(self, level: int) -> tuple[int, int, int]:
         """(frames, height, width) of the whole clip at a level."""
-        pairs = zip(self.patch_size, self.growth, strict=True)
-        return tuple(patch * growth**level for patch, growth in pairs)
+        (t, h, w), (by_t, by_h, by_w) = self.patch_size, self.growth
+        return t * by_t**level, h * by_h**level, w * by_w**level
 
     def stride(self, level: int) -> tuple[int, int, int]:
         """Finest-level pixels per pixel of a level, on each axis."""
-        return tuple(growth ** (self.levels - 1 - level) for growth in self.growth)
+        finer, (by_t, by_h, by_w) = self.levels - 1 - level, self.growth
+        return by_t**finer, by_h**finer, by_w**finer
 
 
 def draw_offsets(pyramid: Pyramid, rng: np.random.Generator) -> Offsets:
@@ -121,11 +122,9 @@ def repeat_still(image: UInt8[np.ndarray, "height width 3"], frames: int) -> Cli
     return np.repeat(rearrange(image, "h w c -> 1 h w c"), frames, axis=0)
 
 
-def _growth(patch: int, clip: int, levels: int) -> int | None:
-    if levels == 1:
-        return 1 if clip == patch else None
-    growth = round((clip / patch) ** (1 / (levels - 1)))
-    return growth if growth >= 1 and patch * growth ** (levels - 1) == clip else None
+def _growth(patch: int, clip: int, levels: int) -> int:
+    """The whole factor per level that comes nearest to leading from patch to clip."""
+    return max(round((clip / patch) ** (1 / (levels - 1))), 1) if levels > 1 else 1
 
 
 def _sum32(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

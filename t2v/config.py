@@ -1,6 +1,7 @@
 """A recipe: one complete YAML file, read strictly; its errors name field, value and remedy."""
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -78,11 +79,12 @@ class RunConfig(Strict):
                 f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "
                 f"{self.global_batch_size}; choose a divisor"
             )
-        total = sum(source.weight for source in self.data.sources)
+        weights = [source.weight for source in self.data.sources]
+        total = sum(weights) // math.gcd(*weights)
         if self.global_batch_size % total:
             raise ValueError(
-                f"data.sources: weights sum to {total}, which does not divide global_batch_size "
-                f"{self.global_batch_size}; then a batch cannot hold the exact mixture"
+                f"data.sources: weights {weights} make {total} equal parts, which do not divide "
+                f"global_batch_size {self.global_batch_size}; choose weights whose parts do"
             )
         for width, head, name in (
             (model.token_dim, model.token_head_dim, "token"),

@@ -124,9 +124,9 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "micro_batch_size: 3 does not divide global_batch_size 4; choose a divisor",
         ),
         (
-            "data.sources.0.weight=3",
-            "data.sources: weights sum to 3, which does not divide global_batch_size 4; then a "
-            "batch cannot hold the exact mixture",
+            "data.sources=[{path: a, weight: 2}, {path: b}]",
+            "data.sources: weights [2, 1] make 3 equal parts, which do not divide "
+            "global_batch_size 4; choose weights whose parts do",
         ),
         (
             "model.latent_head_dim=5",

@@ -1,7 +1,7 @@
 """What the network is told besides pixels: noise level, level, frame rate, size, text or class."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,10 @@ from data_pipeline.loader import ClassConditioning, Conditioning, TextConditioni
 from data_pipeline.pyramid import Pyramid
 from t2v.model.layers import INIT_STD, NORM_EPS, scalar_features
 
+if TYPE_CHECKING:
+    from data_pipeline.loader import Batch
+
 FEATURES = 64
-
-
-class ConditionSource(Protocol):
-    """What a batch of the loader carries."""
-
-    fps: Tensor
-    original_size: Tensor
-    text_tokens: Tensor | None
-    text_mask: Tensor | None
-    label: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Condition:
     label: Int[Tensor, " batch"] | None = None
 
     @classmethod
-    def of(cls, batch: ConditionSource, device: torch.device) -> "Condition":
+    def of(cls, batch: "Batch", device: torch.device) -> "Condition":
         """The condition of a loader's batch, on a device."""
         fields = ("fps", "original_size", "text_tokens", "text_mask", "label")
         present = {k: v for k in fields if (v := getattr(batch, k)) is not None}
