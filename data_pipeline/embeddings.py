@@ -36,6 +36,11 @@ class Provenance(Strict):
     compute_dtype: Literal["float32", "bfloat16"]
     caption_normalisation: Literal["single spaces"]
 
+    def same_encoder(self, other: "Provenance") -> bool:
+        """Whether weights and tokenizer are the same, whatever their folder is called."""
+        mine = self.weights_sha256, self.tokenizer_sha256
+        return mine == (other.weights_sha256, other.tokenizer_sha256)
+
 
 class EmbeddingInfo(Strict):
     """What an embedding set's `manifest.json` says."""

@@ -142,6 +142,8 @@ class Loader:
             )
         self.accumulation_steps = global_batch_size // per_pass
         self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
+        embeddings = sources[0].embeddings
+        self.text_encoder = embeddings.info.provenance if embeddings else None
         self.config, self.rank, self.world_size = config, rank, world_size
         has_classes = isinstance(conditioning, ClassConditioning)
         reader = SampleReader(
@@ -295,6 +297,7 @@ def open_sources(
         if isinstance(conditioning, ClassConditioning):
             _refuse_unlabelled(dataset)
         sources.append(OpenSource(dataset, embeddings))
+    _refuse_several_encoders(sources)
     return sources
 
 
@@ -312,6 +315,16 @@ def global_order(
         for source in sources
     ]
     return GlobalOrder(seed, orders, weights)
+
+
+def _refuse_several_encoders(sources: Sequence[OpenSource]) -> None:
+    sets = [source.embeddings for source in sources if source.embeddings]
+    for other in sets[1:]:
+        if not other.info.provenance.same_encoder(sets[0].info.provenance):
+            raise ConfigError(
+                f"{other.folder}: does not fit {sets[0].folder} because another encoder or "
+                "tokenizer made it; embed both datasets with one encoder."
+            )
 
 
 def _refuse_unlabelled(dataset: Dataset) -> None:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from data_pipeline.embed import TextEncoder
+from data_pipeline.embeddings import Provenance
 from data_pipeline.errors import ConfigError
 from data_pipeline.loader import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Clip
@@ -49,7 +50,9 @@ def sample_checkpoint(
     manifest = read_manifest(folder)
     config = with_sampling(parse_config(manifest.config, str(folder)), overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects, condition, null = conditions(config, prompts, labels, encoder, device)
+    subjects, condition, null = conditions(
+        config, prompts, labels, encoder, manifest.text_encoder, device
+    )
     model = build_model(config)
     load_weights(folder, model, weights=config.sampling.weights)
     model.to(device).eval()
@@ -88,6 +91,7 @@ def conditions(
     prompts: list[str],
     labels: list[int],
     encoder: str | None,
+    trained_with: Provenance | None,
     device: torch.device,
 ) -> tuple[list[str] | list[int], Condition, Condition]:
     """(what each clip shows, its condition, the null condition), one row per clip."""
@@ -102,10 +106,10 @@ def conditions(
                 f"of the encoder that made its embeddings '{kind.encoder}'."
             )
         reader = TextEncoder(encoder, max_tokens=kind.max_tokens)
-        if reader.width != kind.width:
+        if trained_with is None or not reader.provenance.same_encoder(trained_with):
             raise ConfigError(
-                f"--encoder: {encoder} is wrong because its width is {reader.width} and the "
-                f"checkpoint's is {kind.width}; give the encoder that made '{kind.encoder}'."
+                f"--encoder: {encoder} is wrong because the checkpoint was trained with another "
+                f"one, {trained_with and trained_with.encoder}; give that."
             )
         text = pad_tokens(reader.encode(subjects), kind, device)
         null_text = pad_tokens(reader.encode([""] * len(subjects)), kind, device)

@@ -56,6 +56,7 @@ def facts(config: RunConfig, step: int) -> dict:
         "engine": "single",
         "config": json.loads(config.model_dump_json()),
         "data_fingerprint": "data",
+        "text_encoder": None,
     }
 
 

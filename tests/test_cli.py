@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.embed import make_tiny_encoder
 from data_pipeline.toy import write_toy
+from data_pipeline.video import decode_clip
 from t2v.cli import main
 from tests.tiny import RECIPE
 
@@ -33,7 +35,7 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def media(tmp_path):
+def few(tmp_path):
     """A few toy videos with captions."""
     write_toy(tmp_path / "media", videos=3, images=1, size=(4, 24, 32))
     return tmp_path / "media" / "videos"
@@ -80,11 +82,11 @@ def test_a_dataset_that_is_not_there_is_missing_input(recipe, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_caption_of_a_missing_clip_is_refused_and_nothing_is_written(media, tmp_path, capsys):
-    with (media / "captions.jsonl").open("a") as captions:
+def test_a_caption_of_a_missing_clip_is_refused_and_nothing_is_written(few, tmp_path, capsys):
+    with (few / "captions.jsonl").open("a") as captions:
         captions.write(json.dumps({"file": "ghost.mp4", "caption": "a ghost"}) + "\n")
     code, error = refusal(
-        capsys, "data", "build", str(media), str(tmp_path / "out"), "--size", "4x24x32"
+        capsys, "data", "build", str(few), str(tmp_path / "out"), "--size", "4x24x32"
     )
     assert code == 66
     assert "ghost.mp4" in error
@@ -100,11 +102,11 @@ def test_an_empty_folder_is_missing_input(tmp_path, capsys):
     assert str(tmp_path / "empty") in error
 
 
-def test_a_truncated_mp4_is_named(media, tmp_path, capsys):
-    clip = media / "000001.mp4"
+def test_a_truncated_mp4_is_named(few, tmp_path, capsys):
+    clip = few / "000001.mp4"
     clip.write_bytes(clip.read_bytes()[:200])
     code, error = refusal(
-        capsys, "data", "build", str(media), str(tmp_path / "out"), "--size", "4x24x32"
+        capsys, "data", "build", str(few), str(tmp_path / "out"), "--size", "4x24x32"
     )
     assert code == 65
     assert "000001.mp4" in error
@@ -112,9 +114,9 @@ def test_a_truncated_mp4_is_named(media, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", ["4x24", "axbxc", "4,24,32"])
-def test_a_size_of_another_form_is_a_usage_error(media, tmp_path, size, capsys):
+def test_a_size_of_another_form_is_a_usage_error(few, tmp_path, size, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["data", "build", str(media), str(tmp_path / "out"), "--size", size])
+        main(["data", "build", str(few), str(tmp_path / "out"), "--size", size])
     assert stop.value.code == 2
     assert "--size" in capsys.readouterr().err
 
@@ -152,3 +154,80 @@ def test_help_starts_without_torch():
     program = "import sys, t2v.cli; t2v.cli.build_parser(); sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def run(datasets, tmp_path_factory) -> Path:
+    """A run of two steps on the shared toy videos, with its encoder beside them."""
+    folder = tmp_path_factory.mktemp("run")
+    content = json.loads(json.dumps(RECIPE)) | {"total_steps": 2, "run_dir": str(folder / "run")}
+    content["pyramid"] = {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]}
+    content["conditioning"] = {"kind": "text", "encoder": "tiny", "width": 8, "max_tokens": 8}
+    content["data"]["sources"] = [{"path": str(datasets / "videos")}]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
+def test_a_prompt_becomes_a_clip_and_the_record_of_how(run, datasets, tmp_path):
+    out = tmp_path / "samples"
+    arguments = ["sample", str(run), "--prompt", "a red circle", "--prompt", "ein grüner Kreis"]
+    arguments += ["--encoder", str(datasets / "encoder"), "--out", str(out), "--seed", "7"]
+    assert main([*arguments, "--set", "guidance_scale=2"]) == 0
+    records = json.loads((out / "samples.json").read_text())
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        ("a red circle", 7),
+        ("ein grüner Kreis", 8),
+    ]
+    assert records[0]["settings"]["guidance_scale"] == 2
+    clips = [decode_clip((out / record["file"]).read_bytes()) for record in records]
+    assert [clip.shape for clip in clips] == [(8, 24, 32, 3)] * 2
+    before = [(out / record["file"]).read_bytes() for record in records]
+    assert main([*arguments, "--set", "guidance_scale=2"]) == 0
+    assert before == [(out / record["file"]).read_bytes() for record in records]
+
+
+def test_sampling_refuses_an_encoder_that_did_not_embed_the_training_set(run, tmp_path, capsys):
+    make_tiny_encoder(tmp_path / "other", ["a red circle"], width=8, seed=1)
+    arguments = ["sample", str(run), "--prompt", "a cat", "--out", str(tmp_path / "out")]
+    code, error = refusal(capsys, *arguments, "--encoder", str(tmp_path / "other"))
+    assert code == 78
+    assert "the checkpoint was trained with another one, encoder; give that." in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--prompt", ""], 78, "prompt 1: 0 characters is wrong"),
+        (["--prompt", "a" * 10_000], 78, "prompt 1: 10000 characters is wrong"),
+        ([], 78, "--prompt: missing"),
+        (["--prompt", "a cat", "--set", "overlap=xyz"], 78, "sampling.overlap: value 'xyz'"),
+        (["--prompt", "a cat", "--set", "nonsense=1"], 78, "sampling.nonsense: unknown field"),
+        (["--prompt", "a cat", "--set", "steps=[1]"], 78, "sampling.steps: [1] has 1 entries"),
+    ],
+)
+def test_sampling_settings_and_prompts_are_checked(
+    run, datasets, tmp_path, more, code, words, capsys
+):
+    arguments = ["sample", str(run), "--encoder", str(datasets / "encoder")]
+    found, error = refusal(capsys, *arguments, "--out", str(tmp_path / "out"), *more)
+    assert (found, "Traceback" in error) == (code, False)
+    assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_training(run, tmp_path, capsys):
+    changes = ["model.token_dim=24", f"run_dir={tmp_path / 'new'}", f"warm_start.checkpoint={run}"]
+    code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
+    assert code == 78
+    assert "does not fit the model because" in error
+    assert "tokenizer.weight" in error
+    assert not list((tmp_path / "new" / "checkpoints").glob("step-*"))
+
+
+def test_embeddings_of_another_width_are_refused(run, tmp_path, capsys):
+    changes = ["conditioning.width=16", f"run_dir={tmp_path / 'new'}"]
+    code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
+    assert code == 78
+    assert "conditioning.width: value 16 is wrong" in error

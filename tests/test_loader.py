@@ -16,6 +16,7 @@ import webdataset
 
 from data_pipeline.build import build, index
 from data_pipeline.dataset import open_dataset
+from data_pipeline.embed import embed, make_tiny_encoder
 from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import ConfigError, DataError, InputMissing, StorageError
 from data_pipeline.loader import (
@@ -338,3 +339,14 @@ def test_closing_ends_stuck_workers_too(mixture):
     loader.close()
     assert not any(worker.is_running() for worker in workers)
     del steps
+
+
+def test_sources_embedded_by_different_encoders_are_refused(datasets, tmp_path):
+    videos, images = tmp_path / "videos", tmp_path / "images"
+    shutil.copytree(datasets / "videos", videos)
+    shutil.copytree(datasets / "images", images)
+    shutil.rmtree(images / "embeddings")
+    make_tiny_encoder(tmp_path / "other", ["a red circle"], width=8, seed=1)
+    embed(images, tmp_path / "other", name="tiny", max_tokens=16)
+    with pytest.raises(ConfigError, match="another encoder or tokenizer made it"):
+        make(config(videos, images))

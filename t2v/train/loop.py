@@ -46,7 +46,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         status = exits.enter_context(owned(run_dir, config, world))
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
         checkpoints = Checkpoints(run_dir, config.checkpoint, world)
-        state = begin(config, world, checkpoints, loader.fingerprint)
+        state = begin(config, world, checkpoints, loader)
         recipe = dump_config(config).encode()
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
         report = Report(run_dir, config, world, status, step=state.step)
@@ -71,7 +71,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
             stop = world.any(preemption.requested(run_dir) or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
                 state.refuse_non_finite()
-                checkpoints.save(state.tensors(), facts(state, config, loader.fingerprint))
+                checkpoints.save(state.tensors(), facts(state, config, loader))
                 report.saved(state.step)
         if state.step == config.total_steps:
             report.end("done")
@@ -83,7 +83,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
 
 
 def begin(
-    config: RunConfig, world: World, checkpoints: Checkpoints, data_fingerprint: str
+    config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loader
 ) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def begin(
     if found is not None:
         folder, manifest = found
         told = config.checkpoint.accept_data_change
-        refuse_other_run(folder, manifest, facts(state, config, data_fingerprint), told=told)
+        refuse_other_run(folder, manifest, facts(state, config, loader), told=told)
         state.restore(folder, manifest)
         if world.is_first:
             print(f"resumed from {folder}", flush=True)
@@ -143,14 +143,15 @@ def refuse_endless_skips(state: TrainState, config: RunConfig) -> None:
         )
 
 
-def facts(state: TrainState, config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any]:
     """What a manifest tells of a run besides its files."""
     return {
         "step": state.step,
         "updates": state.engine.updates,
         "engine": state.engine.name,
         "config": json.loads(config.model_dump_json()),
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": loader.fingerprint,
+        "text_encoder": loader.text_encoder,
     }
 
 

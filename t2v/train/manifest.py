@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from data_pipeline.embeddings import Provenance
 from data_pipeline.errors import StorageError
 from data_pipeline.strict import Strict
 
@@ -37,6 +38,7 @@ class Manifest(Strict):
     world_size: int = Field(ge=1)
     config: dict[str, Any] = Field(description="the resolved recipe")
     data_fingerprint: str
+    text_encoder: Provenance | None = Field(description="what made the captions' embeddings")
     model_signature: str = Field(description="digest of the model's names, shapes and dtypes")
     versions: dict[str, str]
     saved_at: str = Field(description="ISO 8601, UTC")
