@@ -54,6 +54,17 @@ class Media:
     original_fps: float
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What is known of media before it is decoded; sides as shown, 0 fps and seconds: an image."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+
+
 def decode_clip(media: bytes) -> Clip:
     """Every frame of a stored clip."""
     with _open_video(media) as video:
@@ -131,10 +142,16 @@ def reduce_clip(clip: Clip, factors: Size) -> Clip:
 
 
 def read_clip(
-    media: bytes, kind: str, size: Size, *, fps: float | None = None, deadline_seconds: float = 1e9
+    media: bytes,
+    kind: str,
+    size: Size,
+    *,
+    fps: float | None = None,
+    start_seconds: float = 0.0,
+    deadline_seconds: float = 1e9,
 ) -> Media:
-    """Any media as a clip of a size: frames by time at `fps` (none: its own), pixels resized to
-    cover and cropped around the centre. Images come as still clips."""
+    """Any media as a clip of a size: frames by time at `fps` (none: its own) from a start, pixels
+    resized to cover and cropped around the centre. Images come as still clips."""
     if kind == "image":
         with _open_image(media) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -150,13 +167,34 @@ def read_clip(
             raise DataError(f"has {rate:g} frames per second, fewer than {fps:g}")
         aspect = float(stream.sample_aspect_ratio or 1)
         frames, shape = [], (0, 0)
-        chosen = _frames_at(_frames(video, deadline_seconds), rate, fps or rate)
+        source = _frames(video, deadline_seconds, start_seconds)
+        chosen = _frames_at(source, rate, fps or rate)
         for frame, _ in zip(chosen, range(size[0]), strict=False):
             picture, shape = _fitted(frame, size[1:], aspect)
             frames.append(picture)
     if len(frames) < size[0]:
         raise DataError(f"is too short: {len(frames)} of {size[0]} frames")
     return Media(np.stack(frames), fps or rate, *shape, rate)
+
+
+def probe(media: bytes, kind: str) -> Probe:
+    """What media says of itself; a video's first frame is decoded, the rest is taken on trust."""
+    if kind == "image":
+        with _open_image(media) as image:
+            upright = ImageOps.exif_transpose(image)
+        return Probe(1, 0.0, upright.height, upright.width, 0.0)
+    with _open_video(media) as video:
+        stream = video.streams.video[0]
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if stream.duration and stream.time_base:
+            seconds = float(stream.duration * stream.time_base)
+        else:
+            seconds = (video.duration or 0) / av.time_base
+        for frame in _frames(video, float("inf")):
+            shape = (frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1)))
+            height, width = shape[::-1] if frame.rotation // 90 % 2 else shape
+            return Probe(stream.frames or round(seconds * rate), rate, height, width, seconds)
+    raise DataError("holds no frame")
 
 
 def encode_clip(clip: Clip, fps: float) -> bytes:
@@ -224,12 +262,30 @@ def _open_video(media: bytes) -> Iterator[InputContainer]:
         raise DataError(f"cannot be decoded ({getattr(error, 'strerror', error)})") from None
 
 
-def _frames(video: InputContainer, deadline_seconds: float) -> Iterator[av.VideoFrame]:
+def _frames(
+    video: InputContainer, deadline_seconds: float, start_seconds: float = 0.0
+) -> Iterator[av.VideoFrame]:
+    """The frames from a start on; decoders hide damage, so a frame they mended is refused."""
     deadline = time.monotonic() + deadline_seconds
+    begin = _seek(video, start_seconds) if start_seconds else float("-inf")
     for frame in video.decode(video=0):
         if time.monotonic() > deadline:
             raise DataError(f"took more than {deadline_seconds:g} seconds to decode")
+        if frame.time is not None and frame.time < begin:
+            continue
+        if frame.is_corrupt:
+            raise DataError("holds damaged frames")
         yield frame
+
+
+def _seek(video: InputContainer, start_seconds: float) -> float:
+    """Go to the key frame before a start, counted from the first frame; the first time due."""
+    stream = video.streams.video[0]
+    time_base = stream.time_base or Fraction(1, av.time_base)
+    first = (stream.start_time or 0) * time_base
+    video.seek(int((float(first) + start_seconds) / time_base), stream=stream)
+    slack = 0.25 / float(stream.average_rate or stream.guessed_rate or 25)
+    return float(first) + start_seconds - slack
 
 
 def _rgb(frame: av.VideoFrame) -> Picture:
