@@ -1,15 +1,22 @@
-"""Where bytes live: ranged reads and all-or-nothing writes, so that no reader sees half a file."""
+"""Where bytes live, on disk or in S3: ranged reads, and all-or-nothing writes, so that no reader
+sees half a file."""
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
 
+if TYPE_CHECKING:
+    from data_pipeline.cache import Cache
+
 PARTIAL = ".part"
+S3 = "s3://"
 
 
 def join(path: str, *names: str) -> str:
@@ -17,29 +24,42 @@ def join(path: str, *names: str) -> str:
     return "/".join([path.rstrip("/") or "/", *names])
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether a path lies in an object store."""
+    return str(path).startswith(S3)
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or folder at a path."""
+    if is_remote(path):
+        return remote().store.exists(path)
     return _local(path).exists()
 
 
 def list_files(folder: str, suffix: str = "") -> list[str]:
     """Names of the finished files directly in a folder, sorted; none where there is no folder."""
-    root = _local(folder)
-    if not root.is_dir():
-        return []
-    with _storage_errors(folder), os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_file()]
+    if is_remote(folder):
+        names = list(remote().store.list(folder))
+    elif (root := _local(folder)).is_dir():
+        with _storage_errors(folder), os.scandir(root) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    else:
+        names = []
     return sorted(name for name in names if name.endswith(suffix) and not name.endswith(PARTIAL))
 
 
 def read_bytes(path: str) -> bytes:
     """The whole file."""
+    if is_remote(path):
+        return remote().read_all(path)
     with _storage_errors(path):
         return _local(path).read_bytes()
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`; fewer only where the file ends."""
+    if is_remote(path):
+        return remote().read(path, offset, length)
     with _storage_errors(path):
         descriptor = os.open(_local(path), os.O_RDONLY)
         try:
@@ -50,6 +70,8 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 def local_file(path: str) -> Path:
     """A file on this machine with the content of `path`, to map into memory."""
+    if is_remote(path):
+        return remote().file(path)
     return _local(path)
 
 
@@ -62,6 +84,12 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 @contextmanager
 def open_atomic(path: str) -> Iterator[BinaryIO]:
     """A file to write that appears at `path`, whole and on disk, when the block ends well."""
+    if is_remote(path):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            remote().store.write(path, file)
+        remote().forget(path)
+        return
     target = _local(path)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     with _storage_errors(path):
@@ -79,16 +107,33 @@ def open_atomic(path: str) -> Iterator[BinaryIO]:
 
 def remove_partial(folder: str) -> None:
     """Delete what killed writers left in a folder; no writer may be at work there."""
+    if is_remote(folder):
+        return  # an object appears whole or not at all
     root = _local(folder)
     if root.is_dir():
         for path in root.glob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)
 
 
+def remote() -> "Cache":
+    """The object store behind this machine's cache; connections belong to one process."""
+    return _remote(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _remote(_process: int) -> "Cache":
+    from data_pipeline.cache import open_cache
+    from data_pipeline.s3 import ObjectStore
+
+    return open_cache(ObjectStore())
+
+
 def _local(path: str) -> Path:
     scheme, separator, _ = path.partition("://")
     if separator:
-        raise ConfigError(f"{path}: is wrong because {scheme}:// is not served; give a folder.")
+        raise ConfigError(
+            f"{path}: is wrong because {scheme}:// is not served; give a folder or {S3}..."
+        )
     return Path(path)
 
 

@@ -1,0 +1,262 @@
+"""An object store: reads that survive cuts, stalls and throttling; writes that are whole.
+
+boto3's own retries end at the response headers. Here a read goes on from the byte where it broke,
+with If-Match, so that no read ever mixes two versions of an object. Endpoint, region and
+credentials come from the standard AWS environment; without credentials requests are anonymous.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnection
+from urllib3.exceptions import HTTPError
+
+from data_pipeline.errors import InputMissing, StorageError
+
+Result = TypeVar("Result")
+
+CHUNK_BYTES = 256 * 1024
+MISSING = ("404", "NoSuchKey", "NoSuchBucket", "NotFound")
+CHANGED = ("412", "PreconditionFailed")
+THROTTLED = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "429")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How patient a store is."""
+
+    connect_seconds: float = 5.0
+    silence_seconds: float = 5.0  # without a byte
+    deadline_seconds: float = 30.0  # for one read, plus its size at the minimum rate
+    min_bytes_per_second: float = 64 * 1024
+    grace_seconds: float = 5.0  # of a response, before the minimum rate counts
+    attempts: int = 8  # in a row without a new byte
+    backoff_seconds: float = 0.2
+    max_backoff_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Version:
+    """What identifies the content of an object."""
+
+    etag: str
+    size: int
+
+
+class ObjectChanged(Exception):
+    """The object is no longer the version that was asked for."""
+
+
+class ObjectStore:
+    """Objects by `s3://bucket/key`."""
+
+    def __init__(self, limits: Limits = Limits()):
+        self.limits = limits
+        self.retries = 0
+        self._client: Any = None
+
+    def version(self, path: str) -> Version:
+        """Which version of an object there is."""
+        bucket, key = split(path)
+        head = self._call(path, lambda client: client.head_object(Bucket=bucket, Key=key))
+        return Version(head["ETag"], head["ContentLength"])
+
+    def read(
+        self, path: str, version: Version, offset: int = 0, length: int | None = None
+    ) -> bytes:
+        """`length` bytes (none: all) of a version from `offset`; fewer only where it ends."""
+        end = version.size if length is None else min(offset + length, version.size)
+        content = bytearray()
+        if offset < end:
+            for piece in self._pieces(path, version, offset, end):
+                content += piece
+        return bytes(content)
+
+    def download(self, path: str, version: Version, file: BinaryIO) -> None:
+        """Write the whole of a version to a file."""
+        if version.size:
+            for piece in self._pieces(path, version, 0, version.size):
+                file.write(piece)
+
+    def write(self, path: str, file: BinaryIO) -> None:
+        """Put a file's content; readers see the old object or the whole new one."""
+        bucket, key = split(path)
+        transfer = TransferConfig(use_threads=False)
+
+        def put(client: Any) -> None:
+            file.seek(0)
+            client.upload_fileobj(_Unclosed(file), bucket, key, Config=transfer)
+
+        self._call(path, put)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is an object at a path, or any below it."""
+        try:
+            self.version(path)
+        except InputMissing:
+            return bool(self._list(path, MaxKeys=1).get("KeyCount"))
+        return True
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Names of the objects directly in a folder."""
+        page: dict = {"IsTruncated": True}
+        while page["IsTruncated"]:
+            token = page.get("NextContinuationToken")
+            page = self._list(folder, **({"ContinuationToken": token} if token else {}))
+            for entry in page.get("Contents", []):
+                if name := entry["Key"].rpartition("/")[2]:
+                    yield name
+
+    def _list(self, folder: str, **options: Any) -> dict:
+        bucket, key = split(folder)
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        return self._call(
+            folder,
+            lambda client: client.list_objects_v2(
+                Bucket=bucket, Prefix=prefix, Delimiter="/", **options
+            ),
+        )
+
+    def _pieces(self, path: str, version: Version, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, over as many requests as it takes."""
+        bucket, key = split(path)
+        allowed = self.limits.deadline_seconds + (end - start) / self.limits.min_bytes_per_second
+        deadline = time.monotonic() + allowed
+        attempts = _Attempts(self, path, deadline)
+        while start < end:
+            arrived = 0
+            try:
+                response = self._connected().get_object(
+                    Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=version.etag
+                )
+                for piece in self._body(response["Body"], end - start, deadline):
+                    arrived += len(piece)
+                    start += len(piece)
+                    yield piece
+                reason = "the connection was cut"
+            except TimeoutError as error:
+                reason = str(error)
+            except (ClientError, BotoCoreError, HTTPError, OSError) as error:
+                reason = self._reason(path, error, attempts)
+            if start < end:
+                attempts.failed(reason, progress=arrived > 0)
+
+    def _body(self, body: Any, wanted: int, deadline: float) -> Iterator[bytes]:
+        """What a response brings, never more than wanted; TimeoutError where it is too slow."""
+        limits, begin, arrived = self.limits, time.monotonic(), 0
+        try:
+            while arrived < wanted:
+                # Not body.read, which a server that drips bytes would hold for hours.
+                piece = body._raw_stream.read1(min(CHUNK_BYTES, wanted - arrived))
+                if not piece:
+                    return
+                arrived += len(piece)
+                now = time.monotonic()
+                least = (now - begin - limits.grace_seconds) * limits.min_bytes_per_second
+                if arrived < min(least, wanted) or (now > deadline and arrived < wanted):
+                    raise TimeoutError(f"{arrived} bytes came in {now - begin:.0f} seconds")
+                yield piece
+        finally:
+            body.close()
+
+    def _call(self, path: str, request: Callable[[Any], Result]) -> Result:
+        """A request that brings no stream, tried until it is answered."""
+        attempts = _Attempts(self, path, time.monotonic() + self.limits.deadline_seconds)
+        while True:
+            try:
+                return request(self._connected())
+            except (ClientError, BotoCoreError, Boto3Error, HTTPError, OSError) as error:
+                attempts.failed(self._reason(path, error, attempts), progress=False)
+
+    def _reason(self, path: str, error: Exception, attempts: "_Attempts") -> str:
+        """Why a request failed, if trying again can help; else raises what it means.
+
+        Messages of boto3 may quote addresses and headers, so only codes and types are told.
+        """
+        if not isinstance(error, ClientError):
+            if isinstance(error, (HTTPClientError, NoConnection, HTTPError, OSError, Boto3Error)):
+                return type(error).__name__
+            raise StorageError(
+                f"{path}: cannot be reached because of {type(error).__name__}; "
+                "check the AWS settings of this environment."
+            ) from None
+        code = error.response["Error"].get("Code", "")
+        status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+        if code in MISSING or status == 404:
+            raise InputMissing(f"{path}: no such object ({code}); check the path.") from None
+        if code in CHANGED or status == 412:
+            raise ObjectChanged from None
+        if status in (400, 401, 403) and code not in THROTTLED:
+            if attempts.may_renew:
+                attempts.may_renew, self._client = False, None
+                return f"credentials refused ({code})"
+            raise StorageError(
+                f"{path}: access is refused ({code}), also with credentials read anew; "
+                "renew them or ask for the right to this key."
+            ) from None
+        if status >= 500 or status == 429 or code.startswith(THROTTLED):
+            return f"the store answered {code or status}"
+        raise StorageError(f"{path}: the store refused ({code or status}); check it.") from None
+
+    def _connected(self) -> Any:
+        """The client; made anew after credentials were refused."""
+        if self._client is None:
+            session = boto3.session.Session()
+            signing = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+            self._client = session.client(
+                "s3",
+                region_name=session.region_name or "us-east-1",
+                config=Config(
+                    connect_timeout=self.limits.connect_seconds,
+                    read_timeout=self.limits.silence_seconds,
+                    retries={"total_max_attempts": 1},
+                    **signing,
+                ),
+            )
+        return self._client
+
+
+class _Attempts:
+    """When to try again, and when to give up."""
+
+    def __init__(self, store: ObjectStore, path: str, deadline: float):
+        self.store, self.path, self.deadline = store, path, deadline
+        self.may_renew = True
+        self._begin, self._in_a_row = time.monotonic(), 0
+
+    def failed(self, reason: str, *, progress: bool) -> None:
+        """Wait for the next attempt (full jitter); StorageError where there is none left."""
+        limits = self.store.limits
+        self._in_a_row = 1 if progress else self._in_a_row + 1
+        ceiling = limits.backoff_seconds * 2 ** (self._in_a_row - 1)
+        pause = random.uniform(0.0, min(ceiling, limits.max_backoff_seconds))
+        if self._in_a_row >= limits.attempts or time.monotonic() + pause >= self.deadline:
+            raise StorageError(
+                f"{self.path}: cannot be read or written because {reason}, for the "
+                f"{self._in_a_row}. time in {time.monotonic() - self._begin:.0f} seconds; "
+                "check the store and the network."
+            ) from None
+        self.store.retries += 1
+        time.sleep(pause)
+
+
+class _Unclosed:
+    """A file that an upload may read, but not close."""
+
+    def __init__(self, file: BinaryIO):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def split(path: str) -> tuple[str, str]:
+    """Bucket and key."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    return bucket, key
