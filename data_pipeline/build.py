@@ -4,45 +4,56 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from data_pipeline import storage
+from data_pipeline.contact_sheet import NAME as SHEET
+from data_pipeline.contact_sheet import write_contact_sheet
+from data_pipeline.cutting import Cut
 from data_pipeline.dataset import MANIFEST, Dataset, commit_dataset, digest_json, open_dataset
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.listing import Item, Kind, list_media
+from data_pipeline.making import Filters, Made, Members, Target, make_samples, refuse_bad_target
+from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
 from data_pipeline.shards import index_tar, write_index, write_tar
-from data_pipeline.video import Size, encode_clip, encode_image, read_clip
 
 PLAN = "build.json"
 
 
+@dataclass
+class LeftOut:
+    """The files of a collection that are left out, and why: not wanted, or not usable."""
+
+    filtered: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """How many for each kind of reason."""
+        reasons = [*self.filtered.values(), *self.unusable.values()]
+        return dict(sorted(Counter(why.split(":")[0] for why in reasons).items()))
+
+
 @dataclass(frozen=True)
-class Target:
-    """What every sample of a dataset is brought to; no fps: each clip keeps its own."""
+class Budget:
+    """How many unusable files of a collection are accepted."""
 
-    kind: Kind
-    size: Size
-    fps: float | None
+    folder: str
+    total: int
+    max_drop_rate: float
 
-
-class Rejected:
-    """The files of a collection that are left out, and why; refuses to hold too many."""
-
-    def __init__(self, source: str, total: int, max_drop_rate: float):
-        self.source, self.total, self.max_drop_rate = source, total, max_drop_rate
-        self.reasons: dict[str, str] = {}
-
-    def add(self, file: str, why: str) -> None:
-        """Leave out one more."""
-        self.reasons[file] = why
-        if len(self.reasons) <= self.max_drop_rate * self.total:
+    def refuse_excess(self, unusable: dict[str, str]) -> None:
+        """DataError, told by the last file, if there are too many."""
+        count = len(unusable)
+        if count <= self.max_drop_rate * self.total:
             return
-        count = len(self.reasons)
+        file, why = list(unusable.items())[-1]
         more = f" ({count} of {self.total} files so far are unusable)" if count > 1 else ""
         raise DataError(
-            f"{storage.join(self.source, file)}: {why}{more}; repair or remove it and build "
+            f"{storage.join(self.folder, file)}: {why}{more}; repair or remove it and build "
             f"again, or accept more than {self.max_drop_rate:.2%} by --max-drop-rate."
         )
 
@@ -56,36 +67,54 @@ def build(
     width: int,
     fps: float | None = None,
     kind: Kind | None = None,
+    cut: Cut = "none",
+    filters: Filters | None = None,
     shard_samples: int = 1000,
     task: tuple[int, int] = (0, 1),
+    workers: int = 1,
     max_drop_rate: float = 0.01,
     deadline: float = 120.0,
     notes: dict[str, str] | None = None,
 ) -> Dataset | None:
-    """Shard the captioned media of a folder at one clip size.
+    """Shard captioned media at one clip size, `shard_samples` source files to a shard.
 
     What `out` already holds is kept, so a killed build goes on where it stopped, and tasks (number,
     count) may run side by side; the one that completes the shards returns the dataset.
     """
-    source, out = str(source), str(out)
-    _refuse_bad_settings(frames, height, width, fps, shard_samples, task)
-    kind, items = list_media(source, kind)
-    is_video = kind == "video"
-    target = Target(kind, (frames if is_video else 1, height, width), fps if is_video else 0.0)
+    out = str(out)
+    _refuse_bad_counts(fps, shard_samples, task, workers)
+    collection = list_media(source, kind)
+    items, is_video = collection.items, collection.kind == "video"
+    target = Target(
+        collection.kind,
+        (frames if is_video else 1, height, width),
+        fps if is_video else 0.0,
+        cut,
+        filters or Filters(),
+    )
+    refuse_bad_target(target)
     listing = [(item.file, item.caption, item.metadata) for item in items]
-    plan = {"kind": kind, "clip": target.size, "fps": target.fps, "shard_samples": shard_samples}
+    plan = {"kind": target.kind, "clip": target.size, "fps": target.fps, "cut": cut}
+    plan |= {"filters": asdict(target.filters), "shard_samples": shard_samples}
     _claim(out, plan | {"items": digest_json(listing)})
     if storage.exists(storage.join(out, MANIFEST)):
-        return open_dataset(out)
+        return _with_contact_sheet(open_dataset(out))
     folder = storage.join(out, "shards")
     groups = [items[at : at + shard_samples] for at in range(0, len(items), shard_samples)]
     names = [f"{number:06d}" for number in range(len(groups))]
-    mine = range(task[0], len(groups), task[1])
-    rejected = Rejected(source, len(items), max_drop_rate)
+    mine = [n for n in range(task[0], len(groups), task[1]) if not _finished(folder, names[n])]
+    budget = Budget(collection.folder, len(items), max_drop_rate)
     try:
-        for number in progress(mine, f"build {kind} shards", total=len(mine)):
-            if not _finished(folder, names[number]):
-                _build_shard(folder, names[number], groups[number], target, rejected, deadline)
+        make = partial(
+            make_samples, folder=collection.folder, target=target, deadline_seconds=deadline
+        )
+        todo = [item for number in mine for item in groups[number]]
+        made = map_in_order(make, todo, workers)
+        made = progress(made, f"build {target.kind} shards", total=len(todo))
+        unusable: dict[str, str] = {}
+        for number in mine:
+            group = zip(groups[number], islice(made, len(groups[number])), strict=True)
+            _write_shard(folder, names[number], target.kind, group, budget, unusable)
     except BaseException:
         if task[1] == 1 and not storage.list_files(folder, ".idx"):
             shutil.rmtree(out, ignore_errors=True)
@@ -93,20 +122,19 @@ def build(
     if not all(_finished(folder, name) for name in names):
         return None
     storage.remove_partial(folder)
-    rejected = Rejected(source, len(items), max_drop_rate)
-    for name in names:
-        for file, why in _rejections(folder, name).items():
-            rejected.add(file, why)
-    return commit_dataset(
+    left_out = _all_left_out(folder, names)
+    budget.refuse_excess(left_out.unusable)
+    dataset = commit_dataset(
         out,
         names,
-        kind=kind,
+        kind=target.kind,
         folder="shards",
         clip=target.size,
         fps=target.fps,
-        rejected=dict(Counter(why.split(":")[0] for why in rejected.reasons.values())),
+        rejected=left_out.counts(),
         notes=notes or {},
     )
+    return _with_contact_sheet(dataset)
 
 
 def index(
@@ -139,70 +167,45 @@ def index(
     )
 
 
-def _build_shard(
+def _write_shard(
     folder: str,
     name: str,
-    items: Sequence[Item],
-    target: Target,
-    rejected: Rejected,
-    deadline_seconds: float,
+    kind: Kind,
+    group: Iterator[tuple[Item, Made]],
+    budget: Budget,
+    unusable: dict[str, str],
 ) -> None:
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for row, item in enumerate(items):
-            path = storage.join(rejected.source, item.file)
-            try:
-                yield f"{name}{row:06d}", _members(path, item, target, deadline_seconds)
-            except DataError as error:
-                rejected.add(item.file, str(error))
+    """One shard of files and what was made of them; `unusable` counts over the whole task."""
+    left_out = LeftOut()
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        for row, (item, made) in enumerate(group):
+            if made.filtered:
+                left_out.filtered[item.file] = made.filtered
+            if made.unusable:
+                left_out.unusable[item.file] = unusable[item.file] = made.unusable
+                budget.refuse_excess(unusable)
+            for suffix, members in made.samples:
+                yield f"{name}{row:06d}{suffix}", members
 
     write_tar(storage.join(folder, f"{name}.tar"), samples())
-    reasons = {i.file: rejected.reasons[i.file] for i in items if i.file in rejected.reasons}
-    text = json.dumps(reasons, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(asdict(left_out), indent=1, ensure_ascii=False) + "\n"
     storage.write_atomic(storage.join(folder, f"{name}.rejected.json"), text.encode())
-    write_index(folder, name, target.kind)
+    write_index(folder, name, kind)
 
 
-def _members(path: str, item: Item, target: Target, deadline_seconds: float) -> dict[str, bytes]:
-    """The members of one sample: media and json."""
-    media = read_clip(
-        storage.read_bytes(path),
-        target.kind,
-        target.size,
-        fps=target.fps or None,
-        deadline_seconds=deadline_seconds,
-    )
-    frames, height, width = target.size
-    metadata = item.metadata | {
-        "caption": item.caption,
-        "frames": frames,
-        "fps": media.fps,
-        "height": height,
-        "width": width,
-        "original_height": media.original_height,
-        "original_width": media.original_width,
-        "original_fps": media.original_fps,
-        "source": item.file,
-    }
-    text = json.dumps(metadata, ensure_ascii=False).encode()
-    if target.kind == "image":
-        return {"jpg": encode_image(media.clip[0]), "json": text}
-    return {"mp4": encode_clip(media.clip, media.fps), "json": text}
+def _with_contact_sheet(dataset: Dataset) -> Dataset:
+    if not storage.exists(storage.join(dataset.path, SHEET)):
+        write_contact_sheet(dataset)
+    return dataset
 
 
-def _refuse_bad_settings(
-    frames: int, height: int, width: int, fps: float | None, shard_samples: int, task: tuple
+def _refuse_bad_counts(
+    fps: float | None, shard_samples: int, task: tuple[int, int], workers: int
 ) -> None:
-    for name, value in (
-        ("frames", frames), ("height", height), ("width", width), ("shard_samples", shard_samples)
-    ):  # fmt: skip
+    for name, value in (("shard_samples", shard_samples), ("workers", workers)):
         if value < 1:
             raise ConfigError(f"{name}: value {value} is wrong because it is below 1; raise it.")
-    for name, value in (("height", height), ("width", width)):
-        if value % 2:
-            raise ConfigError(
-                f"{name}: value {value} is wrong because H.264 4:2:0 needs even sides; "
-                f"use {value - 1 or 2} or {value + 1}."
-            )
     if fps is not None and fps <= 0:
         raise ConfigError(f"fps: value {fps} is wrong because it is not above 0; raise it.")
     if not 0 <= task[0] < task[1]:
@@ -232,8 +235,13 @@ def _finished(folder: str, name: str) -> bool:
     return storage.exists(storage.join(folder, f"{name}.idx"))
 
 
-def _rejections(folder: str, name: str) -> dict[str, str]:
-    return json.loads(storage.read_bytes(storage.join(folder, f"{name}.rejected.json")))
+def _all_left_out(folder: str, names: Sequence[str]) -> LeftOut:
+    total = LeftOut()
+    for name in names:
+        part = json.loads(storage.read_bytes(storage.join(folder, f"{name}.rejected.json")))
+        total.filtered |= part["filtered"]
+        total.unusable |= part["unusable"]
+    return total
 
 
 def _kind_inside(folder: str, names: Sequence[str]) -> Kind:

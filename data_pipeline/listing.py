@@ -1,72 +1,89 @@
-"""Finding captioned media in a folder: a `captions.jsonl`, or a .txt/.json beside each file."""
+"""Finding captioned media: a folder, or a list in JSON lines, CSV or parquet; local or on S3."""
 
+import csv
+import io
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
+import pyarrow
+from pyarrow import parquet
+
+from data_pipeline import storage
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.shards import SUFFIXES
 
 Kind = Literal["video", "image"]
 CAPTIONS = "captions.jsonl"
+LISTS = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One captioned file of a collection; `file` is its path below the folder."""
+    """One captioned file of a collection; `file` is its path below `Collection.folder`."""
 
     file: str
     caption: str
     metadata: dict = field(default_factory=dict)
 
 
-def list_media(source: str | Path, kind: Kind | None = None) -> tuple[Kind, list[Item]]:
-    """The kind and the captioned files of a collection, all of one kind."""
-    folder = Path(source)
-    if not folder.is_dir():
-        raise InputMissing(f"{folder}: no such folder; give the folder that holds the media.")
-    captions = folder / CAPTIONS
-    items = _from_captions(captions) if captions.is_file() else _from_sidecars(folder)
+@dataclass(frozen=True)
+class Collection:
+    """Captioned files of one kind below one folder."""
+
+    folder: str
+    kind: Kind
+    items: list[Item]
+
+
+def list_media(source: str | Path, kind: Kind | None = None) -> Collection:
+    """The captioned files of a folder or list, all of one kind."""
+    source = str(source)
+    is_list = source.lower().endswith(LISTS)
+    folder = str(source).rpartition("/")[0] or "." if is_list else source
+    if not storage.exists(source):
+        raise InputMissing(
+            f"{source}: no such folder or list; give the folder that holds the media, or a list of "
+            f"them ({', '.join(LISTS)})."
+        )
+    captions = source if is_list else storage.join(source, CAPTIONS)
+    if is_list or storage.exists(captions):
+        items = _from_list(captions, folder)
+    else:
+        items = _from_sidecars(folder)
     kinds = {_kind(item.file) for item in items}
     if kind is None and len(kinds) > 1:
         raise ConfigError(
-            f"{folder}: holds videos and images, which make separate datasets; "
+            f"{source}: holds videos and images, which make separate datasets; "
             "choose one with --kind video or --kind image."
         )
     chosen = kind or ("video" if "video" in kinds else "image")
     items = [item for item in items if _kind(item.file) == chosen]
     if not items:
-        raise InputMissing(f"{folder}: holds no captioned {chosen}; check --kind and the folder.")
-    return chosen, items
+        raise InputMissing(f"{source}: holds no captioned {chosen}; check --kind and the folder.")
+    return Collection(folder, chosen, items)
 
 
-def _from_captions(path: Path) -> list[Item]:
+def _from_list(path: str, folder: str) -> list[Item]:
     items, seen = [], set()
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    names: dict[str, set[str]] = {}
+    for number, entry in _entries(path):
         where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{where}: is wrong because it is no JSON ({error}); correct it."
-            ) from None
-        if not isinstance(entry, dict):
-            raise DataError(
-                f'{where}: is wrong because it is no object; write {{"file", "caption"}}.'
-            )
         file, caption = entry.pop("file", None), entry.pop("caption", None)
         for name, value in (("file", file), ("caption", caption)):
             if not isinstance(value, str):
                 raise DataError(f"{where}: {name}: value {value!r} is wrong because it is no text.")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "://" in file:
             raise DataError(
                 f"{where}: file: value {file!r} is wrong because it leaves the folder; "
                 "give a path below it."
             )
-        if not (path.parent / file).is_file():
+        parent = storage.join(folder, *PurePosixPath(file).parts[:-1])
+        if parent not in names:
+            names[parent] = set(storage.list_files(parent))
+        if PurePosixPath(file).name not in names[parent]:
             raise InputMissing(
                 f"{where}: file: value {file!r} is wrong because there is no such file; "
                 "add the file or remove the line."
@@ -85,35 +102,117 @@ def _from_captions(path: Path) -> list[Item]:
     return items
 
 
-def _from_sidecars(folder: Path) -> list[Item]:
-    items = []
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or not _kind(path.name):
+def _entries(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, fields) of a list's entries."""
+    content = storage.read_bytes(path)
+    match PurePosixPath(path).suffix.lower():
+        case ".csv":
+            yield from _csv_entries(path, content)
+        case ".parquet":
+            yield from _parquet_entries(path, content)
+        case _:
+            yield from _json_entries(path, content)
+
+
+def _json_entries(path: str, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
             continue
-        metadata, text = path.with_suffix(".json"), path.with_suffix(".txt")
+        where = f"{path}: line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: is wrong because it is no JSON ({error}); correct it."
+            ) from None
+        if not isinstance(entry, dict):
+            raise DataError(
+                f'{where}: is wrong because it is no object; write {{"file", "caption"}}.'
+            )
+        yield number, entry
+
+
+def _csv_entries(path: str, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        _refuse_missing_columns(path, reader.fieldnames or [])
+        for entry in reader:
+            if None in entry or None in entry.values():
+                raise DataError(
+                    f"{path}: line {reader.line_num}: is wrong because it has not as many fields "
+                    "as the header; put texts with commas in quotes."
+                )
+            yield reader.line_num, dict(entry)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is no CSV in UTF-8 because {error}; correct it.") from None
+
+
+def _parquet_entries(path: str, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        table = parquet.read_table(io.BytesIO(content))
+        _refuse_missing_columns(path, table.column_names)
+        entries = table.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path}: is no readable parquet because {reason}; correct it.") from None
+    for number, entry in enumerate(entries, 1):
+        yield number, {name: value for name, value in entry.items() if _is_json(value)}
+
+
+def _refuse_missing_columns(path: str, names: Iterable[str]) -> None:
+    for name in ("file", "caption"):
+        if name not in names:
+            raise DataError(
+                f"{path}: column {name!r} is missing; name the columns 'file' and 'caption' "
+                "(any others are kept as metadata)."
+            )
+
+
+def _from_sidecars(folder: str) -> list[Item]:
+    items = []
+    present = _files_below(folder)
+    for file in sorted(present):
+        if not _kind(file):
+            continue
+        path = PurePosixPath(file)
+        metadata, text = path.with_suffix(".json").as_posix(), path.with_suffix(".txt").as_posix()
         entry: dict = {}
-        if metadata.is_file():
+        if metadata in present:
+            where = storage.join(folder, metadata)
             try:
-                entry = json.loads(metadata.read_bytes())
+                entry = json.loads(storage.read_bytes(where))
             except ValueError as error:
-                raise DataError(f"{metadata}: is wrong because it is no JSON ({error}).") from None
+                raise DataError(f"{where}: is wrong because it is no JSON ({error}).") from None
             if not isinstance(entry, dict):
-                raise DataError(f"{metadata}: is wrong because it holds no object.")
+                raise DataError(f"{where}: is wrong because it holds no object.")
         caption = entry.pop("caption", None)
-        if caption is None and text.is_file():
-            caption = text.read_text(encoding="utf-8", errors="replace")
+        if caption is None and text in present:
+            caption = storage.read_bytes(storage.join(folder, text)).decode(errors="replace")
         if not isinstance(caption, str):
             raise InputMissing(
-                f"{path}: has no caption; write {text.name} or {metadata.name} beside it, "
-                f"or a {CAPTIONS} for the folder."
+                f"{storage.join(folder, file)}: has no caption; write {PurePosixPath(text).name} "
+                f"or {PurePosixPath(metadata).name} beside it, or a {CAPTIONS} for the folder."
             )
-        items.append(Item(path.relative_to(folder).as_posix(), caption.strip(), entry))
+        items.append(Item(file, caption.strip(), entry))
     if not items:
         raise InputMissing(f"{folder}: holds no video or image; check the folder.")
     return items
 
 
+def _files_below(folder: str) -> set[str]:
+    """Every file below a folder, by its path from there; of an object store's, those directly in
+    it."""
+    if "://" in folder:
+        return set(storage.list_files(folder))
+    paths = Path(folder).rglob("*")
+    return {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+
+
+def _is_json(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
+
+
 def _kind(file: str) -> Kind | None:
-    suffix = Path(file).suffix.lower().removeprefix(".")
+    suffix = PurePosixPath(file).suffix.lower().removeprefix(".")
     kinds: tuple[Kind, ...] = ("video", "image")
     return next((kind for kind in kinds if suffix in SUFFIXES[kind]), None)

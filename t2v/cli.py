@@ -18,6 +18,17 @@ exit codes:
   73 run locked   74 storage   75 preempted: requeue me   78 recipe or inputs do not fit together
 """
 
+FILTERS = {
+    "min_height": "leave out sources of fewer pixels",
+    "min_width": "leave out sources of fewer pixels",
+    "max_aspect": "leave out sources whose longer side is more times the shorter",
+    "min_frames": "leave out videos of fewer frames",
+    "min_seconds": "leave out shorter videos",
+    "max_seconds": "leave out longer videos",
+    "min_caption_words": "leave out shorter captions",
+    "max_caption_words": "leave out longer captions",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; what a user, a file or the cluster caused ends as one line and an exit code."""
@@ -57,6 +68,7 @@ def data_toy(options: argparse.Namespace) -> None:
 
 def data_build(options: argparse.Namespace) -> None:
     from data_pipeline.build import build
+    from data_pipeline.making import Filters
 
     frames, height, width = options.size
     _say_dataset(
@@ -68,8 +80,11 @@ def data_build(options: argparse.Namespace) -> None:
             width=width,
             fps=options.fps,
             kind=options.kind,
+            cut=options.cut,
+            filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
             shard_samples=options.shard_samples,
             task=options.task,
+            workers=options.workers,
             max_drop_rate=options.max_drop_rate,
             notes=dict(options.note or []),
         )
@@ -176,7 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
                  "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
-    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file")
+    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file; or "
+                      "a .jsonl, .csv or .parquet list with columns file and caption")  # fmt: skip
     verb.add_argument("out", help="dataset folder")
     verb.add_argument(
         "--size",
@@ -187,7 +203,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--fps", type=float, help="frame rate to resample to; none: as it is")
     verb.add_argument("--kind", choices=("video", "image"), help="where a folder holds both")
-    verb.add_argument("--shard-samples", type=int, default=1000)
+    verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
+                      help="long videos into as many clips as fit")  # fmt: skip
+    for name, help in FILTERS.items():
+        kind = float if name.endswith(("seconds", "aspect")) else int
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
+    verb.add_argument("--shard-samples", type=int, default=1000, help="source files per shard")
+    verb.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+                      help="processes that decode and encode")  # fmt: skip
     verb.add_argument("--max-drop-rate", type=float, default=0.01,
                       help="share of unusable files that is accepted")  # fmt: skip
     _add_task(verb)
@@ -295,12 +318,19 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _say_dataset(dataset: "Dataset | None") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     if dataset is None:
         print("this task is done; the dataset is complete when the other tasks are.")
-    else:
-        info = dataset.info
-        print(f"{dataset.path}: {sum(shard.samples for shard in info.shards)} samples in "
-              f"{len(info.shards)} shards.")  # fmt: skip
+        return
+    info = dataset.info
+    print(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards.")
+    if info.rejected:
+        table = Table("left out because", "files")
+        for reason, count in info.rejected.items():
+            table.add_row(reason, str(count))
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""A function over many items in worker processes, results in the items' order."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
+from typing import TypeVar
+
+from data_pipeline.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD = 3  # items under way per worker; bounds the memory of results that wait
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """`map` by so many processes; by this one where `workers` is 1."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) >= AHEAD * workers:
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(item: object, future: "Future[Result]") -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"{item}: a worker process died at it or soon after; look for lack of memory, or find "
+            "the file that kills the decoder with one worker."
+        ) from None
+
+
+def _end_with_parent() -> None:
+    """Workers of a killed parent would wait forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
