@@ -103,11 +103,10 @@ def commit_dataset(
     samples = sum(shard.samples for shard in shards)
     if not samples:
         raise DataError(f"{path}: would hold no sample; see the reasons above and the source.")
-    identity = {"format": FORMAT, "kind": kind, "clip": clip, "fps": fps}
     info = DatasetInfo(
         format=FORMAT,
         kind=kind,
-        fingerprint=digest_json(identity | {"shards": [s.model_dump() for s in shards]}),
+        fingerprint=fingerprint(kind, clip, fps, shards),
         samples=samples,
         clip=clip,
         fps=fps,
@@ -119,6 +118,14 @@ def commit_dataset(
     text = json.dumps(info.model_dump(mode="json"), indent=1) + "\n"
     storage.write_atomic(storage.join(path, MANIFEST), text.encode())
     return Dataset(path, info)
+
+
+def fingerprint(
+    kind: str, clip: Size | None, fps: float | None, shards: Sequence[ShardInfo]
+) -> str:
+    """The digest that identifies a dataset."""
+    identity = {"format": FORMAT, "kind": kind, "clip": clip, "fps": fps}
+    return digest_json(identity | {"shards": [shard.model_dump() for shard in shards]})
 
 
 def shard_infos(folder: str, names: Sequence[str]) -> list[ShardInfo]:

@@ -10,7 +10,7 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 EMBEDDING_SUFFIXES = ("safetensors",)
 SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "embedding": EMBEDDING_SUFFIXES}
 KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits a member's name
+MAX_MEMBER_BYTES = 4 << 30  # a claimed size must not fill the memory
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
 ROW = np.dtype(
@@ -79,19 +80,22 @@ def write_index(folder: str, name: str, kind: str) -> int:
 
 
 def index_tar(path: str, kind: str) -> np.ndarray:
-    """The index rows of a tar of `kind` media."""
-    samples = _samples(path, kind)
-    rows = np.zeros(len(samples), ROW)
-    for row, (key, sample) in zip(rows, samples.items(), strict=True):
-        row["key"], row["caption"] = digest64(key), digest64(sample.caption)
-        for slot, place in sample.places.items():
-            row[slot] = place
-    return rows
+    """The index rows of a tar of `kind` media; DataError at its first fault."""
+    return _rows(_samples(path, kind, _raise))
+
+
+def examine_tar(path: str, kind: str) -> "Contents":
+    """What a tar holds whole, and every fault found on the way."""
+    faults: list[str] = []
+    samples = _samples(path, kind, lambda error: faults.append(str(error)))
+    return Contents(
+        _rows(samples), list(samples), [sample.suffixes for sample in samples.values()], faults
+    )
 
 
 def list_captions(path: str, kind: str) -> list[tuple[str, str]]:
     """(key, caption) of a tar's samples, row by row."""
-    return [(key, sample.caption) for key, sample in _samples(path, kind).items()]
+    return [(key, sample.caption) for key, sample in _samples(path, kind, _raise).items()]
 
 
 def json_caption(metadata: dict) -> str:
@@ -157,11 +161,22 @@ def read_record(folder: str, name: str, row: np.void) -> Record:
     return Record(read_member(path, row["media"]), metadata, caption)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """A tar as it was found, whatever its index says."""
+
+    rows: np.ndarray
+    keys: list[str]
+    suffixes: list[dict[str, str]]  # of each row's members, by their place in the row
+    faults: list[str]
+
+
 @dataclass
 class _Sample:
     """What a scan of a tar knows of one key."""
 
     places: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    suffixes: dict[str, str] = field(default_factory=dict)
     json_caption: str = ""
     txt_caption: str = ""
 
@@ -170,40 +185,84 @@ class _Sample:
         return self.json_caption or self.txt_caption
 
 
-def _samples(path: str, kind: str) -> dict[str, _Sample]:
+@dataclass(frozen=True)
+class _Member:
+    """A member that is of use, and which part of an index row it fills."""
+
+    key: str
+    suffix: str
+    slot: str
+    offset: int
+    content: bytes
+
+
+Refuse = Callable[[DataError], None]
+
+
+def _raise(error: DataError) -> None:
+    raise error
+
+
+def _rows(samples: dict[str, _Sample]) -> np.ndarray:
+    rows = np.zeros(len(samples), ROW)
+    for row, (key, sample) in zip(rows, samples.items(), strict=True):
+        row["key"], row["caption"] = digest64(key), digest64(sample.caption)
+        for slot, place in sample.places.items():
+            row[slot] = place
+    return rows
+
+
+def _samples(path: str, kind: str, refuse: Refuse) -> dict[str, _Sample]:
     """The samples of a tar, in the order in which their keys first appear.
 
     Keys without media and members of other types are passed over; what could harm a reader
-    (links, devices, paths that leave the folder, a key twice, a cut end) is refused.
+    (links, devices, paths that leave the folder, a key twice, a cut end) is refused. If `refuse`
+    returns, samples with a fault are left out, and at a cut the last one, which may be partial.
     """
     samples: dict[str, _Sample] = {}
-    for key, slot, offset, content in _scan(path, kind):
-        sample = samples.setdefault(key, _Sample())
-        if slot in sample.places:
-            raise DataError(f"{path}: holds {slot} of '{key}' twice; write it again.")
-        sample.places[slot] = (offset, len(content), zlib.crc32(content))
-        if slot == "json":
-            sample.json_caption = json_caption(parse_metadata(path, key, content))
-        elif slot == "txt":
-            sample.txt_caption = txt_caption(content)
-    return {key: sample for key, sample in samples.items() if "media" in sample.places}
+    bad: set[str] = set()
+    key = ""
+    try:
+        for member in _scan(path, kind, refuse):
+            key, slot, content = member.key, member.slot, member.content
+            sample = samples.setdefault(key, _Sample())
+            try:
+                if slot in sample.places:
+                    raise DataError(f"{path}: holds {slot} of '{key}' twice; write it again.")
+                if slot == "json":
+                    sample.json_caption = json_caption(parse_metadata(path, key, content))
+                elif slot == "txt":
+                    sample.txt_caption = txt_caption(content)
+            except DataError as error:
+                refuse(error)
+                bad.add(key)
+            sample.places[slot] = (member.offset, len(content), zlib.crc32(content))
+            sample.suffixes[slot] = member.suffix
+    except DataError as error:
+        refuse(error)
+        bad.add(key)
+    return {key: s for key, s in samples.items() if "media" in s.places and key not in bad}
 
 
-def _scan(path: str, kind: str) -> Iterator[tuple[str, str, int, bytes]]:
-    """(key, what of the index row it fills, offset, content) of each member that is of use."""
+def _scan(path: str, kind: str, refuse: Refuse) -> Iterator[_Member]:
+    """Each member that is of use; DataError where nothing after it can be read."""
     with (
         _tar_errors(path),
         storage.local_file(path).open("rb") as stream,
         tarfile.open(fileobj=stream, mode="r:") as tar,
     ):
         for member in tar:
-            key, slot = _slot(path, member, kind)
+            try:
+                key, slot, suffix = _slot(path, member, kind)
+            except DataError as error:
+                refuse(error)
+                continue
             if slot:
                 stream.seek(member.offset_data)
                 content = stream.read(member.size)
                 if len(content) != member.size:
                     raise DataError(f"{path}: ends inside '{member.name}'; fetch it again.")
-                yield key, slot, member.offset_data, content
+                yield _Member(key, suffix, slot, member.offset_data, content)
         stream.seek(tar.offset)
         if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise DataError(
@@ -222,19 +281,24 @@ def _tar_errors(path: str) -> Iterator[None]:
         raise DataError(f"{path}: is no readable tar because {error}; fetch it again.") from None
 
 
-def _slot(path: str, member: tarfile.TarInfo, kind: str) -> tuple[str, str]:
-    """(key, what of the index row the member fills); nothing for members that are passed over."""
+def _slot(path: str, member: tarfile.TarInfo, kind: str) -> tuple[str, str, str]:
+    """(key, what of the index row the member fills, suffix); nothing for what is passed over."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name:
         raise DataError(f"{path}: member '{member.name}' leaves the folder; do not use this tar.")
     if member.isdir():
-        return "", ""
+        return "", "", ""
     if not member.isreg() or member.issparse():
         raise DataError(f"{path}: member '{member.name}' is no plain file; do not use this tar.")
+    if member.size > MAX_MEMBER_BYTES:
+        raise DataError(
+            f"{path}: member '{member.name}' is wrong because its {member.size} bytes are more "
+            f"than {MAX_MEMBER_BYTES}; cut it up."
+        )
     match = KEY.match(member.name)
     if not match:
-        return "", ""
+        return "", "", ""
     key, suffix = match.group(1), match.group(2).lower()
     if suffix in SUFFIXES[kind]:
-        return key, "media"
-    return key, suffix if suffix in ("json", "txt") else ""
+        return key, "media", suffix
+    return (key, suffix, suffix) if suffix in ("json", "txt") else ("", "", "")
