@@ -129,7 +129,8 @@ def fingerprint(
 
 
 def shard_infos(folder: str, names: Sequence[str]) -> list[ShardInfo]:
-    """Names, counts and digests of finished shards."""
+    """Names, counts and digests of finished shards, as they are on the disk now."""
+    cached_index.cache_clear()
     return [
         ShardInfo(
             name=name,

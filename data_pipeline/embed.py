@@ -27,6 +27,7 @@ from data_pipeline.dataset import (
 from data_pipeline.embeddings import (
     MANIFEST,
     NULL,
+    PROVENANCE,
     TENSOR,
     EmbeddingInfo,
     EmbeddingSet,
@@ -37,7 +38,6 @@ from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.progress import progress
 from data_pipeline.shards import list_captions, open_index, write_index, write_tar
 
-PROVENANCE = "provenance.json"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 BUCKET_TOKENS = 16

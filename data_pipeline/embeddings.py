@@ -18,6 +18,7 @@ from data_pipeline.shards import read_member
 from data_pipeline.strict import Strict
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
 NULL = "null.safetensors"
 TENSOR = "tokens"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import Dataset
@@ -95,6 +95,22 @@ def data_index(options: argparse.Namespace) -> None:
     from data_pipeline.build import index
 
     _say_dataset(index(options.dataset, kind=options.kind, notes=dict(options.note or [])))
+
+
+def data_verify(options: argparse.Namespace) -> int:
+    from data_pipeline.dataset import open_dataset
+    from data_pipeline.verify import repair, verify
+
+    faults = verify(options.dataset, decode=not options.no_decode, workers=options.workers)
+    for fault in faults:
+        print(fault)
+    if faults and options.repair:
+        _say_dataset(repair(options.dataset, faults))
+        print("embed the dataset again: only what is missing or changed is encoded.")
+        return 0
+    samples = open_dataset(options.dataset).info.samples
+    print(f"{options.dataset}: {samples} samples, {len(faults)} faults.")
+    return DataError.exit_code if faults else 0
 
 
 def data_embed(options: argparse.Namespace) -> None:
@@ -209,8 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
         kind = float if name.endswith(("seconds", "aspect")) else int
         verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
     verb.add_argument("--shard-samples", type=int, default=1000, help="source files per shard")
-    verb.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                      help="processes that decode and encode")  # fmt: skip
+    _add_workers(verb)
     verb.add_argument("--max-drop-rate", type=float, default=0.01,
                       help="share of unusable files that is accepted")  # fmt: skip
     _add_task(verb)
@@ -221,6 +236,14 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
     verb.add_argument("--kind", choices=("video", "image"))
     _add_notes(verb)
+
+    verb = _verb(data_verbs, "verify", data_verify, "find every fault of a dataset, and mend it",
+                 "t2v data verify data/videos --repair")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--repair", action="store_true",
+                      help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
+    verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
+    _add_workers(verb)
 
     verb = _verb(data_verbs, "embed", data_embed, "cache a text encoder's output for all captions",
                  "t2v data embed data/videos --encoder google-t5/t5-11b --name t5-11b")  # fmt: skip
@@ -290,6 +313,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=_task, default=(0, 1), metavar="I/N",
                         help="this job's part of N, counted from 0, for job arrays")  # fmt: skip
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+                        help="processes; as many as there are cores")  # fmt: skip
 
 
 def _add_notes(parser: argparse.ArgumentParser) -> None:
