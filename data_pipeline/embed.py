@@ -1,12 +1,17 @@
 """Making caption embeddings: a T5 encoder's output, cached beside a dataset, row for row."""
 
 import io
+import shutil
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import cast
+from tempfile import mkdtemp
+from typing import Any, cast
 
 import numpy as np
+import psutil
 import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
@@ -34,40 +39,64 @@ from data_pipeline.embeddings import (
     Provenance,
     open_embeddings,
 )
-from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
 from data_pipeline.progress import progress
-from data_pipeline.shards import list_captions, open_index, write_index, write_tar
+from data_pipeline.shards import (
+    digest64,
+    list_captions,
+    open_index,
+    read_member,
+    write_index,
+    write_tar,
+)
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
 BUCKET_TOKENS = 16
 CAPTIONS_PER_BATCH = 32
+RECENT_BYTES = 256 << 20
 
 
 class TextEncoder:
     """A T5 encoder and its tokenizer, from a local folder or a hub id.
 
     A caption's embedding does not depend on its neighbours: batches have one fixed number of rows,
-    and a row's padded length follows from its own length.
+    and a row's padded length follows from its own length. An encoder too large for the GPU, or for
+    `memory_gib` of main memory, is spread by accelerate over GPUs, main memory and disk.
     """
 
-    def __init__(self, encoder: str | Path, *, max_tokens: int, device: str | None = None):
+    def __init__(
+        self,
+        encoder: str | Path,
+        *,
+        max_tokens: int,
+        device: str | None = None,
+        memory_gib: float | None = None,
+    ):
         self.max_tokens = max_tokens
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        offloaded = mkdtemp(prefix="t2v-encoder-")
+        weakref.finalize(self, shutil.rmtree, offloaded, ignore_errors=True)
+        self._recent: dict[str, Tensor] = {}
         disable_progress_bar()
         folder = fetch_encoder(str(encoder))
         is_local = Path(encoder).is_dir()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = T5EncoderModel.from_pretrained(folder, dtype=self.dtype)
+            model = T5EncoderModel.from_pretrained(
+                folder,
+                dtype=self.dtype,
+                offload_folder=offloaded,
+                **_placement(self.device, memory_gib),
+            )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."
             ) from None
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
-        self.model = cast(torch.nn.Module, model).eval().to(self.device)
+        self.model = cast(torch.nn.Module, model).eval()
         self.width = int(model.config.d_model)
         self.provenance = Provenance(
             encoder=Path(encoder).resolve().name if is_local else str(encoder),
@@ -89,12 +118,24 @@ class TextEncoder:
             ]
             for caption in distinct
         }
-        embeddings: dict[str, Tensor] = {}
-        for group in _batches(tokens):
+        embeddings = {
+            caption: self._recent[caption] for caption in distinct if caption in self._recent
+        }
+        for group in _batches({c: ids for c, ids in tokens.items() if c not in embeddings}):
             rows = [tokens[caption] for caption in group]
             for caption, embedding in zip(group, self._encode_batch(rows), strict=True):
                 embeddings[caption] = embedding
+        self._remember(embeddings)
         return [embeddings[normalise(caption)] for caption in captions]
+
+    def _remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the latest, so that captions which many shards share are encoded once."""
+        self._recent |= embeddings
+        excess = sum(e.nbytes for e in self._recent.values()) - RECENT_BYTES
+        for caption in list(self._recent):
+            if excess <= 0:
+                return
+            excess -= self._recent.pop(caption).nbytes
 
     @torch.inference_mode()
     def _encode_batch(self, rows: list[list[int]]) -> list[Tensor]:
@@ -118,11 +159,13 @@ def embed(
     max_tokens: int = 128,
     task: tuple[int, int] = (0, 1),
     device: str | None = None,
+    memory_gib: float | None = None,
 ) -> EmbeddingSet | None:
     """Write `embeddings/<name>` of a dataset; the set is returned once every shard is there.
 
     Shards already embedded by the same encoder are kept, so it can be killed and started again,
-    and tasks (number, count) may run side by side.
+    and tasks (number, count) may run side by side. Of shards that changed, only captions that are
+    new are encoded.
     """
     data = open_dataset(dataset)
     if not name or "/" in name or name.startswith("."):
@@ -130,7 +173,7 @@ def embed(
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
     folder = storage.join(data.path, "embeddings", name)
-    reader = TextEncoder(encoder, max_tokens=max_tokens, device=device)
+    reader = TextEncoder(encoder, max_tokens=max_tokens, device=device, memory_gib=memory_gib)
     _claim(folder, reader)
     names = [shard.name for shard in data.info.shards]
     mine = range(task[0], len(names), task[1])
@@ -244,16 +287,46 @@ def _finished(data: Dataset, shard: int, folder: str) -> bool:
 def _write_shard(data: Dataset, shard: int, folder: str, reader: TextEncoder) -> None:
     name = data.info.shards[shard].name
     captions = list_captions(storage.join(data.shard_folder, f"{name}.tar"), data.info.kind)
-    embeddings = reader.encode([caption for _, caption in captions])
+    known = _known(folder, name, {digest64(caption) for _, caption in captions})
+    new = [caption for _, caption in captions if digest64(caption) not in known]
+    for caption, embedding in zip(new, reader.encode(new), strict=True):
+        known[digest64(caption)] = save({TENSOR: embedding})
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for (key, caption), embedding in zip(captions, embeddings, strict=True):
-            yield key, {"safetensors": save({TENSOR: embedding}), "txt": caption.encode()}
+        for key, caption in captions:
+            yield key, {"safetensors": known[digest64(caption)], "txt": caption.encode()}
 
     write_tar(storage.join(folder, f"{name}.tar"), samples())
     write_index(folder, name, "embedding")
     if not _finished(data, shard, folder):
         raise DataError(f"{data.path}: shard {name} is not what its index says; index it again.")
+
+
+def _known(folder: str, name: str, captions: set[int]) -> dict[int, bytes]:
+    """What an earlier version of an embedding shard has of captions, by their digests."""
+    known = {}
+    try:
+        rows = open_index(folder, name)
+    except UserError:
+        return known
+    for row in rows:
+        if int(row["caption"]) in captions:
+            with suppress(UserError):  # damaged or half replaced: it is encoded again
+                content = read_member(storage.join(folder, f"{name}.tar"), row["media"])
+                known[int(row["caption"])] = content
+    return known
+
+
+def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]:
+    """Where `from_pretrained` puts the weights."""
+    budget = {} if memory_gib is None else {"cpu": int(memory_gib * 2**30)}
+    if device.type == "cuda":
+        if device.index is None:
+            return {"device_map": "auto", **({"max_memory": budget} if budget else {})}
+        free, _ = torch.cuda.mem_get_info(device)
+        budget.setdefault("cpu", psutil.virtual_memory().available)
+        return {"device_map": "auto", "max_memory": {device.index: int(0.9 * free), **budget}}
+    return {"device_map": "auto", "max_memory": budget} if budget else {"device_map": str(device)}
 
 
 def _batches(tokens: dict[str, list[int]]) -> Iterator[list[str]]:

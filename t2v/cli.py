@@ -114,17 +114,49 @@ def data_verify(options: argparse.Namespace) -> int:
 
 
 def data_embed(options: argparse.Namespace) -> None:
-    from data_pipeline.embed import embed
+    from data_pipeline.embed import TextEncoder, embed
+    from data_pipeline.embed_audit import check, estimate
 
+    if options.estimate or options.check:
+        reader = TextEncoder(
+            options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
+        )
+        if options.estimate:
+            print(estimate(options.dataset, reader))
+        if options.check:
+            same = check(options.dataset, reader, name=options.name, count=options.check)
+            print(f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal.")
+        return
     done = embed(
         options.dataset,
         options.encoder,
         name=options.name,
         max_tokens=options.max_tokens,
         task=options.task,
+        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
+        memory_gib=options.memory_gib,
     )
     state = "complete" if done else "this task is done; others are not"
     print(f"{options.dataset}/embeddings/{options.name}: {state}.")
+
+
+def data_order(options: argparse.Namespace) -> None:
+    from data_pipeline.audit import planned_samples
+    from t2v.config import load_config
+
+    config = load_config(options.config, options.set or [])
+    samples = planned_samples(
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        step=options.step,
+        count=options.count,
+    )
+    if options.json:
+        print(json.dumps(list(samples)))
+        return
+    for sample in samples:
+        print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -251,7 +283,20 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
     verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
     verb.add_argument("--max-tokens", type=int, default=128)
+    verb.add_argument("--memory-gib", type=float,
+                      help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
+    verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
+    verb.add_argument("--check", type=int, metavar="K",
+                      help="only encode K random captions again and compare")  # fmt: skip
     _add_task(verb)
+
+    verb = _verb(data_verbs, "order", data_order, "which samples form a batch",
+                 "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
+    verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
+    verb.add_argument("--set", action="append", metavar="dotted.key=value")
+    verb.add_argument("--step", type=_natural, required=True, help="counted from 0")
+    verb.add_argument("--count", type=_natural, default=1, help="how many steps")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
     verb = _verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                  "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
@@ -311,8 +356,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", type=_task, default=(0, 1), metavar="I/N",
-                        help="this job's part of N, counted from 0, for job arrays")  # fmt: skip
+    launched = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--task", type=_task, default=launched, metavar="I/N",
+                        help="this job's part of N, counted from 0, for job arrays; under torchrun "
+                        "each process is a task")  # fmt: skip
+
+
+def _launched_on_gpus() -> bool:
+    import torch
+
+    return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +386,13 @@ def _add_notes(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[int, int, int]:
     frames, height, width = (int(part) for part in text.split("x"))
     return frames, height, width
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _task(text: str) -> tuple[int, int]:
