@@ -1,11 +1,13 @@
 """Batches of patches, text embeddings and metadata, in an order no failure disturbs."""
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Annotated, Any, Literal
@@ -193,7 +195,7 @@ class Loader:
             num_workers=self.config.num_workers,
             prefetch_factor=self.config.prefetch_batches,
             timeout=POLL_SECONDS,
-            worker_init_fn=_block_signals,
+            worker_init_fn=partial(_begin_worker, dict(os.environ)),
             multiprocessing_context=_worker_context(),
         )
         others = set(multiprocessing.active_children())
@@ -374,8 +376,12 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _block_signals(_worker: int) -> None:
-    """Stopping is the run's decision: a worker that died of a signal would turn it into a crash."""
+def _begin_worker(environment: dict[str, str], _worker: int) -> None:
+    """Workers have the environment of now, not of when their server process started.
+
+    Stopping is the run's decision: a worker that died of a signal would turn it into a crash.
+    """
+    os.environ.update(environment)
     signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
 
 

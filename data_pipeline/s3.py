@@ -255,6 +255,9 @@ class _Unclosed:
     def __init__(self, file: BinaryIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
+    def close(self) -> None:
+        """Leave it open: the next attempt reads it again."""
+
 
 def split(path: str) -> tuple[str, str]:
     """Bucket and key."""

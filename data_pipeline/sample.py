@@ -64,18 +64,13 @@ class SampleReader:
             try:
                 return self._read(n, place), bad
             except DataError as error:
-                bad.append({"n": n, "id": self.id(place), "reason": str(error)})
+                bad.append({"n": n, "id": sample_id(self.sources, place), "reason": str(error)})
                 place = self.order.replacement(n, attempt)
         raise DataError(
             f"{self.sources[place.source].dataset.path}: sample {n} and {MAX_ATTEMPTS - 1} that "
             f"could replace it are unusable, the last because {bad[-1]['reason']}; "
             "verify the dataset."
         )
-
-    def id(self, place: Place) -> str:
-        """source/shard/row: the source by its number in the recipe."""
-        shard = self.sources[place.source].dataset.info.shards[place.shard].name
-        return f"{place.source}/{shard}/{place.row}"
 
     def _read(self, n: int, place: Place) -> Sample:
         source, seed = self.sources[place.source], self.order.seed
@@ -90,7 +85,9 @@ class SampleReader:
             text = tokens.view(torch.uint16).numpy()
         if self.num_classes is not None:
             label = self.num_classes if dropped else _label(record.metadata, self.num_classes)
-        return Sample(n, self.id(place), patches, offsets, fps, original_size, text, label)
+        return Sample(
+            n, sample_id(self.sources, place), patches, offsets, fps, original_size, text, label
+        )
 
     def _patches(
         self, dataset: Dataset, record: Record, offsets: Offsets
@@ -114,6 +111,12 @@ class SampleReader:
         fps = _number(metadata, "fps") / reduction(info.clip, pyramid.clip_size, info.kind)[0]
         size = _number(metadata, "original_height"), _number(metadata, "original_width")
         return patches, fps, size
+
+
+def sample_id(sources: Sequence[Source], place: Place) -> str:
+    """source/shard/row: the source by its number in the recipe."""
+    shard = sources[place.source].dataset.info.shards[place.shard].name
+    return f"{place.source}/{shard}/{place.row}"
 
 
 def _label(metadata: dict, num_classes: int) -> int:

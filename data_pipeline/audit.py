@@ -1,0 +1,30 @@
+"""Which samples form a batch: the plan of any steps, without reading a sample."""
+
+from collections.abc import Iterator
+
+from data_pipeline.dataset import open_dataset
+from data_pipeline.loader import DataConfig, global_order
+from data_pipeline.sample import Source, sample_id
+
+
+def planned_samples(
+    config: DataConfig, *, seed: int, global_batch_size: int, step: int, count: int = 1
+) -> Iterator[dict]:
+    """The samples of `count` steps from `step`, as the global order has them.
+
+    Which of them could not be used, and were replaced, is in the run's `quarantine.jsonl`.
+    """
+    sources = [Source(open_dataset(source.path), None) for source in config.sources]
+    weights = [source.weight for source in config.sources]
+    order = global_order(sources, weights, seed=seed, block_shards=config.block_shards)
+    for n in range(step * global_batch_size, (step + count) * global_batch_size):
+        place = order.place(n)
+        dataset = sources[place.source].dataset
+        yield {
+            "step": n // global_batch_size,
+            "n": n,
+            "id": sample_id(sources, place),
+            "dataset": dataset.path,
+            "shard": dataset.info.shards[place.shard].name,
+            "row": place.row,
+        }
