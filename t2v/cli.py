@@ -113,6 +113,21 @@ def data_verify(options: argparse.Namespace) -> int:
     return DataError.exit_code if faults else 0
 
 
+def data_stats(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from data_pipeline.stats import measure, write_page
+
+    stats = measure(options.dataset, count=options.samples)
+    table = Table(show_header=False)
+    for name, value in stats.rows():
+        table.add_row(escape(name), escape(value))
+    Console().print(table)
+    print(f"{write_page(stats, options.out)}: written.")
+
+
 def data_embed(options: argparse.Namespace) -> None:
     from data_pipeline.embed import TextEncoder, embed
     from data_pipeline.embed_audit import check, estimate
@@ -277,6 +292,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
     _add_workers(verb)
 
+    verb = _verb(data_verbs, "stats", data_stats, "what a dataset holds, as a table and a page",
+                 "t2v data stats data/videos --out videos.html")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--samples", type=int, default=10_000, help="random samples to read")
+    verb.add_argument("--out", help="the page; by default stats.html in the dataset")
+
     verb = _verb(data_verbs, "embed", data_embed, "cache a text encoder's output for all captions",
                  "t2v data embed data/videos --encoder google-t5/t5-11b --name t5-11b")  # fmt: skip
     verb.add_argument("dataset")
@@ -407,6 +428,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _say_dataset(dataset: "Dataset | None") -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if dataset is None:
@@ -417,7 +439,7 @@ def _say_dataset(dataset: "Dataset | None") -> None:
     if info.rejected:
         table = Table("left out because", "files")
         for reason, count in info.rejected.items():
-            table.add_row(reason, str(count))
+            table.add_row(escape(reason), str(count))
         Console().print(table)
 
 
