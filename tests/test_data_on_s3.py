@@ -1,0 +1,79 @@
+"""The data commands on an object store: the same datasets as on a disk."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from data_pipeline import storage
+from data_pipeline.build import build, index
+from data_pipeline.dataset import open_dataset
+from data_pipeline.embed import embed
+from data_pipeline.embeddings import open_embeddings
+from data_pipeline.stats import measure
+from data_pipeline.verify import check_embeddings, repair, verify
+
+SIZE = {"frames": 8, "height": 24, "width": 32}
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Iterator[str]:
+    """An empty bucket of a real server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("T2V_CACHE", str(tmp_path / "cache"))
+    storage._remote.cache_clear()
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    storage._remote.cache_clear()
+    server.stop()
+
+
+def upload(folder: Path, to: str) -> str:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write_atomic(f"{to}/{path.relative_to(folder)}", path.read_bytes())
+    return to
+
+
+def test_a_dataset_built_from_and_on_a_store_is_the_one_on_disk(media, datasets, bucket):
+    source = upload(media / "videos", f"{bucket}/media/videos")
+    out = f"{bucket}/data/videos"
+    assert build(source, out, **SIZE, shard_samples=6, task=(1, 2)) is None
+    dataset = build(source, out, **SIZE, shard_samples=6, task=(0, 2))
+    assert dataset.info == open_dataset(datasets / "videos").info
+    for path in sorted((datasets / "videos" / "shards").iterdir()):
+        assert storage.read_bytes(f"{out}/shards/{path.name}") == path.read_bytes()
+    embed(out, datasets / "encoder", name="tiny", max_tokens=16)
+    ours = open_embeddings(dataset, "tiny")
+    theirs = open_embeddings(open_dataset(datasets / "videos"), "tiny")
+    assert ours.info == theirs.info
+    assert torch.equal(ours.read(2, 3), theirs.read(2, 3))
+    assert verify(out) == []
+    assert check_embeddings(dataset, "tiny") == []
+    assert measure(out).hours == measure(datasets / "videos").hours
+
+
+def test_foreign_shards_on_a_store_are_indexed_verified_and_mended(
+    media, datasets, bucket, tmp_path
+):
+    own = tmp_path / "own"
+    own.mkdir()
+    for shard in range(2):
+        shutil.copy(datasets / "videos" / "shards" / f"{shard:06d}.tar", own)
+    path = upload(own, f"{bucket}/foreign")
+    assert index(path).info.fingerprint == index(own).info.fingerprint
+    tar = storage.read_bytes(f"{path}/000001.tar")
+    storage.write_atomic(f"{path}/000001.tar", tar[: len(tar) // 2])
+    faults = verify(path)
+    assert any("whole samples, but should hold 6" in str(fault) for fault in faults)
+    assert 6 < repair(path, faults).info.samples < 12
+    assert verify(path) == []
