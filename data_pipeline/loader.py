@@ -27,6 +27,7 @@ from data_pipeline.order import GlobalOrder, SourceOrder
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.sample import Sample, SampleReader
 from data_pipeline.sample import Source as OpenSource
+from data_pipeline.stages import stage
 from data_pipeline.strict import Share, Strict
 from data_pipeline.video import reduction
 
@@ -144,6 +145,7 @@ class Loader:
             )
         self.accumulation_steps = global_batch_size // per_pass
         self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
+        self.datasets = [source.dataset for source in sources]
         embeddings = sources[0].embeddings
         self.text_encoder = embeddings.info.provenance if embeddings else None
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -169,6 +171,11 @@ class Loader:
             for _ in range(start_step, total_steps):
                 yield [self._collate(next(batches)) for _ in range(self.accumulation_steps)]
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that live."""
+        return [worker.pid for worker in self._workers if worker.pid and worker.is_alive()]
+
     def close(self) -> None:
         """End worker processes, stuck ones too."""
         for worker in self._workers:
@@ -180,7 +187,8 @@ class Loader:
     def _collate(self, read: Read | UserError) -> Batch:
         if isinstance(read, UserError):
             raise read
-        return collate(*read, self._text)
+        with stage("collate"):
+            return collate(*read, self._text)
 
     def _batches(self, numbers: Sequence[int]) -> Generator[Read | UserError, None, None]:
         if not self.config.num_workers:

@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import GlobalOrder, Place, keyed_rng
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, cut_patches, draw_offsets
 from data_pipeline.shards import Record
+from data_pipeline.stages import stage
 from data_pipeline.video import decode_patches, read_clip, reduction
 
 MAX_ATTEMPTS = 20
@@ -74,14 +75,16 @@ class SampleReader:
 
     def _read(self, n: int, place: Place) -> Sample:
         source, seed = self.sources[place.source], self.order.seed
-        record = source.dataset.read(place.shard, place.row)
+        with stage("read"):
+            record = source.dataset.read(place.shard, place.row)
         offsets = draw_offsets(self.pyramid, keyed_rng(seed, n, "windows"))
         patches, fps, original_size = self._patches(source.dataset, record, offsets)
         dropped = bool(keyed_rng(seed, n, "condition").random() < self.dropout)
         text = label = None
         if source.embeddings:
             embeddings = source.embeddings
-            tokens = embeddings.null if dropped else embeddings.read(place.shard, place.row)
+            with stage("text"):
+                tokens = embeddings.null if dropped else embeddings.read(place.shard, place.row)
             text = tokens.view(torch.uint16).numpy()
         if self.num_classes is not None:
             label = self.num_classes if dropped else _label(record.metadata, self.num_classes)

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.pyramid import Clip, Offsets, Patches, Pyramid, area_average, repeat_still
+from data_pipeline.stages import stage
 
 Picture = UInt8[np.ndarray, "height width 3"]
 Size = tuple[int, int, int]
@@ -104,7 +105,8 @@ def decode_patches(
     ]
     if kind == "image":
         frames = [np.zeros(1, np.int64)] * pyramid.levels
-        pictures = {0: decode_image(media)}
+        with stage("decode"):
+            pictures = {0: decode_image(media)}
     else:
         pictures = _decode_frames(media, set(np.concatenate(frames).tolist()), deadline_seconds)
     for picture in pictures.values():
@@ -119,8 +121,9 @@ def decode_patches(
                 offsets[level, 1:].tolist(), pyramid.patch_size[1:], strides, factors, strict=True
             )
         )
-        region = np.stack([pictures[number][rows, columns] for number in numbers.tolist()])
-        patches.append(area_average(area_average(region, *factors), *strides))
+        with stage("convert"):
+            region = np.stack([pictures[number][rows, columns] for number in numbers.tolist()])
+            patches.append(area_average(area_average(region, *factors), *strides))
     if kind == "image":
         patches = [repeat_still(patch[0], pyramid.patch_size[0]) for patch in patches]
     return np.stack(patches)
@@ -262,10 +265,13 @@ def _decode_frames(media: bytes, numbers: set[int], deadline_seconds: float) -> 
             is_wanted = packet is None or packet.pts in wanted
             context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
             _refuse_late(deadline, deadline_seconds)
-            for frame in context.decode(packet):
+            with stage("decode"):
+                frames = context.decode(packet)
+            for frame in frames:
                 _refuse_mended(frame)
                 if frame.pts in wanted:
-                    pictures[wanted[frame.pts]] = _rgb(frame)
+                    with stage("convert"):
+                        pictures[wanted[frame.pts]] = _rgb(frame)
     if len(pictures) < len(numbers):
         raise DataError(f"lacks frame {min(numbers - pictures.keys())}")
     return pictures

@@ -101,7 +101,12 @@ def data_verify(options: argparse.Namespace) -> int:
     from data_pipeline.dataset import open_dataset
     from data_pipeline.verify import repair, verify
 
-    faults = verify(options.dataset, decode=not options.no_decode, workers=options.workers)
+    faults = verify(
+        options.dataset,
+        decode=not options.no_decode,
+        workers=options.workers,
+        embeddings=options.embeddings or [],
+    )
     for fault in faults:
         print(fault)
     if faults and options.repair:
@@ -172,6 +177,23 @@ def data_order(options: argparse.Namespace) -> None:
         return
     for sample in samples:
         print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
+
+
+def data_bench(options: argparse.Namespace) -> None:
+    from data_pipeline.bench import bench, print_speed
+    from t2v.config import load_config
+    from t2v.plan import samples_per_gpu_second
+
+    config = load_config(options.config, options.overrides)
+    speed = bench(
+        config.data, config.pyramid, config.conditioning, seed=config.seed, samples=options.samples
+    )
+    per_gpu = samples_per_gpu_second(config)
+    if options.json:
+        gpus = speed.machine_samples_per_second / per_gpu
+        print(json.dumps(speed.model_dump() | {"gpus_fed": gpus}))
+    else:
+        print_speed(speed, per_gpu)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -289,6 +311,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("dataset")
     verb.add_argument("--repair", action="store_true",
                       help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
+    verb.add_argument("--embeddings", action="append", metavar="NAME",
+                      help="an embedding set on S3; on a disk they are found")  # fmt: skip
     verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
     _add_workers(verb)
 
@@ -318,6 +342,12 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--step", type=_natural, required=True, help="counted from 0")
     verb.add_argument("--count", type=_natural, default=1, help="how many steps")
     verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+    verb = _verb(data_verbs, "bench", data_bench, "how fast this machine loads a recipe's data",
+                 "t2v data bench configs/base_36x64.yaml --samples 500")  # fmt: skip
+    _add_config(verb)
+    verb.add_argument("--samples", type=_natural, default=200)
+    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verb = _verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                  "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"

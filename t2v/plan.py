@@ -163,6 +163,13 @@ def compute_per_sample(config: RunConfig, footprint: Footprint) -> Compute:
     )
 
 
+def samples_per_gpu_second(config: RunConfig) -> float:
+    """What one GPU takes at the middle of the assumed utilisations."""
+    share = sorted(UTILISATIONS)[len(UTILISATIONS) // 2]
+    spent = compute_per_sample(config, measure(config)).spent
+    return PEAK_TFLOPS[config.engine.precision] * share / spent
+
+
 def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     """Memory of one GPU at its fullest moment."""
     engine, samples = config.engine, config.micro_batch_size

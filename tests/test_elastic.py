@@ -24,6 +24,7 @@ RESUMES = {0: ((0, 6),), 1: ((0, 2), (2, 6)), 2: ((0, 1), (1, 4), (4, 6))}
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has
 @pytest.mark.parametrize("resumes", RESUMES)
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
