@@ -58,8 +58,13 @@ class Fault:
         return f"{where}: {self.reason.removeprefix(f'{self.path}: ')}"
 
 
-def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[Fault]:
-    """Every fault of a dataset and of its embedding sets; `decode`: decode every sample too."""
+def verify(
+    path: str | Path, *, decode: bool = True, workers: int = 1, embeddings: Sequence[str] = ()
+) -> list[Fault]:
+    """Every fault of a dataset and of its embedding sets; `decode`: decode every sample too.
+
+    On a disk the embedding sets are found; in an object store they must be named.
+    """
     dataset = open_dataset(path)
     info = dataset.info
     cached_index.cache_clear()
@@ -77,7 +82,7 @@ def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[F
     found = map_in_order(check, range(len(info.shards)), workers)
     for part in progress(found, "verify shards", total=len(info.shards)):
         faults += part
-    for name in embedding_sets(dataset):
+    for name in sorted({*embedding_sets(dataset), *embeddings}):
         faults += check_embeddings(dataset, name)
     return faults
 

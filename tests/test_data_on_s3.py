@@ -15,7 +15,7 @@ from data_pipeline.dataset import open_dataset
 from data_pipeline.embed import embed
 from data_pipeline.embeddings import open_embeddings
 from data_pipeline.stats import measure
-from data_pipeline.verify import check_embeddings, repair, verify
+from data_pipeline.verify import repair, verify
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
 
@@ -57,8 +57,9 @@ def test_a_dataset_built_from_and_on_a_store_is_the_one_on_disk(media, datasets,
     theirs = open_embeddings(open_dataset(datasets / "videos"), "tiny")
     assert ours.info == theirs.info
     assert torch.equal(ours.read(2, 3), theirs.read(2, 3))
-    assert verify(out) == []
-    assert check_embeddings(dataset, "tiny") == []
+    assert verify(out, embeddings=["tiny"]) == []
+    (fault,) = verify(out, decode=False, embeddings=["other"])
+    assert "has no embeddings 'other'" in str(fault)
     assert measure(out).hours == measure(datasets / "videos").hours
 
 
