@@ -9,6 +9,7 @@ import torch
 from jaxtyping import UInt16
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.deadline import within
 from data_pipeline.embeddings import EmbeddingSet
 from data_pipeline.errors import DataError
 from data_pipeline.order import GlobalOrder, Place, keyed_rng
@@ -18,6 +19,7 @@ from data_pipeline.stages import stage
 from data_pipeline.video import decode_patches, read_clip, reduction
 
 MAX_ATTEMPTS = 20
+GRACE_SECONDS = 5.0  # after the deadline that decoding keeps by itself, unless it is stuck
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class SampleReader:
         with stage("read"):
             record = source.dataset.read(place.shard, place.row)
         offsets = draw_offsets(self.pyramid, keyed_rng(seed, n, "windows"))
-        patches, fps, original_size = self._patches(source.dataset, record, offsets)
+        patches, fps, original_size = within(
+            self.deadline_seconds + GRACE_SECONDS,
+            lambda: self._patches(source.dataset, record, offsets),
+        )
         dropped = bool(keyed_rng(seed, n, "condition").random() < self.dropout)
         text = label = None
         if source.embeddings:
