@@ -241,8 +241,8 @@ class _Attempts:
         pause = random.uniform(0.0, min(ceiling, limits.max_backoff_seconds))
         if self._in_a_row >= limits.attempts or time.monotonic() + pause >= self.deadline:
             raise StorageError(
-                f"{self.path}: cannot be read or written because {reason}, for the "
-                f"{self._in_a_row}. time in {time.monotonic() - self._begin:.0f} seconds; "
+                f"{self.path}: cannot be read or written because {reason}, {self._in_a_row} times "
+                f"in a row, after {time.monotonic() - self._begin:.0f} seconds; "
                 "check the store and the network."
             ) from None
         self.store.retries += 1
