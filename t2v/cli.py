@@ -5,29 +5,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from data_pipeline.errors import DataError, UserError
-
-if TYPE_CHECKING:
-    from data_pipeline.dataset import Dataset
-
-EXIT_CODES = """\
-exit codes:
-  0 done   2 usage   65 too much bad data   66 input missing   70 numeric failure
-  73 run locked   74 storage   75 preempted: requeue me   78 recipe or inputs do not fit together
-"""
-
-FILTERS = {
-    "min_height": "leave out sources of fewer pixels",
-    "min_width": "leave out sources of fewer pixels",
-    "max_aspect": "leave out sources whose longer side is more times the shorter",
-    "min_frames": "leave out videos of fewer frames",
-    "min_seconds": "leave out shorter videos",
-    "max_seconds": "leave out longer videos",
-    "min_caption_words": "leave out shorter captions",
-    "max_caption_words": "leave out longer captions",
-}
+from data_pipeline.errors import UserError
+from t2v.cli_data import add_data_verbs
+from t2v.cli_parser import EXIT_CODES, add_config, add_verb
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,143 +38,6 @@ def quickstart(options: argparse.Namespace) -> int:
     from t2v.quickstart import run_quickstart
 
     return run_quickstart(Path(options.workdir))
-
-
-def data_toy(options: argparse.Namespace) -> None:
-    from data_pipeline.toy import write_toy
-
-    write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
-    print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
-
-
-def data_build(options: argparse.Namespace) -> None:
-    from data_pipeline.build import build
-    from data_pipeline.making import Filters
-
-    frames, height, width = options.size
-    _say_dataset(
-        build(
-            options.source,
-            options.out,
-            frames=frames,
-            height=height,
-            width=width,
-            fps=options.fps,
-            kind=options.kind,
-            cut=options.cut,
-            filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
-            shard_samples=options.shard_samples,
-            task=options.task,
-            workers=options.workers,
-            max_drop_rate=options.max_drop_rate,
-            notes=dict(options.note or []),
-        )
-    )
-
-
-def data_index(options: argparse.Namespace) -> None:
-    from data_pipeline.build import index
-
-    _say_dataset(index(options.dataset, kind=options.kind, notes=dict(options.note or [])))
-
-
-def data_verify(options: argparse.Namespace) -> int:
-    from data_pipeline.dataset import open_dataset
-    from data_pipeline.verify import repair, verify
-
-    faults = verify(
-        options.dataset,
-        decode=not options.no_decode,
-        workers=options.workers,
-        embeddings=options.embeddings or [],
-    )
-    for fault in faults:
-        print(fault)
-    if faults and options.repair:
-        _say_dataset(repair(options.dataset, faults))
-        print("embed the dataset again: only what is missing or changed is encoded.")
-        return 0
-    samples = open_dataset(options.dataset).info.samples
-    print(f"{options.dataset}: {samples} samples, {len(faults)} faults.")
-    return DataError.exit_code if faults else 0
-
-
-def data_stats(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from data_pipeline.stats import measure, write_page
-
-    stats = measure(options.dataset, count=options.samples)
-    table = Table(show_header=False)
-    for name, value in stats.rows():
-        table.add_row(escape(name), escape(value))
-    Console().print(table)
-    print(f"{write_page(stats, options.out)}: written.")
-
-
-def data_embed(options: argparse.Namespace) -> None:
-    from data_pipeline.embed import TextEncoder, embed
-    from data_pipeline.embed_audit import check, estimate
-
-    if options.estimate or options.check:
-        reader = TextEncoder(
-            options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
-        )
-        if options.estimate:
-            print(estimate(options.dataset, reader))
-        if options.check:
-            same = check(options.dataset, reader, name=options.name, count=options.check)
-            print(f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal.")
-        return
-    done = embed(
-        options.dataset,
-        options.encoder,
-        name=options.name,
-        max_tokens=options.max_tokens,
-        task=options.task,
-        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
-        memory_gib=options.memory_gib,
-    )
-    state = "complete" if done else "this task is done; others are not"
-    print(f"{options.dataset}/embeddings/{options.name}: {state}.")
-
-
-def data_order(options: argparse.Namespace) -> None:
-    from data_pipeline.audit import planned_samples
-    from t2v.config import load_config
-
-    config = load_config(options.config, options.set or [])
-    samples = planned_samples(
-        config.data,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        step=options.step,
-        count=options.count,
-    )
-    if options.json:
-        print(json.dumps(list(samples)))
-        return
-    for sample in samples:
-        print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
-
-
-def data_bench(options: argparse.Namespace) -> None:
-    from data_pipeline.bench import bench, print_speed
-    from t2v.config import load_config
-    from t2v.plan import samples_per_gpu_second
-
-    config = load_config(options.config, options.overrides)
-    speed = bench(
-        config.data, config.pyramid, config.conditioning, seed=config.seed, samples=options.samples
-    )
-    per_gpu = samples_per_gpu_second(config)
-    if options.json:
-        gpus = speed.machine_samples_per_second / per_gpu
-        print(json.dumps(speed.model_dump() | {"gpus_fed": gpus}))
-    else:
-        print_speed(speed, per_gpu)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -261,108 +105,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    verb = _verb(verbs, "quickstart", quickstart, "the whole story on a CPU in minutes",
-                 "t2v quickstart --workdir quickstart")  # fmt: skip
+    verb = add_verb(verbs, "quickstart", quickstart, "the whole story on a CPU in minutes",
+                    "t2v quickstart --workdir quickstart")  # fmt: skip
     verb.add_argument("--workdir", default="quickstart", help="where everything is written")
 
-    data = verbs.add_parser("data", help="make, shard, index and embed datasets")
-    data_verbs = data.add_subparsers(metavar="VERB", required=True)
-    verb = _verb(data_verbs, "toy", data_toy, "small captioned videos and images",
-                 "t2v data toy toy_media --videos 160")  # fmt: skip
-    verb.add_argument("out")
-    verb.add_argument("--videos", type=int, default=640)
-    verb.add_argument("--images", type=int, default=320)
-    verb.add_argument("--seed", type=int, default=0)
+    add_data_verbs(verbs)
 
-    verb = _verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
-                 "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
-    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file; or "
-                      "a .jsonl, .csv or .parquet list with columns file and caption")  # fmt: skip
-    verb.add_argument("out", help="dataset folder")
-    verb.add_argument(
-        "--size",
-        type=_size,
-        required=True,
-        metavar="FxHxW",
-        help="frames, height and width of every clip; images keep one frame",
-    )
-    verb.add_argument("--fps", type=float, help="frame rate to resample to; none: as it is")
-    verb.add_argument("--kind", choices=("video", "image"), help="where a folder holds both")
-    verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
-                      help="long videos into as many clips as fit")  # fmt: skip
-    for name, help in FILTERS.items():
-        kind = float if name.endswith(("seconds", "aspect")) else int
-        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
-    verb.add_argument("--shard-samples", type=int, default=1000, help="source files per shard")
-    _add_workers(verb)
-    verb.add_argument("--max-drop-rate", type=float, default=0.01,
-                      help="share of unusable files that is accepted")  # fmt: skip
-    _add_task(verb)
-    _add_notes(verb)
+    verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
+                    "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
+                    " total_steps=1000")  # fmt: skip
+    add_config(verb)
 
-    verb = _verb(data_verbs, "index", data_index, "make shards written by others a dataset",
-                 "t2v data index data/laion")  # fmt: skip
-    verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
-    verb.add_argument("--kind", choices=("video", "image"))
-    _add_notes(verb)
-
-    verb = _verb(data_verbs, "verify", data_verify, "find every fault of a dataset, and mend it",
-                 "t2v data verify data/videos --repair")  # fmt: skip
-    verb.add_argument("dataset")
-    verb.add_argument("--repair", action="store_true",
-                      help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
-    verb.add_argument("--embeddings", action="append", metavar="NAME",
-                      help="an embedding set on S3; on a disk they are found")  # fmt: skip
-    verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
-    _add_workers(verb)
-
-    verb = _verb(data_verbs, "stats", data_stats, "what a dataset holds, as a table and a page",
-                 "t2v data stats data/videos --out videos.html")  # fmt: skip
-    verb.add_argument("dataset")
-    verb.add_argument("--samples", type=int, default=10_000, help="random samples to read")
-    verb.add_argument("--out", help="the page; by default stats.html in the dataset")
-
-    verb = _verb(data_verbs, "embed", data_embed, "cache a text encoder's output for all captions",
-                 "t2v data embed data/videos --encoder google-t5/t5-11b --name t5-11b")  # fmt: skip
-    verb.add_argument("dataset")
-    verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
-    verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
-    verb.add_argument("--max-tokens", type=int, default=128)
-    verb.add_argument("--memory-gib", type=float,
-                      help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
-    verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
-    verb.add_argument("--check", type=int, metavar="K",
-                      help="only encode K random captions again and compare")  # fmt: skip
-    _add_task(verb)
-
-    verb = _verb(data_verbs, "order", data_order, "which samples form a batch",
-                 "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
-    verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
-    verb.add_argument("--set", action="append", metavar="dotted.key=value")
-    verb.add_argument("--step", type=_natural, required=True, help="counted from 0")
-    verb.add_argument("--count", type=_natural, default=1, help="how many steps")
-    verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
-
-    verb = _verb(data_verbs, "bench", data_bench, "how fast this machine loads a recipe's data",
-                 "t2v data bench configs/base_36x64.yaml --samples 500")  # fmt: skip
-    _add_config(verb)
-    verb.add_argument("--samples", type=_natural, default=200)
-    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-    verb = _verb(verbs, "train", train, "train a recipe; alone or under torchrun",
-                 "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
-                 " total_steps=1000")  # fmt: skip
-    _add_config(verb)
-
-    verb = _verb(verbs, "plan", plan, "what a recipe needs, before it queues",
-                 "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
-    _add_config(verb)
+    verb = add_verb(verbs, "plan", plan, "what a recipe needs, before it queues",
+                    "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
+    add_config(verb)
     verb.add_argument("--gpus", type=int, default=1)
     verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
-    verb = _verb(verbs, "sample", sample, "prompts to video",
-                 "t2v sample runs/t2v_64x288x512 --prompt 'a panda eating bamboo' --out samples"
+    verb = add_verb(verbs, "sample", sample, "prompts to video",
+                    "t2v sample runs/t2v_64x288x512 --prompt 'a panda eating bamboo' --out samples"
                  " --encoder google-t5/t5-11b")  # fmt: skip
     verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
     verb.add_argument("--prompt", action="append", help="a text prompt; may be repeated")
@@ -380,97 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     checkpoint = verbs.add_parser("checkpoint", help="list and prove checkpoints")
     checkpoint_verbs = checkpoint.add_subparsers(metavar="VERB", required=True)
-    verb = _verb(checkpoint_verbs, "ls", checkpoint_ls, "steps, sizes and states of a run",
-                 "t2v checkpoint ls runs/base_36x64")  # fmt: skip
+    verb = add_verb(checkpoint_verbs, "ls", checkpoint_ls, "steps, sizes and states of a run",
+                    "t2v checkpoint ls runs/base_36x64")  # fmt: skip
     verb.add_argument("run_dir")
-    verb = _verb(checkpoint_verbs, "verify", checkpoint_verify, "check every digest",
-                 "t2v checkpoint verify runs/base_36x64/checkpoints/step-00001000")  # fmt: skip
+    verb = add_verb(checkpoint_verbs, "verify", checkpoint_verify, "check every digest",
+                    "t2v checkpoint verify runs/base_36x64/checkpoints/step-00001000")  # fmt: skip
     verb.add_argument("checkpoint")
     return parser
-
-
-def _verb(verbs, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=help,
-        description=help,
-        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-
-
-def _add_task(parser: argparse.ArgumentParser) -> None:
-    launched = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    parser.add_argument("--task", type=_task, default=launched, metavar="I/N",
-                        help="this job's part of N, counted from 0, for job arrays; under torchrun "
-                        "each process is a task")  # fmt: skip
-
-
-def _launched_on_gpus() -> bool:
-    import torch
-
-    return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
-                        help="processes; as many as there are cores")  # fmt: skip
-
-
-def _add_notes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--note",
-        type=_pair,
-        action="append",
-        metavar="KEY=TEXT",
-        help="kept in dataset.json, such as licence=CC-BY; may be repeated",
-    )
-
-
-def _size(text: str) -> tuple[int, int, int]:
-    frames, height, width = (int(part) for part in text.split("x"))
-    return frames, height, width
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
-
-
-def _task(text: str) -> tuple[int, int]:
-    number, count = (int(part) for part in text.split("/"))
-    return number, count
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, value = text.split("=", 1)
-    return key, value
-
-
-def _say_dataset(dataset: "Dataset | None") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    if dataset is None:
-        print("this task is done; the dataset is complete when the other tasks are.")
-        return
-    info = dataset.info
-    print(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards.")
-    if info.rejected:
-        table = Table("left out because", "files")
-        for reason, count in info.rejected.items():
-            table.add_row(escape(reason), str(count))
-        Console().print(table)
 
 
 if __name__ == "__main__":
