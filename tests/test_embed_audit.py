@@ -116,7 +116,9 @@ def test_a_check_finds_embeddings_the_encoder_does_not_say(datasets, own, tmp_pa
     write_index(str(folder), "000002", "embedding")
     open_dataset(own)
     shutil.copytree(own, tmp_path / "fresh")  # of a path that no index is cached for
-    with pytest.raises(DataError, match=r"000002\.tar: row 0 is wrong because it differs by 0\.0?[19]"):
+    with pytest.raises(
+        DataError, match=r"000002\.tar: row 0 is wrong because it differs by 0\.0?[19]"
+    ):
         check(tmp_path / "fresh", reader, name="tiny", count=100)
     make_tiny_encoder(tmp_path / "other", CAPTIONS, width=8, seed=5)
     for folder, tokens in ((tmp_path / "other", 16), (datasets / "encoder", 12)):
