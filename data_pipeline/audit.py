@@ -10,18 +10,19 @@ from data_pipeline.sample import Source, sample_id
 def planned_samples(
     config: DataConfig, *, seed: int, global_batch_size: int, step: int, count: int = 1
 ) -> Iterator[dict]:
-    """The samples of `count` steps from `step`, as the global order has them.
+    """The samples of `count` steps from `step`, counted as metrics.jsonl does: the first is 1.
 
     Which of them could not be used, and were replaced, is in the run's `quarantine.jsonl`.
     """
     sources = [Source(open_dataset(source.path), None) for source in config.sources]
     weights = [source.weight for source in config.sources]
     order = global_order(sources, weights, seed=seed, block_shards=config.block_shards)
-    for n in range(step * global_batch_size, (step + count) * global_batch_size):
+    first = (step - 1) * global_batch_size
+    for n in range(first, first + count * global_batch_size):
         place = order.place(n)
         dataset = sources[place.source].dataset
         yield {
-            "step": n // global_batch_size,
+            "step": n // global_batch_size + 1,
             "n": n,
             "id": sample_id(sources, place),
             "dataset": dataset.path,

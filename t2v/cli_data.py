@@ -236,7 +236,7 @@ def add_data_verbs(verbs) -> None:
                     "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
     verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
     verb.add_argument("--set", action="append", metavar="dotted.key=value")
-    verb.add_argument("--step", type=_natural, required=True, help="counted from 0")
+    verb.add_argument("--step", type=_positive, required=True, help="as in metrics.jsonl")
     verb.add_argument("--count", type=_natural, default=1, help="how many steps")
     verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
@@ -283,6 +283,13 @@ def _size(text: str) -> tuple[int, int, int]:
 def _task(text: str) -> tuple[int, int]:
     number, count = (int(part) for part in text.split("/"))
     return number, count
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _natural(text: str) -> int:

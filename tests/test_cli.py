@@ -12,6 +12,7 @@ from data_pipeline.embed import make_tiny_encoder
 from data_pipeline.toy import write_toy
 from data_pipeline.video import decode_clip
 from t2v.cli import main
+from t2v.train.metrics import sample_digest
 from tests.tiny import RECIPE
 
 
@@ -231,3 +232,13 @@ def test_embeddings_of_another_width_are_refused(run, tmp_path, capsys):
     code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
     assert code == 78
     assert "conditioning.width: value 16 is wrong" in error
+
+
+def test_the_audit_of_a_step_has_the_digest_that_its_metrics_line_has(run, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        arguments = ["data", "order", str(run / "config.yaml"), "--step", str(line["step"])]
+        assert main([*arguments, "--json"]) == 0
+        samples = json.loads(capsys.readouterr().out)
+        digest = sum(sample_digest(sample["n"], sample["id"]) for sample in samples)
+        assert f"{digest % 2**64:016x}" == line["batch_digest"]
