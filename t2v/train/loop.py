@@ -82,9 +82,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         return preemption.EXIT_CODE
 
 
-def begin(
-    config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loader
-) -> TrainState:
+def begin(config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loader) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     with torch.device("meta"):
         model = build_model(config)
