@@ -64,7 +64,8 @@ class Dataset:
 
     def index(self, shard: int) -> np.ndarray:
         """The index rows of a shard."""
-        return cached_index(self.shard_folder, self.info.shards[shard].name)
+        info = self.info.shards[shard]
+        return proven_index(self.shard_folder, info.name, info.index_sha256)
 
     def read(self, shard: int, row: int) -> Record:
         """One sample, its bytes checked against the index."""
@@ -75,6 +76,17 @@ class Dataset:
 def cached_index(folder: str, name: str) -> np.ndarray:
     """A mapped index; a process keeps the latest ones open."""
     return open_index(folder, name)
+
+
+@lru_cache(maxsize=1024)
+def proven_index(folder: str, name: str, sha256: str) -> np.ndarray:
+    """A mapped index that is still the one its dataset was committed with."""
+    if index_digest(folder, name) != sha256:
+        raise ConfigError(
+            f"{storage.join(folder, name)}.idx: is not the index that dataset.json was made with "
+            "because the shard was replaced or damaged; `t2v data verify` tells which."
+        )
+    return cached_index(folder, name)
 
 
 def open_dataset(path: str | Path) -> Dataset:

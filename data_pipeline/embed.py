@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
 from jaxtyping import BFloat16
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
@@ -73,6 +74,10 @@ class TextEncoder:
         device: str | None = None,
         memory_gib: float | None = None,
     ):
+        if max_tokens < 1:
+            raise ConfigError(
+                f"max_tokens: {max_tokens} is wrong because it leaves no token; use 128."
+            )
         self.max_tokens = max_tokens
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -83,14 +88,21 @@ class TextEncoder:
         folder = fetch_encoder(str(encoder))
         is_local = Path(encoder).is_dir()
         try:
+            if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+                raise ValueError(f"it has neither {' nor '.join(TOKENIZER_FILES[:2])}")
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = T5EncoderModel.from_pretrained(
+            loaded: Any = T5EncoderModel.from_pretrained(
                 folder,
                 dtype=self.dtype,
                 offload_folder=offloaded,
+                output_loading_info=True,
                 **_placement(self.device, memory_gib),
             )
-        except (OSError, ValueError, KeyError) as error:
+            model, loading = loaded
+            absent = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+            if absent:
+                raise ValueError(f"{len(absent)} of its weights are missing, {absent[0]} first")
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."

@@ -80,7 +80,7 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     """The embedding set of a name; refuses one made for other data."""
     folder = storage.join(dataset.path, "embeddings", name)
     path = storage.join(folder, MANIFEST)
-    remedy = f"`t2v data embed {dataset.path} ENCODER --name {name}`"
+    remedy = f"`t2v data embed {dataset.path} --encoder ENCODER --name {name}`"
     content = read_manifest(path, f"{dataset.path}: has no embeddings '{name}'", remedy)
     info = parse_manifest(EmbeddingInfo, content, path)
     if info.dataset_fingerprint != dataset.info.fingerprint:

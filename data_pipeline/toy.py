@@ -120,6 +120,8 @@ def write_toy(
     """Raw media as a collector would have them: OUT/videos and OUT/images, each with its
     captions.jsonl."""
     out = Path(out)
+    if min(videos, images, seed) < 0:
+        raise ConfigError(f"{out}: numbers and seed of toys are wrong below 0; use 0 or more.")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out}: is not empty; give a new folder.")
     for kind, count, suffix in (("videos", videos, "mp4"), ("images", images, "jpg")):

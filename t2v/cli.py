@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import InputMissing, UserError
 from t2v.cli_data import add_data_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
 
@@ -23,15 +23,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("interrupted; what was committed stands.", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.filename is None:
             raise
+        missing = isinstance(error, FileNotFoundError)
         print(
             f"{error.filename}: cannot be used because of '{error.strerror}'; check path, "
             f"permissions and free space.",
             file=sys.stderr,
         )
-        return 74
+        return 66 if missing else 74
 
 
 def quickstart(options: argparse.Namespace) -> int:
@@ -65,11 +69,11 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    from t2v.generate import sample_checkpoint
+    from t2v.generate import read_prompts, sample_checkpoint
 
     prompts = list(options.prompt or [])
     if options.prompts:
-        prompts += [line for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+        prompts += read_prompts(Path(options.prompts))
     written = sample_checkpoint(
         options.checkpoint,
         prompts=prompts,
@@ -85,12 +89,17 @@ def sample(options: argparse.Namespace) -> None:
 def checkpoint_ls(options: argparse.Namespace) -> None:
     from t2v.train.checkpoint import list_checkpoints, print_checkpoints
 
-    print_checkpoints(list_checkpoints(Path(options.run_dir)))
+    folder = Path(options.run_dir)
+    if not folder.is_dir():
+        raise InputMissing(f"{folder}: no such run folder; give one with checkpoints in it.")
+    print_checkpoints(list_checkpoints(folder))
 
 
 def checkpoint_verify(options: argparse.Namespace) -> None:
     from t2v.train.checkpoint import verify_checkpoint
 
+    if not Path(options.checkpoint).is_dir():
+        raise InputMissing(f"{options.checkpoint}: no such checkpoint; give a step folder.")
     manifest = verify_checkpoint(options.checkpoint)
     print(json.dumps({"checkpoint": options.checkpoint, "step": manifest.step, "valid": True}))
 

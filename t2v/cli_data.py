@@ -178,7 +178,7 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("out", help="dataset folder")
     verb.add_argument(
         "--size",
-        type=_size,
+        type=clip_size,
         required=True,
         metavar="FxHxW",
         help="frames, height and width of every clip; images keep one frame",
@@ -236,20 +236,20 @@ def add_data_verbs(verbs) -> None:
                     "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
     verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
     verb.add_argument("--set", action="append", metavar="dotted.key=value")
-    verb.add_argument("--step", type=_positive, required=True, help="as in metrics.jsonl")
-    verb.add_argument("--count", type=_natural, default=1, help="how many steps")
+    verb.add_argument("--step", type=positive_number, required=True, help="as in metrics.jsonl")
+    verb.add_argument("--count", type=natural_number, default=1, help="how many steps")
     verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
     verb = add_verb(data_verbs, "bench", data_bench, "how fast this machine loads a recipe's data",
                     "t2v data bench configs/base_36x64.yaml --samples 500")  # fmt: skip
     add_config(verb)
-    verb.add_argument("--samples", type=_natural, default=200)
+    verb.add_argument("--samples", type=natural_number, default=200)
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
     launched = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    parser.add_argument("--task", type=_task, default=launched, metavar="I/N",
+    parser.add_argument("--task", type=array_task, default=launched, metavar="I/N",
                         help="this job's part of N, counted from 0, for job arrays; under torchrun "
                         "each process is a task")  # fmt: skip
 
@@ -268,38 +268,38 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _add_notes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--note",
-        type=_pair,
+        type=key_text,
         action="append",
         metavar="KEY=TEXT",
         help="kept in dataset.json, such as licence=CC-BY; may be repeated",
     )
 
 
-def _size(text: str) -> tuple[int, int, int]:
+def clip_size(text: str) -> tuple[int, int, int]:
     frames, height, width = (int(part) for part in text.split("x"))
     return frames, height, width
 
 
-def _task(text: str) -> tuple[int, int]:
+def array_task(text: str) -> tuple[int, int]:
     number, count = (int(part) for part in text.split("/"))
     return number, count
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise ValueError
     return number
 
 
-def _natural(text: str) -> int:
+def natural_number(text: str) -> int:
     number = int(text)
     if number < 0:
         raise ValueError
     return number
 
 
-def _pair(text: str) -> tuple[str, str]:
+def key_text(text: str) -> tuple[str, str]:
     key, value = text.split("=", 1)
     return key, value
 

@@ -28,12 +28,14 @@ class RunConfig(Strict):
     """Everything a run is made of."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    run_dir: str = Field(description="run folder; `runs/<name>` by custom")
+    run_dir: str = Field(pattern=r"^[^\x00]+$", description="run folder; `runs/<name>` by custom")
     seed: int = Field(ge=0, lt=2**63)
     total_steps: int = Field(ge=1, description="optimizer steps")
     global_batch_size: int = Field(ge=1, description="clips per step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="clips per forward pass of a rank")
-    ema_half_life_steps: float = Field(gt=0, description="steps after which a weight counts half")
+    ema_half_life_steps: float = Field(
+        gt=0, le=1e9, description="steps after which a weight counts half"
+    )
     pyramid: Pyramid
     conditioning: Conditioning
     data: DataConfig
@@ -119,10 +121,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
+        is_text = isinstance(error, (TypeError, RecursionError))
+        otherwise = "of its keys or its depth" if is_text else "it is not UTF-8 text"
+        reason = getattr(error, "problem", None) or otherwise
         message = f"{path}: is not valid YAML{line} because {reason}; correct it."
         raise ConfigError(message) from None
     if not isinstance(content, dict):
@@ -189,7 +193,7 @@ def _child(node: object, name: str, key: str) -> object:
 
 
 def _list_index(node: list, name: str, key: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
+    if not name.isdecimal() or int(name) >= len(node):
         raise ConfigError(f"{key}: '{name}' is no entry of a list of {len(node)}; count from 0.")
     return int(name)
 

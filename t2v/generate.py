@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from data_pipeline import storage
 from data_pipeline.embed import TextEncoder
 from data_pipeline.embeddings import Provenance
 from data_pipeline.errors import ConfigError
 from data_pipeline.loader import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Clip
-from data_pipeline.storage import write_atomic
 from data_pipeline.video import encode_clip
 from t2v.config import RunConfig, parse_config
+from t2v.engine.compute import set_matmul_precision
 from t2v.model.conditioning import Condition
 from t2v.model.hpdm import build_model
 from t2v.sampling import generate
@@ -53,6 +54,9 @@ def sample_checkpoint(
     subjects, condition, null = conditions(
         config, prompts, labels, encoder, manifest.text_encoder, device
     )
+    # Before hours of sampling: is it a folder?
+    Path(out).mkdir(parents=True, exist_ok=True)
+    set_matmul_precision(config.engine)
     model = build_model(config)
     load_weights(folder, model, weights=config.sampling.weights)
     model.to(device).eval()
@@ -81,8 +85,11 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
     """The recipe with other sampling settings; they are checked like a recipe's."""
     content = config.model_dump(mode="json")
     for override in overrides:
-        key, _, value = override.partition("=")
-        content["sampling"][key.removeprefix("sampling.")] = yaml.safe_load(value)
+        key, _, text = override.partition("=")
+        try:
+            content["sampling"][key.removeprefix("sampling.")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
     return parse_config(content, "sampling")
 
 
@@ -139,6 +146,15 @@ def conditions(
     return subjects, condition, null
 
 
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line; empty lines are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save the prompts as UTF-8.") from None
+    return [line for line in lines if line.strip()]
+
+
 def check_prompts(prompts: list[str]) -> list[str]:
     """The prompts, if there are any and each is text of reasonable length."""
     if not prompts:
@@ -184,7 +200,7 @@ def write_samples(
     records = []
     for number, (subject, clip) in enumerate(zip(subjects, clips, strict=True)):
         file = f"{number:04d}.mp4"
-        write_atomic(str(out / file), encode_clip(clip, config.sampling.fps or 1.0))
+        storage.write_atomic(str(out / file), encode_clip(clip, config.sampling.fps or 1.0))
         records.append(
             {
                 "prompt": subject,
@@ -195,7 +211,7 @@ def write_samples(
             }
         )
     contact_sheet(clips).save(out / "contact_sheet.png")
-    write_atomic(str(out / "samples.json"), json.dumps(records, indent=1).encode())
+    storage.write_atomic(str(out / "samples.json"), json.dumps(records, indent=1).encode())
     return out
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_pipeline.build import build
 from data_pipeline.embed import embed, make_tiny_encoder
-from data_pipeline.errors import ConfigError, InputMissing, UserError
+from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
 from data_pipeline.loader import TextConditioning
 from data_pipeline.toy import Toy, all_toys, write_toy
 from data_pipeline.toy_score import read_toy
@@ -61,8 +61,8 @@ def run_quickstart(workdir: Path) -> int:
     samples = sample(workdir, toys)
     scores = score(samples, toys)
     seconds = time.monotonic() - started
-    report(console, workdir, scores, seconds)
-    return 0
+    missed = report(console, workdir, scores, seconds)
+    return NumericError.exit_code if missed else 0
 
 
 def prepare_data(workdir: Path, config: RunConfig) -> None:
@@ -177,8 +177,8 @@ def score(samples: Path, toys: list[Toy]) -> dict[str, float]:
     }
 
 
-def report(console: Console, workdir: Path, scores: dict[str, float], seconds: float) -> None:
-    """Print the measurements with their bounds, losses and where things are; write them as JSON."""
+def report(console: Console, workdir: Path, scores: dict[str, float], seconds: float) -> list[str]:
+    """Print and write measurements, losses and places; returns what missed its bound."""
     table = Table(title="40 sampled clips at the finest level, read from their pixels")
     for column in ("right", "share", "bound", "chance"):
         table.add_column(column)
@@ -207,4 +207,5 @@ def report(console: Console, workdir: Path, scores: dict[str, float], seconds: f
     )
     missed = [name for name, bound in BOUNDS.items() if scores[name] < bound]
     if missed:
-        console.print(f"[yellow]below its bound: {', '.join(missed)}[/]")
+        console.print(f"[red]below its bound: {', '.join(missed)}[/]")
+    return missed

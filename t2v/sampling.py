@@ -44,9 +44,9 @@ class SamplingConfig(Strict):
     tile_batch: int = Field(default=16, ge=1, description="tiles per forward pass")
     weights: Literal["ema", "raw"] = "ema"
     fps: float = Field(default=24.0, ge=0, description="frame rate asked for; 0: a still image")
-    original_size: Annotated[tuple[int, int], Field(strict=False)] = Field(
-        default=(720, 1280), description="size of source media asked for: (height, width)"
-    )
+    original_size: Annotated[
+        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
+    ] = Field(default=(720, 1280), description="size of source media asked for: (height, width)")
 
 
 def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, " sigmas"]:

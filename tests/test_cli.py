@@ -1,6 +1,7 @@
 """Mistakes at the command line: one clear line, the documented exit code, nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.dataset import open_dataset
 from data_pipeline.embed import make_tiny_encoder
+from data_pipeline.errors import ConfigError
 from data_pipeline.toy import write_toy
 from data_pipeline.video import decode_clip
 from t2v.cli import main
@@ -242,3 +245,66 @@ def test_the_audit_of_a_step_has_the_digest_that_its_metrics_line_has(run, capsy
         samples = json.loads(capsys.readouterr().out)
         digest = sum(sample_digest(sample["n"], sample["id"]) for sample in samples)
         assert f"{digest % 2**64:016x}" == line["batch_digest"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "spiece.model").unlink(), "it has neither spiece.model nor"),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace('"num_layers": 2', '"num_layers": 3')
+            ),
+            "of its weights are missing",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 50),
+            "is no T5 encoder because",
+        ),
+    ],
+)
+def test_an_incomplete_encoder_is_refused(datasets, tmp_path, damage, words, capsys):
+    shutil.copytree(datasets / "encoder", tmp_path / "encoder")
+    damage(tmp_path / "encoder")
+    arguments = ["data", "embed", str(datasets / "videos"), "--name", "new"]
+    code, error = refusal(capsys, *arguments, "--encoder", str(tmp_path / "encoder"))
+    assert (code, "Traceback" in error) == (78, False)
+    assert words in error
+    assert not (datasets / "videos" / "embeddings" / "new").exists()
+
+
+def test_a_run_goes_on_with_its_own_diffusion_only(run, capsys):
+    changes = ["diffusion.input_scale=7.0", "total_steps=4"]
+    code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
+    assert code == 78
+    assert "diffusion:" in error
+
+
+def test_a_base_of_another_input_scale_is_refused(run, tmp_path, capsys):
+    changes = [f"run_dir={tmp_path / 'new'}", f"warm_start.checkpoint={run}"]
+    changes.append("diffusion.input_scale=7.0")
+    code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
+    assert code == 78
+    assert "diffusion.input_scale: 7.0 is wrong because the base" in error
+
+
+def test_a_run_beyond_its_last_step_is_done(run):
+    """Not preempted: a scheduler would start it for ever."""
+    assert main(["train", str(run.parent / "recipe.yaml"), "total_steps=1"]) == 0
+
+
+def test_a_replaced_shard_is_noticed_at_its_first_sample(datasets, tmp_path):
+    for name in ("videos", "copy"):
+        shutil.copytree(datasets / "videos", tmp_path / name)
+    shard = next((tmp_path / "copy" / "shards").glob("*.idx"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-8] + bytes(255 - byte for byte in content[-8:]))
+    with pytest.raises(ConfigError, match=r"is not the index that dataset\.json was made with"):
+        open_dataset(tmp_path / "copy").read(int(shard.stem), 0)
+    open_dataset(tmp_path / "videos").read(int(shard.stem), 0)
+
+
+def test_checkpoints_of_nowhere_are_missing_input(tmp_path, capsys):
+    assert main(["checkpoint", "ls", str(tmp_path / "nowhere")]) == 66
+    assert main(["checkpoint", "verify", str(tmp_path / "nowhere")]) == 66
+    assert capsys.readouterr().err.count("no such") == 2

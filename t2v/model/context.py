@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data_pipeline.pyramid import Pyramid
-from t2v.model.layers import init_linear
 
 Volume = Float[Tensor, "batch frames height width dim"]
 Matrix = Float[Tensor, "batch child parent"]
@@ -134,7 +133,7 @@ class ContextFusion(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """`[identity | 0 | 0]`: a warm-started finer level begins as its base without context."""
-        init_linear(self.linear)
+        nn.init.zeros_(self.linear.bias)
         nn.init.zeros_(self.linear.weight)
         dim = self.linear.out_features
         with torch.no_grad():

@@ -13,7 +13,10 @@ from t2v.train.tensor_files import TensorKind
 # Names in a checkpoint begin with these.
 WEIGHTS = {"ema": "ema.", "raw": "model."}
 # A run that goes on with one of these changed would not be the same run.
-FIXED = ("seed", "global_batch_size", "ema_half_life_steps", "pyramid", "conditioning", "model")
+FIXED = (
+    *("seed", "global_batch_size", "ema_half_life_steps"),
+    *("pyramid", "conditioning", "model", "diffusion"),
+)
 
 
 def refuse_other_run(

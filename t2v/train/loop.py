@@ -73,7 +73,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
                 state.refuse_non_finite()
                 checkpoints.save(state.tensors(), facts(state, config, loader))
                 report.saved(state.step)
-        if state.step == config.total_steps:
+        if state.step >= config.total_steps:
             report.end("done")
             return 0
         if world.is_first:

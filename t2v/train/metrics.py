@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import Field
 from rich.console import Console
@@ -134,10 +134,10 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this rank has held: its GPU's if it has one, else its process's now."""
+    """Most memory this rank has held: its GPU's if it has one, else its process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class WandbView:

@@ -121,6 +121,12 @@ def refuse_other_network(folder: Path, base: dict, run: dict) -> None:
                     f"{section}.{name}: {new} is wrong because the base {folder} has {old}; "
                     f"use {old}, or another base."
                 )
+    old, new = base["diffusion"]["input_scale"], run["diffusion"]["input_scale"]
+    if old != new and not run["warm_start"]["resize_positions"]:
+        raise ConfigError(
+            f"diffusion.input_scale: {new} is wrong because the base {folder} has {old}, and level "
+            f"0 is the base; use {old}."
+        )
 
 
 def resize_table(table: Tensor, length: int, *, aligned_start: bool) -> Tensor:
