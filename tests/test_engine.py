@@ -145,6 +145,7 @@ def test_bf16_stays_near_fp32_with_fp32_weights(alone, kind):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("kind", ["single", "fsdp"])
 def test_compiled_blocks_train_the_same_to_rounding(alone, kind):
     configs = cases(kind=kind, compile=True)[:1]
