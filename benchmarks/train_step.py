@@ -44,6 +44,7 @@ CONTENDERS = ("hpdm", "not adaptive", "grid sample", FULL_COARSE, FULL)
 # arXiv 2406.07792: Table 1 (64x256^2 and 64x512^2, patch 16x64^2) and its text, on an A100.
 PAPER_RATIOS = {"not adaptive": 1.6, FULL_COARSE: 5.4, FULL: 5.4}
 LARGEST_BATCH = 16
+CPU_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def probe(geometry: Geometry, contender: str, device: torch.device) -> tuple[flo
     if device.type == "cpu":
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         Trainer(geometry, contender, device, 1).step()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, 1
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, CPU_BATCH
     total = torch.cuda.get_device_properties(device).total_memory
     peaks, size = [], 1
     # The others' weights are resident too, and memory grows no faster than the batch.
@@ -327,7 +328,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     geometries = PUBLISHED if device.type == "cuda" else (SCALED,)
-    repeats = options.repeats or (10 if device.type == "cuda" else 5)
+    repeats = options.repeats or (10 if device.type == "cuda" else 3)
     title = hardware(device)
     records = []
     for geometry in geometries:
