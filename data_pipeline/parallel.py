@@ -31,21 +31,20 @@ def map_in_order(
         for item in items:
             waiting.append((item, pool.submit(function, item)))
             if len(waiting) >= AHEAD * workers:
-                yield _result(*waiting.popleft())
+                yield waiting[0][1].result()
+                waiting.popleft()
         while waiting:
-            yield _result(*waiting.popleft())
+            yield waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool:
+        # A pool breaks as a whole: at a result, or already where the next item is handed in.
+        suspect = waiting[0][0] if waiting else "the first item"
+        raise DataError(
+            f"{suspect}: a worker process died at it or soon after; look for lack of memory, or "
+            "find the file that kills the decoder with one worker."
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(item: object, future: "Future[Result]") -> Result:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"{item}: a worker process died at it or soon after; look for lack of memory, or find "
-            "the file that kills the decoder with one worker."
-        ) from None
 
 
 def _end_with_parent() -> None:
