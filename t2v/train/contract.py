@@ -25,7 +25,8 @@ def refuse_other_run(
     """ConfigError where a checkpoint is of another run; `told` accepts other datasets."""
     old, new = manifest.config, json.loads(json.dumps(facts["config"]))
     changed = [name for name in FIXED if old.get(name) != new.get(name)]
-    changed += [] if old["optimizer"]["name"] == new["optimizer"]["name"] else ["optimizer.name"]
+    before = (old.get("optimizer") or {}).get("name")
+    changed += [] if before == new["optimizer"]["name"] else ["optimizer.name"]
     if changed:
         lines = [f"{name}: {_short(old, name)} -> {_short(new, name)}" for name in changed]
         raise ConfigError(
