@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import InputMissing, UserError
+from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
 
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--workdir", default="quickstart", help="where everything is written")
 
     add_data_verbs(verbs)
+    add_cluster_verbs(verbs)
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"

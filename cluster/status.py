@@ -1,0 +1,313 @@
+"""How a run is, from its shared folder alone; and what a scheduler should do with it now."""
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.errors import InputMissing
+
+Decision = Literal["done", "requeue", "stop"]
+
+PREEMPTED = 75
+# What another attempt at the same recipe, data and folder would meet again.
+HOPELESS = frozenset({65, 66, 70, 73, 78})
+FAILURES_IN_A_ROW = 3
+STALE_SECONDS = 120.0
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """What the wrapper of one node says of its part of an attempt; `exit_code` None: it goes on."""
+
+    node: str
+    host: str
+    started: float
+    ended: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The answer of `t2v status`; seconds and counts, None where the folder does not say."""
+
+    run_dir: str
+    state: str
+    exit_code: int | None
+    reason: str | None
+    step: int
+    total_steps: int | None
+    samples_per_second: float | None
+    eta_seconds: float | None
+    last_checkpoint: int | None
+    last_checkpoint_age_seconds: float | None
+    restarts: int
+    failures_without_progress: int
+    quarantined: int
+    quarantined_share: float | None
+    skipped_steps: int
+    silent_seconds: float | None
+    is_stale: bool
+    host: str | None
+    decision: Decision
+
+
+def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
+    """The status of a run folder; InputMissing where it is none."""
+    if not run_dir.is_dir():
+        raise InputMissing(f"{run_dir}: no such run folder; give one that a run has begun.")
+    now = time.time() if now is None else now
+    status = read_json(run_dir / "status.json")
+    attempts = read_lines(run_dir / "attempts.jsonl")
+    nodes = last_nodes(run_dir)
+    ending = last_ending(status, nodes)
+    checkpoint = last_checkpoint(run_dir)
+    metrics = last_line(run_dir / "metrics.jsonl")
+    step = max(status.get("step") or 0, 0)
+    total_steps = status.get("total_steps")
+    samples_per_step = _per_step(metrics)
+    rate = status.get("samples_per_second") or metrics.get("samples_per_second")
+    goes_on = ending["state"] in ("starting", "running")
+    silent = now - updated if (updated := seconds_of(status.get("updated"))) else None
+    quarantined = count_lines(run_dir / "quarantine.jsonl")
+    samples = step * samples_per_step if samples_per_step else None
+    return RunStatus(
+        run_dir=str(run_dir),
+        **ending,
+        step=step,
+        total_steps=total_steps,
+        samples_per_second=rate,
+        eta_seconds=_eta(metrics, step, total_steps) if goes_on else None,
+        last_checkpoint=checkpoint[0] if checkpoint else None,
+        last_checkpoint_age_seconds=now - checkpoint[1] if checkpoint else None,
+        restarts=max(len([a for a in attempts if a.get("event") == "start"]) - 1, 0),
+        failures_without_progress=failures_without_progress(attempts),
+        quarantined=quarantined,
+        quarantined_share=quarantined / samples if samples else None,
+        skipped_steps=count_lines(run_dir / "metrics.jsonl", containing=b'"skipped_samples"'),
+        silent_seconds=silent,
+        is_stale=goes_on and silent is not None and silent > STALE_SECONDS,
+        host=status.get("host"),
+        decision=decide(status, attempts, nodes),
+    )
+
+
+def decide(status: dict, attempts: list[dict], nodes: Iterable[NodeRecord]) -> Decision:
+    """What to do after an attempt has ended, however it did: only its records are asked.
+
+    Preemption, hangs, storage and deaths without a word are worth another attempt; what would come
+    again is not, nor is a third failure in a row without a newer checkpoint.
+    """
+    ending = last_ending(status, nodes)
+    code = ending["exit_code"]
+    if ending["state"] == "done":
+        return "done"
+    if code == PREEMPTED:
+        return "requeue"
+    if code in HOPELESS or failures_without_progress(attempts) >= FAILURES_IN_A_ROW:
+        return "stop"
+    return "requeue"
+
+
+def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
+    """State, exit code and reason of the newest attempt.
+
+    An attempt that failed before it owned the run folder has only its wrappers' word.
+    """
+    nodes = list(nodes)
+    started = min((node.started for node in nodes), default=0.0)
+    if status and (seconds_of(status.get("updated")) or 0.0) >= int(started):
+        state = status.get("state", "starting")
+        code = status.get("exit_code")
+        if state == "done":
+            code = 0
+        elif state == "preempted":
+            code = PREEMPTED
+        if state in ("done", "preempted", "failed"):
+            return {"state": state, "exit_code": code, "reason": status.get("reason")}
+    ended = [node for node in nodes if node.ended is not None]
+    failed = sorted((n for n in ended if n.exit_code), key=lambda node: node.ended or 0.0)
+    if failed:
+        first = next((n for n in failed if n.exit_code != PREEMPTED), failed[0])
+        state = "preempted" if first.exit_code == PREEMPTED else "failed"
+        return {"state": state, "exit_code": first.exit_code, "reason": first.reason}
+    state = status.get("state", "starting") if status else "starting"
+    return {"state": state, "exit_code": status.get("exit_code"), "reason": status.get("reason")}
+
+
+def failures_without_progress(attempts: list[dict]) -> int:
+    """The newest attempts in a row that failed, or ended without a word, at the same checkpoint."""
+    told = [line for line in attempts if "attempt" in line or line.get("event") == "clear"]
+    cleared = [number for number, line in enumerate(told) if line.get("event") == "clear"]
+    told = told[cleared[-1] + 1 :] if cleared else told
+    ends = {line["attempt"]: line for line in told if line.get("event") == "end"}
+    count, later_step = 0, 0
+    for start in reversed([line for line in told if line.get("event") == "start"]):
+        end, step = ends.get(start["attempt"], {}), start.get("step") or 0
+        # Where it died without a word, the attempt after it shows what it had saved.
+        reached = max(end.get("last_checkpoint") or 0, later_step)
+        if end.get("state") in ("done", "preempted") or reached > step:
+            break
+        count, later_step = count + 1, step
+    return count
+
+
+def last_checkpoint(run_dir: Path) -> tuple[int, float] | None:
+    """(step, when it was committed) of the newest checkpoint; its manifest is written last."""
+    found = []
+    folder = run_dir / "checkpoints"
+    for path in folder.iterdir() if folder.is_dir() else []:
+        match, manifest = STEP_FOLDER.fullmatch(path.name), path / "manifest.json"
+        if match and manifest.exists():
+            found.append((int(match[1]), manifest.stat().st_mtime))
+    return max(found, default=None)
+
+
+def last_nodes(run_dir: Path) -> list[NodeRecord]:
+    """The nodes of the newest attempt that any wrapper has begun."""
+    attempts = sorted((run_dir / "logs").glob("attempt-*"))
+    for attempt in reversed(attempts):
+        records = [read_json(path) for path in sorted(attempt.glob("node-*.json"))]
+        known = NodeRecord.__dataclass_fields__
+        nodes = [
+            NodeRecord(**{name: value for name, value in record.items() if name in known})
+            for record in records
+            if {"node", "host", "started"} <= set(record)
+        ]
+        if nodes:
+            return nodes
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file that others replace; empty where there is none or it is no JSON."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one that a killed process left half is left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found.append(content)
+    return found
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a JSONL file that may be long."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 65536, 0))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def count_lines(path: Path, *, containing: bytes = b"") -> int:
+    """Lines of a file, or those of them that hold some bytes."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(containing in line for line in file)
+
+
+def seconds_of(moment: str | None) -> float | None:
+    """An ISO time as seconds since the epoch."""
+    if not moment:
+        return None
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return None
+
+
+def _per_step(metrics: dict) -> float | None:
+    """Samples per step, from a line of metrics."""
+    rate, seconds = metrics.get("samples_per_second"), metrics.get("step_seconds")
+    return round(rate * seconds) if rate and seconds else None
+
+
+def _eta(metrics: dict, step: int, total_steps: int | None) -> float | None:
+    seconds = metrics.get("step_seconds")
+    return (total_steps - step) * seconds if seconds and total_steps else None
+
+
+def print_status(status: RunStatus, console: Console | None = None) -> None:
+    """A table for a terminal."""
+    console = console or Console()
+    table = Table(show_header=False, title=status.run_dir)
+    state = status.state
+    if status.exit_code is not None:
+        state += f" (exit code {status.exit_code})"
+    if status.is_stale:
+        state += f", but silent for {spell(status.silent_seconds)}: is the job still there?"
+    rows = [
+        ("state", state),
+        ("reason", status.reason),
+        ("step", f"{status.step} of {status.total_steps}" if status.total_steps else status.step),
+        ("rate", f"{status.samples_per_second:.1f} samples/s" if status.samples_per_second else ""),
+        ("time left", spell(status.eta_seconds)),
+        ("last checkpoint", _checkpoint_text(status)),
+        ("restarts", status.restarts),
+        ("failures without progress", status.failures_without_progress or ""),
+        ("samples replaced", _data_text(status)),
+        ("steps skipped", status.skipped_steps or ""),
+        ("last word", f"{spell(status.silent_seconds)} ago" if status.silent_seconds else ""),
+        ("if it has ended", status.decision),
+    ]
+    for name, value in rows:
+        if value not in ("", None):
+            table.add_row(name, str(value))
+    console.print(table)
+
+
+def to_json(status: RunStatus) -> str:
+    """The status for a program."""
+    return json.dumps(asdict(status))
+
+
+def spell(seconds: float | None) -> str:
+    """`3 h 12 min`; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+
+
+def _checkpoint_text(status: RunStatus) -> str:
+    if status.last_checkpoint is None:
+        return "none yet"
+    return f"step {status.last_checkpoint}, {spell(status.last_checkpoint_age_seconds)} old"
+
+
+def _data_text(status: RunStatus) -> str:
+    if not status.quarantined_share:
+        return str(status.quarantined)
+    return f"{status.quarantined} ({status.quarantined_share:.3%})"

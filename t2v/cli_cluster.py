@@ -1,0 +1,81 @@
+"""The verbs of jobs on a cluster: one thin function each."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from t2v.cli_parser import add_config, add_verb
+
+
+def node(options: argparse.Namespace) -> int:
+    from cluster.node import NodeJob, run_node
+
+    return run_node(
+        NodeJob(
+            run_dir=Path(options.run_dir),
+            train_arguments=(options.config, *options.overrides),
+            nnodes=options.nnodes,
+            nproc_per_node=options.nproc_per_node,
+            rdzv_endpoint=options.rdzv_endpoint,
+            rdzv_id=options.rdzv_id,
+            node_rank=options.node_rank,
+            is_host=options.is_host,
+            grace_seconds=options.grace_seconds,
+            rendezvous_timeout_seconds=options.rendezvous_timeout_seconds,
+        )
+    )
+
+
+def status(options: argparse.Namespace) -> None:
+    from cluster.status import print_status, run_status, to_json
+
+    found = run_status(Path(options.run_dir))
+    if options.decide:
+        print(found.decision)
+    elif options.json:
+        print(to_json(found))
+    else:
+        print_status(found)
+
+
+def health(options: argparse.Namespace) -> None:
+    from cluster.heartbeat import check_health, heartbeat_file
+
+    found = check_health(heartbeat_file(), max_age_seconds=options.max_age, startup=options.startup)
+    json.dump(found, sys.stdout)
+    print()
+
+
+def add_cluster_verbs(verbs) -> None:
+    """All verbs of jobs on a cluster."""
+    verb = add_verb(verbs, "node", node, "run this node's part of a job, as a scheduler starts it",
+                    "t2v node --nnodes 2 --nproc-per-node 8 --rdzv-endpoint node1:29400"
+                    " --rdzv-id 17-0 --is-host --run-dir runs/base_36x64"
+                    " -- configs/base_36x64.yaml")  # fmt: skip
+    verb.add_argument("--nnodes", type=int, default=1, help="nodes of the job")
+    verb.add_argument("--nproc-per-node", type=int, default=1, help="ranks here: one per GPU")
+    verb.add_argument("--rdzv-endpoint", default="localhost:29400", help="HOST:PORT to meet at")
+    verb.add_argument("--rdzv-id", default="t2v", help="differs from attempt to attempt")
+    verb.add_argument("--node-rank", type=int, default=0, help="this node's number, for its logs")
+    verb.add_argument("--is-host", action="store_true", help="the nodes meet at this one")
+    verb.add_argument("--run-dir", required=True, help="the run folder, shared by all nodes")
+    verb.add_argument("--grace-seconds", type=float, default=600.0,
+                      help="from a request to stop to the end of all ranks")  # fmt: skip
+    verb.add_argument("--rendezvous-timeout-seconds", type=float, default=600.0,
+                      help="how long nodes wait for each other")  # fmt: skip
+    add_config(verb)
+
+    verb = add_verb(verbs, "status", status, "how a run is, from its shared folder alone",
+                    "t2v status runs/base_36x64")  # fmt: skip
+    verb.add_argument("run_dir")
+    answer = verb.add_mutually_exclusive_group()
+    answer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    answer.add_argument(
+        "--decide", action="store_true", help="what a scheduler should do: done, requeue or stop"
+    )
+
+    verb = add_verb(verbs, "health", health, "whether this node's wrapper lives; for probes",
+                    "t2v health --max-age 900")  # fmt: skip
+    verb.add_argument("--max-age", type=float, default=900.0, help="seconds since the last sign")
+    verb.add_argument("--startup", action="store_true", help="fail until training has begun")
