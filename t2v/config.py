@@ -119,6 +119,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
+    content = read_mapping(path)
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, str(path))
+
+
+def read_mapping(path: Path) -> dict:
+    """The mapping that a YAML file holds, no key of it twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
@@ -131,9 +139,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(message) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not a recipe because it holds no mapping; see configs/.")
-    for override in overrides:
-        _apply_override(content, override)
-    return parse_config(content, str(path))
+    return content
 
 
 def parse_config(content: dict, origin: str) -> RunConfig:
