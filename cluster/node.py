@@ -58,8 +58,8 @@ class NodeJob:
 
     @property
     def hosts_rendezvous(self) -> bool:
-        """The first node does, unless only one was told to."""
-        return self.is_host or self.nnodes == 1
+        """The first node does: in Kubernetes all are given the same words but their number."""
+        return self.is_host or self.node_rank == 0
 
 
 def run_node(job: NodeJob) -> int:
