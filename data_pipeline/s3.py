@@ -98,6 +98,25 @@ class ObjectStore:
 
         self._call(path, put)
 
+    def create(self, path: str, content: bytes) -> bool:
+        """Put an object that must not be there yet; False where it is."""
+        bucket, key = split(path)
+        try:
+            self._call(
+                path,
+                lambda client: client.put_object(
+                    Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"
+                ),
+            )
+        except ObjectChanged:
+            return False
+        return True
+
+    def remove(self, path: str) -> None:
+        """Delete an object; it may be gone already."""
+        bucket, key = split(path)
+        self._call(path, lambda client: client.delete_object(Bucket=bucket, Key=key))
+
     def exists(self, path: str) -> bool:
         """Whether there is an object at a path, or any below it."""
         try:
@@ -108,13 +127,23 @@ class ObjectStore:
 
     def list(self, folder: str) -> Iterator[str]:
         """Names of the objects directly in a folder."""
+        for page in self._pages(folder):
+            for entry in page.get("Contents", []):
+                if name := entry["Key"].rpartition("/")[2]:
+                    yield name
+
+    def list_folders(self, folder: str) -> Iterator[str]:
+        """Names of what lies one level down and holds objects."""
+        for page in self._pages(folder):
+            for entry in page.get("CommonPrefixes", []):
+                yield entry["Prefix"].rstrip("/").rpartition("/")[2]
+
+    def _pages(self, folder: str) -> Iterator[dict]:
         page: dict = {"IsTruncated": True}
         while page["IsTruncated"]:
             token = page.get("NextContinuationToken")
             page = self._list(folder, **({"ContinuationToken": token} if token else {}))
-            for entry in page.get("Contents", []):
-                if name := entry["Key"].rpartition("/")[2]:
-                    yield name
+            yield page
 
     def _list(self, folder: str, **options: Any) -> dict:
         bucket, key = split(folder)

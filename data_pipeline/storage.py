@@ -2,6 +2,7 @@
 sees half a file."""
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
     else:
         names = []
     return sorted(name for name in names if name.endswith(suffix) and not name.endswith(PARTIAL))
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; none where there is no folder."""
+    if is_remote(folder):
+        return sorted(remote().store.list_folders(folder))
+    root = _local(folder)
+    if not root.is_dir():
+        return []
+    with _storage_errors(folder):
+        return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
 def read_bytes(path: str) -> bytes:
@@ -103,6 +115,50 @@ def open_atomic(path: str) -> Iterator[BinaryIO]:
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(target.parent)
+
+
+def create(path: str, content: bytes) -> None:
+    """Write a file that must not be there yet, unless it is the same; StorageError otherwise."""
+    if is_remote(path):
+        made = remote().store.create(path, content)
+    else:
+        made = not exists(path)
+        if made:
+            write_atomic(path, content)
+    if not made and read_bytes(path) != content:
+        raise StorageError(f"{path}: is there already with other content; use another prefix.")
+
+
+def copy_to(source: Path, path: str) -> None:
+    """Copy a file of this machine to a path, where it appears whole."""
+    with _storage_errors(str(source)), source.open("rb") as file:
+        if is_remote(path):
+            remote().store.write(path, file)
+        else:
+            with open_atomic(path) as target:
+                shutil.copyfileobj(file, target)
+
+
+def copy_from(path: str, target: Path) -> None:
+    """Copy a path to a file of this machine, past the cache."""
+    with _storage_errors(str(target)), target.open("wb") as file:
+        if is_remote(path):
+            store = remote().store
+            store.download(path, store.version(path), file)
+        else:
+            with _local(path).open("rb") as source:
+                shutil.copyfileobj(source, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove(path: str) -> None:
+    """Delete a file; it may be gone already."""
+    if is_remote(path):
+        remote().store.remove(path)
+        return
+    with _storage_errors(path):
+        _local(path).unlink(missing_ok=True)
 
 
 def remove_partial(folder: str) -> None:

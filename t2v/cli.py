@@ -1,12 +1,12 @@
 """The `t2v` command: one thin function per verb."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import InputMissing, UserError
+from data_pipeline.errors import UserError
+from t2v.cli_checkpoint import add_checkpoint_verbs
 from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
@@ -87,24 +87,6 @@ def sample(options: argparse.Namespace) -> None:
     print(f"{written}: written.")
 
 
-def checkpoint_ls(options: argparse.Namespace) -> None:
-    from t2v.train.checkpoint import list_checkpoints, print_checkpoints
-
-    folder = Path(options.run_dir)
-    if not folder.is_dir():
-        raise InputMissing(f"{folder}: no such run folder; give one with checkpoints in it.")
-    print_checkpoints(list_checkpoints(folder))
-
-
-def checkpoint_verify(options: argparse.Namespace) -> None:
-    from t2v.train.checkpoint import verify_checkpoint
-
-    if not Path(options.checkpoint).is_dir():
-        raise InputMissing(f"{options.checkpoint}: no such checkpoint; give a step folder.")
-    manifest = verify_checkpoint(options.checkpoint)
-    print(json.dumps({"checkpoint": options.checkpoint, "step": manifest.step, "valid": True}))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments and an example each."""
     parser = argparse.ArgumentParser(
@@ -151,14 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a sampling setting, such as overlap=fhw or guidance_scale=4",
     )
 
-    checkpoint = verbs.add_parser("checkpoint", help="list and prove checkpoints")
-    checkpoint_verbs = checkpoint.add_subparsers(metavar="VERB", required=True)
-    verb = add_verb(checkpoint_verbs, "ls", checkpoint_ls, "steps, sizes and states of a run",
-                    "t2v checkpoint ls runs/base_36x64")  # fmt: skip
-    verb.add_argument("run_dir")
-    verb = add_verb(checkpoint_verbs, "verify", checkpoint_verify, "check every digest",
-                    "t2v checkpoint verify runs/base_36x64/checkpoints/step-00001000")  # fmt: skip
-    verb.add_argument("checkpoint")
+    add_checkpoint_verbs(verbs)
     return parser
 
 

@@ -26,7 +26,7 @@ from t2v.engine.compute import set_matmul_precision
 from t2v.model.conditioning import Condition
 from t2v.model.hpdm import build_model
 from t2v.sampling import generate
-from t2v.train.checkpoint import load_weights, resolve_checkpoint
+from t2v.train.finding import load_weights, resolve_checkpoint
 from t2v.train.manifest import read_manifest
 
 MAX_PROMPT_CHARACTERS = 2000

@@ -20,7 +20,7 @@ from data_pipeline.toy import Toy, all_toys, write_toy
 from data_pipeline.toy_score import read_toy
 from data_pipeline.video import decode_clip
 from t2v.config import RunConfig, load_config
-from t2v.train.checkpoint import resolve_checkpoint
+from t2v.train.finding import resolve_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PROCESSES = 2

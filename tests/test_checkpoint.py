@@ -11,25 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from data_pipeline.errors import ConfigError, InputMissing, RunLocked, StorageError
 from t2v.config import RunConfig
 from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE
 from t2v.model.hpdm import build_model
-from t2v.train.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
+from t2v.train.checkpoint import CheckpointConfig, Checkpoints
+from t2v.train.contract import refuse_other_run
+from t2v.train.ema import Ema
+from t2v.train.finding import (
     list_checkpoints,
     load_weights,
     resolve_checkpoint,
+    step_folder,
     verify_checkpoint,
 )
-from t2v.train.contract import refuse_other_run
-from t2v.train.ema import Ema
-from t2v.train.manifest import read_manifest, record_file
+from t2v.train.manifest import Manifest, read_manifest, record_file
 from t2v.train.state import TrainState
+from t2v.train.tensor_files import INDEX, file_of
 from tests.tiny import tiny_config
+
+TENSORS = file_of(0)
 
 
 def fresh_state(config: RunConfig) -> TrainState:
@@ -43,10 +47,15 @@ def shuffled_state(config: RunConfig, seed: int = 0) -> TrainState:
     """A state in which every tensor has values of its own."""
     state = fresh_state(config)
     generator = torch.Generator().manual_seed(seed)
-    for tensor in state.tensors().values():
+    for tensor in tensors_of(state).values():
         tensor.normal_(generator=generator)
     state.engine.updates = 7
     return state
+
+
+def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint of an unsplit state holds."""
+    return {name: piece.part for name, piece in state.slices().items()}
 
 
 def facts(config: RunConfig, step: int) -> dict:
@@ -72,7 +81,10 @@ def checkpoints(run_dir: Path, **settings) -> Checkpoints:
 
 
 def save(state: TrainState, made: Checkpoints, *steps: int) -> list[Path]:
-    return [made.save(state.tensors(), facts(tiny_config(), step)) for step in steps]
+    for step in steps:
+        made.save(state.slices(), facts(tiny_config(), step))
+        made.finish()
+    return [step_folder(made.folder, step) for step in steps]
 
 
 def test_restored_state_is_bitwise_the_saved_one(state, tmp_path):
@@ -82,30 +94,30 @@ def test_restored_state_is_bitwise_the_saved_one(state, tmp_path):
     other = fresh_state(tiny_config())
     other.restore(folder, manifest)
     assert (other.step, other.engine.updates) == (3, 7)
-    saved = state.tensors()
-    for name, tensor in other.tensors().items():
+    saved = tensors_of(state)
+    for name, tensor in tensors_of(other).items():
         assert torch.equal(tensor, saved[name]), name
 
 
 def test_checkpoint_holds_weights_averages_and_both_moments_of_every_parameter(state):
     names = [name for name, _ in state.engine.model.named_parameters()]
     prefixes = ("model", "ema", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-    assert set(state.tensors()) == {f"{prefix}.{name}" for prefix in prefixes for name in names}
+    assert set(tensors_of(state)) == {f"{prefix}.{name}" for prefix in prefixes for name in names}
 
 
 def flip_bit(folder: Path) -> None:
-    path = folder / "__0_0.distcp"
+    path = folder / TENSORS
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "__0_0.distcp", 1000)
+    os.truncate(folder / TENSORS, 1000)
 
 
 def delete_tensors(folder: Path) -> None:
-    (folder / "__0_0.distcp").unlink()
+    (folder / TENSORS).unlink()
 
 
 def delete_manifest(folder: Path) -> None:
@@ -117,18 +129,18 @@ def damage_manifest(folder: Path) -> None:
 
 
 def swap_index(folder: Path) -> None:
-    (folder / ".metadata").write_bytes(b"\0" * (folder / ".metadata").stat().st_size)
+    (folder / INDEX).write_bytes(b"\0" * (folder / INDEX).stat().st_size)
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (flip_bit, "__0_0.distcp: its bytes have changed"),
-        (truncate, "__0_0.distcp: 1000 bytes instead of"),
-        (delete_tensors, "__0_0.distcp: missing"),
+        (flip_bit, f"{TENSORS}: its bytes have changed"),
+        (truncate, f"{TENSORS}: 1000 bytes instead of"),
+        (delete_tensors, f"{TENSORS}: missing"),
         (delete_manifest, "manifest.json is missing"),
         (damage_manifest, "manifest.json: is wrong because it is damaged"),
-        (swap_index, ".metadata: its bytes have changed"),
+        (swap_index, "tensors.json: its bytes have changed"),
     ],
 )
 def test_damaged_newest_is_refused_by_name_and_the_previous_is_used(
@@ -154,6 +166,48 @@ def test_run_does_not_begin_anew_where_no_checkpoint_is_valid(state, tmp_path):
     flip_bit(folder)
     with pytest.raises(StorageError, match=r"none of its 1 checkpoints is valid.*have changed"):
         made.newest()
+
+
+def test_what_is_saved_is_the_state_at_the_call(state, tmp_path):
+    """Training goes on while the copy is written."""
+    made, own = checkpoints(tmp_path), shuffled_state(tiny_config(), seed=3)
+    before = {name: tensor.clone() for name, tensor in tensors_of(own).items()}
+    made.save(own.slices(), facts(tiny_config(), 1))
+    for tensor in tensors_of(own).values():
+        tensor.zero_()
+    made.finish()
+    own.restore(*made.newest())
+    for name, tensor in tensors_of(own).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_files_are_plain_safetensors(state, tmp_path):
+    (folder,) = save(state, checkpoints(tmp_path), 1)
+    stored = load_file(folder / TENSORS)
+    for name, tensor in tensors_of(state).items():
+        assert torch.equal(stored[name], tensor.flatten()), name
+
+
+def test_retention_keeps_the_lowest_held_out_loss(state, tmp_path):
+    made = checkpoints(tmp_path, keep_last=2)
+    for step, loss in enumerate([0.5, 0.3, None, 0.4, 0.6], start=1):
+        made.save(state.slices(), facts(tiny_config(), step) | {"held_out_loss": loss})
+    made.finish()
+    assert [info.step for info in list_checkpoints(tmp_path)] == [2, 4, 5]
+
+
+def test_an_attempt_that_lost_its_run_commits_nothing(state, tmp_path):
+    """R23: what a zombie wrote never becomes a checkpoint."""
+
+    def refuse() -> None:
+        raise RunLocked("taken over")
+
+    made = Checkpoints(tmp_path, CheckpointConfig(every_steps=1), ALONE, refuse)
+    made.clean()
+    made.save(state.slices(), facts(tiny_config(), 1))
+    with pytest.raises(RunLocked):
+        made.finish()
+    assert list(made.folder.iterdir()) == []
 
 
 def test_finished_checkpoint_is_never_written_again(state, tmp_path):
@@ -208,7 +262,7 @@ save(state, made, 2)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("moment", ["record_file", "wrong_sizes"])
+@pytest.mark.parametrize("moment", ["write_slices", "join_index", "wrong_sizes"])
 def test_kill_in_the_middle_of_a_save_leaves_the_previous_valid(tmp_path, moment):
     command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path), moment]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
@@ -235,48 +289,58 @@ def forge(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = record_file(folder / name).model_dump()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sign(folder, manifest)
 
 
-def test_no_code_in_a_checkpoint_is_run(state, tmp_path):
+def sign(folder: Path, manifest: dict) -> None:
+    """Write a manifest that agrees with itself."""
+    proved = Manifest.model_validate_json(json.dumps(manifest)).proved()
+    (folder / "manifest.json").write_text(proved.model_dump_json())
+
+
+@pytest.mark.parametrize("name", [INDEX, TENSORS])
+def test_no_code_in_a_checkpoint_is_run(state, tmp_path, name):
+    """R25"""
     made = checkpoints(tmp_path)
     (folder,) = save(state, made, 1)
     canary = tmp_path / "canary"
-    forge(folder, ".metadata", pickle.dumps(Canary(canary)))
-    with pytest.raises(StorageError, match="do not trust it"):
-        fresh_state(tiny_config()).restore(*made.newest())
-    forge(folder, ".metadata", pickle.dumps({"state_dict_metadata": {}}))
-    with pytest.raises(StorageError, match="is no index of tensors"):
+    forge(folder, name, pickle.dumps(Canary(canary)))
+    with pytest.raises(StorageError, match="use another checkpoint"):
         fresh_state(tiny_config()).restore(*made.newest())
     assert not canary.exists()
 
 
-def test_tensors_that_are_pickled_code_are_refused(state, tmp_path):
-    made = checkpoints(tmp_path)
-    (folder,) = save(state, made, 1)
-    canary = tmp_path / "canary"
-    size = (folder / "__0_0.distcp").stat().st_size
-    forge(folder, "__0_0.distcp", pickle.dumps(Canary(canary)).ljust(size, b"\0"))
-    with pytest.raises(StorageError):
-        fresh_state(tiny_config()).restore(*made.newest())
-    assert not canary.exists()
+def test_any_changed_field_of_a_manifest_is_found(state, tmp_path):
+    (folder,) = save(state, checkpoints(tmp_path), 1)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in {"updates": 8, "data_fingerprint": "other", "engine": "fsdp"}.items():
+        path.write_text(json.dumps(manifest | {name: value}))
+        with pytest.raises(StorageError, match="its fields have changed"):
+            verify_checkpoint(folder)
+    path.write_text(json.dumps(manifest))
+    verify_checkpoint(folder)
 
 
 def test_manifest_naming_a_file_outside_is_refused(state, tmp_path):
     (folder,) = save(state, checkpoints(tmp_path), 1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../../secret"] = manifest["files"].pop("__0_0.distcp")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest["files"]["../../secret"] = manifest["files"].pop(TENSORS)
+    sign(folder, manifest)
     with pytest.raises(StorageError, match="outside its folder"):
         verify_checkpoint(folder)
 
 
-def test_index_pointing_outside_is_refused(state, tmp_path):
+@pytest.mark.parametrize("spoil", ["gap", "overlap", "short"])
+def test_index_whose_pieces_do_not_make_up_a_tensor_is_refused(state, tmp_path, spoil):
     made = checkpoints(tmp_path)
     (folder,) = save(state, made, 1)
-    index = (folder / ".metadata").read_bytes()
-    forge(folder, ".metadata", index.replace(b"__0_0.distcp", b"../0_0.distc"))
-    with pytest.raises(StorageError, match=r"points at .* outside"):
+    index = json.loads((folder / INDEX).read_text())
+    (piece,) = index["tensors"]["model.latents"]["pieces"]
+    change = {"gap": {"offset": 1}, "overlap": {"offset": -1}, "short": {"count": 5}}[spoil]
+    piece |= change
+    forge(folder, INDEX, json.dumps(index).encode())
+    with pytest.raises(StorageError, match=r"the pieces of model\.latents do not make it up"):
         fresh_state(tiny_config()).restore(*made.newest())
 
 
@@ -344,7 +408,7 @@ def test_weights_load_without_a_process_group(state, tmp_path, weights, prefix):
     assert resolve_checkpoint(tmp_path) == resolve_checkpoint(folder) == folder
     model = build_model(tiny_config())
     load_weights(folder, model, weights=weights)
-    saved = state.tensors()
+    saved = tensors_of(state)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[prefix + name]), name
 
@@ -361,4 +425,4 @@ def test_manifest_tells_what_made_it(state, tmp_path):
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.updates, manifest.engine) == (5, 7, "single")
     assert manifest.config["seed"] == 3
-    assert set(manifest.files) == {".metadata", "__0_0.distcp"}
+    assert set(manifest.files) == {INDEX, TENSORS}

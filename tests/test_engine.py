@@ -1,6 +1,7 @@
 """Every engine trains the same numbers."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import pytest
@@ -58,12 +59,14 @@ def train(config: RunConfig, world: World, steps: int) -> Outcome:
 
 
 def whole(engine: Engine, parts: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Parts of all ranks put together."""
-    tensors = {name: engine.whole(name, part) for name, part in parts.items()}
-    return {
-        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).numpy().copy()
-        for name, t in tensors.items()
-    }
+    """Every tensor put together from all ranks' parts."""
+    places = engine.places()
+    mine = {name: (places[name], part.flatten().numpy()) for name, part in parts.items()}
+    tensors = {name: np.empty(prod(place.shape), np.float32) for name, (place, _) in mine.items()}
+    for theirs in engine.world.gather(mine):
+        for name, (place, part) in theirs.items():
+            tensors[name][place.offset :][: len(part)] = part
+    return {name: tensor.reshape(places[name].shape) for name, tensor in tensors.items()}
 
 
 def train_all(configs: list[RunConfig], steps: int) -> list[Outcome]:

@@ -16,10 +16,10 @@ from data_pipeline.errors import ConfigError, NumericError, RunLocked
 from data_pipeline.toy import write_toy
 from t2v.config import RunConfig, dump_config, load_config
 from t2v.train import loop, preemption
-from t2v.train.checkpoint import list_checkpoints, verify_checkpoint
+from t2v.train.finding import list_checkpoints, verify_checkpoint
 from t2v.train.loop import train
 from t2v.train.run_folder import locked
-from t2v.train.tensor_files import read_tensors, tensor_kinds
+from t2v.train.tensor_files import read_whole, tensor_kinds
 from tests.distributed import next_world, run_distributed
 from tests.test_warm_start import BASE
 from tests.tiny import tiny_config
@@ -57,9 +57,7 @@ def config_of(dataset: Path, run_dir: Path, **changes) -> RunConfig:
 def tensors_at(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     verify_checkpoint(folder)
-    tensors = {n: torch.empty(k.shape, dtype=k.dtype) for n, k in tensor_kinds(folder).items()}
-    read_tensors(folder, tensors)
-    return tensors
+    return {name: read_whole(folder, name) for name in tensor_kinds(folder)}
 
 
 def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

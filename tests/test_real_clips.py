@@ -15,7 +15,7 @@ from data_pipeline.loader import Loader
 from t2v.cli import main
 from t2v.config import RunConfig, load_config
 from t2v.model.hpdm import build_model
-from t2v.train.checkpoint import load_weights, resolve_checkpoint
+from t2v.train.finding import load_weights, resolve_checkpoint
 from t2v.train.objective import level_losses
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"

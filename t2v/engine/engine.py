@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from t2v.engine.fsdp import FsdpEngine
+from t2v.engine.place import Place
 from t2v.engine.single import SingleEngine
 from t2v.engine.world import World
 from t2v.model.hpdm import HPDM
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """A model, its gradients and its optimizer, each split as the engine likes.
 
-    A *part* is what this rank holds of a named tensor: a plain fp32 tensor of the same elements for
-    the parameter, its gradient, its moments and its average. Whatever works element by element
-    works on parts; `whole` tells a checkpoint where they belong.
+    A *part* is what this rank holds of a named tensor: a plain fp32 tensor of one range of its
+    flattened elements, the same for the parameter, its gradient, its moments and its average.
+    Whatever works element by element works on parts; `places` tells a checkpoint where they lie.
     """
 
     name: str
@@ -47,8 +48,8 @@ class Engine(Protocol):
     def moments(self) -> dict[str, Tensor]:
         """This rank's part of every optimizer tensor, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """A part as a tensor of the parameter's full shape, from which checkpoints are cut."""
+    def places(self) -> dict[str, Place]:
+        """Where this rank's part of every parameter lies."""
 
     @property
     def updates(self) -> int:

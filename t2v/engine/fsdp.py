@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import AbstractContextManager
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from t2v.engine.place import Place
 from t2v.engine.update import Update, gradient
 from t2v.engine.world import World
 from t2v.model.hpdm import HPDM
@@ -87,17 +89,12 @@ class FsdpEngine:
     def moments(self) -> dict[str, Tensor]:
         return self._update.moments()
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        like = self.model.get_parameter(name)
-        assert isinstance(like, DTensor)
-        return DTensor.from_local(
-            part,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
+    def places(self) -> dict[str, Place]:
+        shards, shard = dist.get_world_size(self._shards), dist.get_rank(self._shards)
+        return {
+            name: rows_of(tuple(parameter.shape), shard, shards)
+            for name, parameter in self.model.named_parameters()
+        }
 
     @property
     def updates(self) -> int:
@@ -142,6 +139,12 @@ class WholeInit(TorchDispatchMode):
         mine = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         local(target).copy_(local(mine))
         return target
+
+
+def rows_of(shape: tuple[int, ...], shard: int, shards: int) -> Place:
+    """The rows that FSDP2 gives to a shard: equal chunks, the last ones shorter or empty."""
+    row = min(shard * ceil(shape[0] / shards), shape[0])
+    return Place(shape, row * prod(shape[1:]))
 
 
 def local(tensor: Tensor) -> Tensor:

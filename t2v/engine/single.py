@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from t2v.engine.place import Place
 from t2v.engine.update import Update, gradient
 from t2v.engine.world import World
 from t2v.model.hpdm import HPDM
@@ -53,8 +54,8 @@ class SingleEngine:
     def moments(self) -> dict[str, Tensor]:
         return self._update.moments()
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        return part
+    def places(self) -> dict[str, Place]:
+        return {name: Place(tuple(part.shape), 0) for name, part in self.parameters().items()}
 
     @property
     def updates(self) -> int:

@@ -1,41 +1,43 @@
 """Checkpoints that are complete and right, or not checkpoints at all.
 
-A step is written into a staging folder, proved by a manifest that is written last, and renamed into
-place. Nothing is ever written into a finished one.
+A step is copied in memory, which is all that training waits for. A thread writes the copy into a
+staging folder, proves it by a manifest that is written last, and renames it into place. Nothing is
+ever written into a finished one.
 """
 
-import re
 import shutil
+import threading
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
 
 from data_pipeline import storage
-from data_pipeline.errors import InputMissing, StorageError
+from data_pipeline.errors import NumericError, StorageError, UserError
 from data_pipeline.strict import Strict
-from t2v.engine.world import ALONE, World
-from t2v.train.contract import WEIGHTS, kinds_of, model_signature, refuse_differences
+from t2v.engine.world import World
+from t2v.train.contract import WEIGHTS, model_signature
+from t2v.train.finding import list_checkpoints, newest_valid, step_folder
 from t2v.train.manifest import (
     MANIFEST,
+    FileRecord,
     Manifest,
     present_versions,
-    read_manifest,
     record_file,
-    wrong_digests,
     wrong_sizes,
 )
-from t2v.train.tensor_files import INDEX, read_tensors, tensor_kinds, write_tensors
+from t2v.train.mirror import Mirror
+from t2v.train.tensor_files import INDEX, Slice, WrittenFile, join_index, write_slices
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 STAGING = ".staging-"
 REFUSED = "refused-"
+SETTLE_SECONDS = 60.0
 
 
 class CheckpointConfig(Strict):
@@ -44,29 +46,56 @@ class CheckpointConfig(Strict):
     every_steps: int = Field(ge=1)
     keep_last: int = Field(default=3, ge=2, description="newest checkpoints kept")
     milestone_every_steps: int = Field(default=0, ge=0, description="kept for ever; 0: none")
+    asynchronous: bool = Field(
+        default=True, description="train on while a copy in host memory is written"
+    )
+    max_failures_in_a_row: int = Field(
+        default=3, ge=1, description="saves that a disk may refuse before the run stops"
+    )
+    mirror: str | None = Field(
+        default=None,
+        pattern="^s3://.+",
+        description="a prefix to which every committed step is copied, and restored from",
+    )
     accept_data_change: bool = Field(
         default=False, description="resume although the datasets are not those of the checkpoint"
     )
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """One line of a list of checkpoints; `problem` is None where its manifest and sizes agree."""
+class Saved:
+    """What became of a save; `problem` is None where it was committed."""
 
-    folder: Path
     step: int
+    stall_seconds: float
+    write_seconds: float
     size_bytes: int
-    saved_at: str
-    problem: str | None
+    problem: str | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one run; every method is called by all ranks alike."""
+    """The checkpoints of one run; every method is called by all ranks alike.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World) -> None:
+    `may_commit` raises where this attempt no longer owns the run; it is asked before each rename.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        world: World,
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = run_dir / "checkpoints"
         self.config = config
         self.world = world
+        self.may_commit = may_commit
+        self.mirror = Mirror(config.mirror, world) if config.mirror else None
+        self.failures_in_a_row = 0
+        self._news: list[Saved] = []
+        self._copy = HostCopy()
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def clean(self) -> None:
         """Remove what earlier attempts left unfinished; only the owner of the run may call this."""
@@ -82,39 +111,42 @@ class Checkpoints:
         """Whether a step is one to save."""
         return step % self.config.every_steps == 0
 
-    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-        """Commit the tensors and facts of a step; on return it is durable on every rank's word.
+    def save(self, slices: dict[str, Slice], facts: dict[str, Any]) -> None:
+        """Copy the tensors of a step and have them written; `facts` are the manifest's fields that
+        only the run knows. What went wrong with the save before it is raised here, on all ranks."""
+        started = time.perf_counter()
+        self._join()
+        copied = self._copy.take(slices)
+        stall = time.perf_counter() - started
+        self._writer = threading.Thread(
+            target=self._write, args=(copied, facts, stall), name="checkpoint", daemon=True
+        )
+        self._writer.start()
+        if not self.config.asynchronous:
+            self._join()
 
-        `facts` are the manifest's fields that only the run knows.
-        """
-        folder = step_folder(self.folder, facts["step"])
-        group = self.world.storage
-        if self.world.on_first(folder.exists, group):
-            return folder
-        staging = self.world.on_first(lambda: self._stage(folder), group)
-        try:
-            write_tensors(staging, tensors, self.world)
-            records = self.world.on_all(lambda: self._prove(staging), group)
-            files = {name: record for part in records for name, record in part.items()}
-            manifest = Manifest(
-                **facts,
-                world_size=self.world.world_size,
-                model_signature=model_signature(tensors),
-                versions=present_versions(),
-                saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                files=files,
-            )
-            self.world.on_first(lambda: self._commit(staging, folder, manifest), group)
-        except StorageError:
-            if self.world.is_first:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-        self.world.on_first(self._retire, group)
-        return folder
+    def finish(self) -> None:
+        """Wait for the save under way; StorageError where the last one was not committed."""
+        self._join()
+        if self.failures_in_a_row:
+            raise StorageError(self._news_of_failure())
+
+    def settle(self) -> None:
+        """Let a save under way come to its end where a run ends on an error of its own."""
+        if self._writer is not None:
+            self._writer.join(SETTLE_SECONDS)
+
+    def news(self) -> list[Saved]:
+        """What became of saves since the last call."""
+        news, self._news = self._news, []
+        return news
 
     def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest valid checkpoint; why newer ones are refused is printed, and they are moved
-        aside. None where there is none at all; StorageError where there are only refused ones."""
+        """The newest valid checkpoint, here or in the mirror; why newer ones are refused is
+        printed, and they are moved aside. None where there is none at all; StorageError where there
+        are only refused ones."""
+        if self.mirror is not None:
+            self.mirror.restore_newer(self.folder)
         found = newest_valid(self.folder, self.world)
         if found is None:
             return None
@@ -122,146 +154,144 @@ class Checkpoints:
         self.world.on_first(lambda: [_set_aside(path) for path in refused], self.world.storage)
         return folder, manifest
 
+    def _join(self) -> None:
+        """Wait for the writer; its failure is everyone's, for all ranks agreed on it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if not isinstance(failure, StorageError):
+            raise failure
+        if self.failures_in_a_row >= self.config.max_failures_in_a_row:
+            raise StorageError(f"{failure} ({self.failures_in_a_row} saves in a row failed)")
+
+    def _write(self, slices: dict[str, Slice], facts: dict[str, Any], stall: float) -> None:
+        """Commit a copied step; runs beside training, on a group of its own."""
+        started = time.perf_counter()
+        size_bytes, problem = 0, None
+        try:
+            size_bytes = self._commit(slices, facts)
+            self.failures_in_a_row = 0
+        except BaseException as failure:
+            self._failure, problem = failure, str(failure) or repr(failure)
+            self.failures_in_a_row += isinstance(failure, StorageError)
+        seconds = time.perf_counter() - started
+        self._news.append(Saved(facts["step"], stall, seconds, size_bytes, problem))
+        if problem is None and self.mirror is not None:
+            self.mirror.copy(step_folder(self.folder, facts["step"]))
+
+    def _commit(self, slices: dict[str, Slice], facts: dict[str, Any]) -> int:
+        """Write, prove and rename; the checkpoint's size."""
+        folder, group = step_folder(self.folder, facts["step"]), self.world.storage
+        if self.world.on_first(folder.exists, group):
+            return 0
+        staging = self.world.on_first(lambda: self._stage(folder), group)
+        try:
+
+            def write() -> WrittenFile:
+                refuse_non_finite(slices, facts["step"])
+                return write_slices(staging, slices, self.world.rank)
+
+            written = self.world.on_all(write, group)
+            manifest = self.world.on_first(
+                lambda: self._seal(staging, folder, written, slices, facts), group
+            )
+        except UserError:
+            if self.world.is_first:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.world.on_first(self._retire, group)
+        return manifest.size_bytes
+
     def _stage(self, folder: Path) -> Path:
         staging = folder.with_name(f"{STAGING}{folder.name}-{uuid.uuid4().hex}")
         staging.mkdir(parents=True)
         return staging
 
-    def _prove(self, staging: Path) -> dict[str, Any]:
-        """Records of the files this rank wrote."""
-        mine = list(staging.glob(f"__{self.world.rank}_*"))
-        if self.world.is_first:
-            mine.append(staging / INDEX)
-        return {path.name: record_file(path) for path in mine}
-
-    def _commit(self, staging: Path, folder: Path, manifest: Manifest) -> None:
+    def _seal(
+        self,
+        staging: Path,
+        folder: Path,
+        written: list[WrittenFile],
+        slices: dict[str, Slice],
+        facts: dict[str, Any],
+    ) -> Manifest:
+        """Write index and manifest, and make the folder a checkpoint."""
+        index = join_index([file.entries for file in written])
+        storage.write_atomic(staging / INDEX, index.model_dump_json().encode())
+        files = {
+            file.name: FileRecord(size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in written
+        }
+        manifest = Manifest(
+            **facts,
+            world_size=self.world.world_size,
+            model_signature=model_signature(slices),
+            versions=present_versions(),
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=files | {INDEX: record_file(staging / INDEX)},
+        ).proved()
         if problems := wrong_sizes(staging, manifest):
             raise StorageError(
                 f"{problems[0]} as rank 0 sees it; use a run folder that all nodes share."
             )
-        text = manifest.model_dump_json(indent=1)
-        storage.write_atomic(staging / MANIFEST, text.encode())
+        storage.write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        self.may_commit()
         staging.rename(folder)
         storage.sync_folder(folder.parent)
+        return manifest
 
     def _retire(self) -> None:
-        """Delete old checkpoints; only finished ones count, and milestones stay."""
+        """Delete old checkpoints; only finished ones count, and milestones and the one with the
+        lowest held-out loss stay."""
         every = self.config.milestone_every_steps
         finished = [info for info in list_checkpoints(self.folder) if info.problem is None]
+        losses = [info.held_out_loss for info in finished if info.held_out_loss is not None]
         for info in finished[: -self.config.keep_last]:
-            if not every or info.step % every:
+            milestone = bool(every) and info.step % every == 0
+            best = info.held_out_loss is not None and info.held_out_loss == min(losses)
+            if not milestone and not best:
                 # Renamed first: a deletion that is cut short leaves no half checkpoint.
                 dying = info.folder.with_name(f"{STAGING}{info.folder.name}-retired")
                 info.folder.rename(dying)
                 shutil.rmtree(dying)
+                if self.mirror is not None:
+                    self.mirror.retire(info.folder.name)
+
+    def _news_of_failure(self) -> str:
+        problems = [saved.problem for saved in self._news if saved.problem]
+        return problems[-1] if problems else f"{self.folder}: the last save failed; see the log."
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """Where a step is kept."""
-    return folder / f"step-{step:08d}"
+class HostCopy:
+    """Copies of tensors in host memory that is used again; pinned where a GPU fills it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
+        """The same slices as they are now; valid until the next call."""
+        for name, piece in slices.items():
+            if name not in self._buffers:
+                pinned = piece.part.device.type == "cuda"
+                shape, dtype = piece.part.shape, piece.part.dtype
+                self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            self._buffers[name].copy_(piece.part, non_blocking=True)
+        if any(piece.part.device.type == "cuda" for piece in slices.values()):
+            torch.cuda.synchronize()
+        return {name: Slice(self._buffers[name], piece.place) for name, piece in slices.items()}
 
 
-def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
-    """All step folders of a checkpoints folder, or of a run folder, oldest first; reads no data."""
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    infos = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match is None:
-            continue
-        step, size_bytes, saved_at = int(match[1]), 0, ""
-        try:
-            manifest = read_manifest(path)
-            size_bytes, saved_at = manifest.size_bytes, manifest.saved_at
-            problem = "; ".join(wrong_sizes(path, manifest)) or None
-            if manifest.step != step:
-                problem = f"{path}: its manifest is of step {manifest.step}"
-        except StorageError as failure:
-            problem = str(failure)
-        infos.append(CheckpointInfo(path, step, size_bytes, saved_at, problem))
-    return sorted(infos, key=lambda info: info.step)
-
-
-def verify_checkpoint(folder: str | Path) -> Manifest:
-    """The manifest of a checkpoint whose every byte is as it was written; else StorageError."""
-    if problems := problems_of(Path(folder)):
-        raise StorageError("\n".join(problems) + "; use another checkpoint.")
-    return read_manifest(Path(folder))
-
-
-def problems_of(folder: Path, world: World = ALONE) -> list[str]:
-    """All that is wrong with a checkpoint, its every byte read; ranks share the reading."""
-
-    def problems() -> list[str]:
-        try:
-            manifest = read_manifest(folder)
-        except StorageError as failure:
-            return [str(failure)]
-        if wrong := wrong_sizes(folder, manifest):
-            return wrong
-        names = sorted(manifest.files)[world.rank :: world.world_size]
-        return wrong_digests(folder, manifest, names)
-
-    found = world.on_all(problems, world.storage)
-    return list(dict.fromkeys(problem for part in found for problem in part))
-
-
-def newest_valid(
-    folder: Path, world: World = ALONE
-) -> tuple[tuple[Path, Manifest], list[Path]] | None:
-    """((folder, manifest) of the newest valid checkpoint, newer refused ones); None without any."""
-    infos = world.on_first(lambda: list_checkpoints(folder), world.storage)
-    refused: dict[Path, str] = {}
-    for info in reversed(infos):
-        problems = [info.problem] if info.problem else problems_of(info.folder, world)
-        if not problems:
-            return (info.folder, read_manifest(info.folder)), list(refused)
-        refused[info.folder] = problems[0]
-        if world.is_first:
-            print(f"checkpoint refused: {'; '.join(problems)}", flush=True)
-    if refused:
-        reason = next(iter(refused.values()))
-        raise StorageError(
-            f"{folder}: none of its {len(refused)} checkpoints is valid, the newest because: "
-            f"{reason}; restore one, or begin a new run folder."
-        )
-    return None
-
-
-def resolve_checkpoint(path: str | Path, world: World = ALONE) -> Path:
-    """The checkpoint that a step folder is, or the newest valid one of a run folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputMissing(f"{path}: no such checkpoint; give a step folder or a run folder.")
-    if STEP_FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
-        if problems := problems_of(folder, world):
-            raise StorageError(f"{problems[0]}; use another checkpoint.")
-        return folder
-    found = newest_valid(folder, world)
-    if found is None:
-        raise InputMissing(f"{path}: holds no checkpoint; give a step folder or a run folder.")
-    return found[0][0]
-
-
-def print_checkpoints(infos: list[CheckpointInfo]) -> None:
-    """A table of steps, sizes and states."""
-    table = Table("step", "size", "saved", "state")
-    for info in infos:
-        size = f"{info.size_bytes / 2**30:.3f} GiB"
-        table.add_row(str(info.step), size, info.saved_at, info.problem or "committed")
-    Console().print(table)
-
-
-def load_weights(
-    checkpoint: Path, model: nn.Module, *, weights: Literal["ema", "raw"] = "ema"
-) -> None:
-    """Give an unsharded model a checkpoint's averaged or raw weights; needs no process group."""
-    prefix = WEIGHTS[weights]
-    tensors = {prefix + name: value.detach() for name, value in model.named_parameters()}
-    kinds = {n: k for n, k in tensor_kinds(checkpoint).items() if n.startswith(prefix)}
-    refuse_differences(checkpoint, kinds, kinds_of(tensors))
-    read_tensors(checkpoint, tensors)
+def refuse_non_finite(slices: dict[str, Slice], step: int) -> None:
+    """NumericError where a weight is not finite; such a state must never be kept."""
+    for name, piece in slices.items():
+        if name.startswith(WEIGHTS["raw"]) and not bool(piece.part.isfinite().all()):
+            raise NumericError(
+                f"{name.removeprefix(WEIGHTS['raw'])}: not finite after step {step}, so it is not "
+                "saved; resume from the last checkpoint with a lower optimizer.learning_rate."
+            )
 
 
 def _set_aside(folder: Path) -> None:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from data_pipeline.errors import ConfigError
 from t2v.train.manifest import Manifest, digest
-from t2v.train.tensor_files import TensorKind
+from t2v.train.tensor_files import Slice, TensorKind
 
 # Names in a checkpoint begin with these.
 WEIGHTS = {"ema": "ema.", "raw": "model."}
@@ -65,14 +63,14 @@ def refuse_differences(
     )
 
 
-def kinds_of(tensors: dict[str, Tensor]) -> dict[str, TensorKind]:
-    """Name -> shape and dtype."""
-    return {name: TensorKind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+def kinds_of(slices: dict[str, Slice]) -> dict[str, TensorKind]:
+    """Name -> shape and dtype of the whole tensor."""
+    return {name: piece.kind for name, piece in slices.items()}
 
 
-def model_signature(tensors: dict[str, Tensor]) -> str:
+def model_signature(slices: dict[str, Slice]) -> str:
     """Digest of the names, shapes and dtypes of the weights."""
-    kinds = kinds_of({n: t for n, t in tensors.items() if n.startswith(WEIGHTS["raw"])})
+    kinds = kinds_of({n: s for n, s in slices.items() if n.startswith(WEIGHTS["raw"])})
     return digest(json.dumps({name: str(kind) for name, kind in sorted(kinds.items())}))
 
 

@@ -46,6 +46,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         status = exits.enter_context(owned(run_dir, config, world))
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
         checkpoints = Checkpoints(run_dir, config.checkpoint, world)
+        exits.callback(checkpoints.settle)
         state = begin(config, world, checkpoints, loader)
         recipe = dump_config(config).encode()
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
@@ -70,9 +71,10 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
             refuse_endless_skips(state, config)
             stop = world.any(preemption.requested(run_dir) or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
-                state.refuse_non_finite()
-                checkpoints.save(state.tensors(), facts(state, config, loader))
-                report.saved(state.step)
+                checkpoints.save(state.slices(), facts(state, config, loader))
+            report.saved(checkpoints.news())
+        checkpoints.finish()
+        report.saved(checkpoints.news())
         if state.step >= config.total_steps:
             report.end("done")
             return 0

@@ -42,7 +42,9 @@ class Manifest(Strict):
     model_signature: str = Field(description="digest of the model's names, shapes and dtypes")
     versions: dict[str, str]
     saved_at: str = Field(description="ISO 8601, UTC")
+    held_out_loss: float | None = Field(default=None, description="at this step, if it was taken")
     files: dict[str, FileRecord]
+    proof: str = Field(default="", description="sha256 of all the other fields")
 
     @property
     def size_bytes(self) -> int:
@@ -51,7 +53,20 @@ class Manifest(Strict):
     @property
     def fingerprint(self) -> str:
         """Digest of the recipe."""
-        return digest(json.dumps(self.config, sort_keys=True))
+        return fingerprint(self.config)
+
+    def proved(self) -> "Manifest":
+        """This manifest with its own proof."""
+        return self.model_copy(update={"proof": self._own_digest()})
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether every field is as it was written."""
+        return self.proof == self._own_digest()
+
+    def _own_digest(self) -> str:
+        fields = self.model_dump(mode="json", exclude={"proof"})
+        return digest(json.dumps(fields, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -68,6 +83,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise StorageError(
             f"{path}: is wrong because it is damaged or of another format; use another checkpoint."
         ) from None
+    if not manifest.is_proved:
+        raise StorageError(
+            f"{path}: is wrong because its fields have changed since it was written; use another "
+            "checkpoint."
+        )
     for name in manifest.files:
         if Path(name).name != name:
             raise StorageError(f"{path}: names {name!r}, outside its folder; do not trust it.")
@@ -110,6 +130,11 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Digest of a resolved recipe."""
+    return digest(json.dumps(config, sort_keys=True))
 
 
 def digest(text: str) -> str:

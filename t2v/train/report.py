@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data_pipeline.quarantine import Quarantine
 from t2v.engine.world import World
+from t2v.train.checkpoint import Saved
 from t2v.train.metrics import Metrics, ProgressView, StepSums, peak_memory_gib
 from t2v.train.run_folder import State, StatusFile
 from t2v.train.state import TrainState
@@ -94,10 +95,15 @@ class Report:
         assert self.quarantine is not None
         self.quarantine.record(records, next_sample=samples)
 
-    def saved(self, step: int) -> None:
-        """A checkpoint was committed."""
-        if self.status is not None:
-            self.status.write("running", step=step, last_checkpoint=step)
+    def saved(self, news: list[Saved]) -> None:
+        """What became of saves."""
+        for saved in news:
+            if self.status is None:
+                continue
+            if saved.problem is None:
+                self.status.write("running", last_checkpoint=saved.step)
+            else:
+                print(f"step {saved.step} was not saved because {saved.problem}", flush=True)
 
     def end(self, state: State) -> None:
         """The last status of this attempt."""

@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from data_pipeline.errors import NumericError
 from t2v.engine.engine import Engine
 from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
 from t2v.train.ema import Ema
 from t2v.train.manifest import Manifest
-from t2v.train.optim import squared_norms
-from t2v.train.tensor_files import read_tensors, tensor_kinds
+from t2v.train.tensor_files import Slice, read_slices, tensor_kinds
 
 
 @dataclass
@@ -36,32 +32,25 @@ class TrainState:
         self.step += 1
         self.skips_in_a_row += 1
 
-    def refuse_non_finite(self) -> None:
-        """NumericError where a weight is not finite; such a state must never be kept."""
-        norms = squared_norms(list(self.engine.parameters().values()))
-        if self.engine.world.any(not bool(norms.isfinite().all())):
-            raise NumericError(
-                f"weights: not finite after step {self.step}, so they are not saved; resume from "
-                "the last checkpoint with a lower optimizer.learning_rate."
-            )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights, averages and moments by name, each as a whole; memory is shared."""
-        engine = self.engine
-        named = {}
-        for name, part in engine.parameters().items():
-            named[WEIGHTS["raw"] + name] = engine.whole(name, part)
+    def slices(self) -> dict[str, Slice]:
+        """This rank's weights, averages and moments by name; memory is shared."""
+        places, parts = self.engine.places(), self.engine.parameters()
+        named = {WEIGHTS["raw"] + name: Slice(part, places[name]) for name, part in parts.items()}
         for name, part in self.ema.averages.items():
-            named[WEIGHTS["ema"] + name] = engine.whole(name, part)
-        for key, part in engine.moments().items():
+            named[WEIGHTS["ema"] + name] = Slice(part, places[name])
+        for key, part in self.engine.moments().items():
             _, name = key.split(".", 1)
-            named[f"optimizer.{key}"] = engine.whole(name, part)
+            named[f"optimizer.{key}"] = Slice(part, places[name])
         return named
 
     def restore(self, folder: Path, manifest: Manifest) -> None:
         """Become what a checkpoint holds; its tensors must be exactly ours."""
-        tensors = self.tensors()
-        refuse_differences(folder, tensor_kinds(folder), kinds_of(tensors))
-        read_tensors(folder, tensors, self.engine.world)
+        slices = self.slices()
+
+        def read() -> None:
+            refuse_differences(folder, tensor_kinds(folder), kinds_of(slices))
+            read_slices(folder, slices)
+
+        self.engine.world.on_all(read, self.engine.world.storage)
         self.engine.updates = manifest.updates
         self.step = manifest.step

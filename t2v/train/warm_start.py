@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
 from t2v.engine.engine import Engine
 from t2v.model.context import interpolation_matrix
-from t2v.train.checkpoint import resolve_checkpoint
 from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.train.finding import resolve_checkpoint
 from t2v.train.manifest import read_manifest
-from t2v.train.tensor_files import TensorKind, read_tensors, tensor_kinds
+from t2v.train.tensor_files import (
+    Slice,
+    TensorKind,
+    read_slices,
+    read_whole,
+    tensor_kinds,
+)
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
@@ -69,15 +74,20 @@ def warm_start(config: "RunConfig", engine: Engine) -> WarmStart:
         for name, kind in tensor_kinds(folder).items()
         if name.startswith(prefix)
     }
-    model = {name: engine.whole(name, part) for name, part in engine.parameters().items()}
+    places = engine.places()
+    model = {name: Slice(part, places[name]) for name, part in engine.parameters().items()}
     plan = plan_warm_start(
         folder, base, kinds_of(model), resize_positions=settings.resize_positions
     )
-    read_tensors(folder, {prefix + name: model[name] for name in plan.loaded}, engine.world)
-    for name in plan.resized:
-        table = torch.empty(base[name].shape, dtype=base[name].dtype)
-        read_tensors(folder, {prefix + name: table}, engine.world)
-        assign(model[name], resize_table(table, len(model[name]), aligned_start="frames" in name))
+
+    def read() -> None:
+        read_slices(folder, {prefix + name: model[name] for name in plan.loaded})
+        for name in plan.resized:
+            table = read_whole(folder, prefix + name)
+            length = model[name].place.shape[0]
+            assign(model[name], resize_table(table, length, aligned_start="frames" in name))
+
+    engine.world.on_all(read)
     if engine.world.is_first:
         print(f"warm start from {folder} ({settings.weights} weights)\n{plan}", flush=True)
     return plan
@@ -139,15 +149,10 @@ def resize_table(table: Tensor, length: int, *, aligned_start: bool) -> Tensor:
     return interpolation_matrix(places[None], len(table))[0] @ table
 
 
-def assign(target: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or each rank's slice of it."""
-    values = values.to(target.device)
-    if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
-        mine = distribute_tensor(values, mesh, placements, src_data_rank=None)
-        target.to_local().copy_(mine.to_local())
-    else:
-        target.copy_(values)
+def assign(target: Slice, values: Tensor) -> None:
+    """Copy a part's share of a whole tensor into it."""
+    mine = values.flatten()[target.place.offset :][: target.part.numel()]
+    target.part.copy_(mine.view_as(target.part))
 
 
 def _other_length(base: dict[str, TensorKind], name: str, kind: TensorKind) -> bool:
