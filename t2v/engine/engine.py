@@ -42,6 +42,10 @@ class Engine(Protocol):
     def forget_gradients(self) -> None:
         """Drop this step's gradients without a step."""
 
+    def refresh(self) -> None:
+        """Let go of what forward passes gathered or copied of the weights: to be called before and
+        after `parameters` are changed in place, and after forward passes without a backward."""
+
     def parameters(self) -> dict[str, Tensor]:
         """This rank's part of every parameter; memory is shared."""
 

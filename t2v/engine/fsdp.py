@@ -83,6 +83,10 @@ class FsdpEngine:
         self._update.forget_gradients()
         self.model.zero_grad(set_to_none=True)
 
+    def refresh(self) -> None:
+        for module in self._sharded:
+            module.reshard()
+
     def parameters(self) -> dict[str, Tensor]:
         return {name: local(parameter) for name, parameter in self.model.named_parameters()}
 

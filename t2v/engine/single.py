@@ -48,6 +48,9 @@ class SingleEngine:
         self._update.forget_gradients()
         self.model.zero_grad(set_to_none=True)
 
+    def refresh(self) -> None:
+        pass
+
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
