@@ -1,7 +1,9 @@
 """Small datasets that several tests read; none may change them."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -41,3 +43,27 @@ def datasets(media, tmp_path_factory) -> Path:
         build(media / kind, folder / kind, frames=8, height=24, width=32, shard_samples=6)
         embed(folder / kind, folder / "encoder", name="tiny", max_tokens=16)
     return folder
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Iterator[str]:
+    """An empty bucket of a real server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from data_pipeline import storage
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("T2V_CACHE", str(tmp_path / "cache"))
+    storage._remote.cache_clear()
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    # The server keeps its objects in this process, from one server to the next.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    storage._remote.cache_clear()
+    server.stop()

@@ -1,13 +1,9 @@
 """The data commands on an object store: the same datasets as on a disk."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
-import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from data_pipeline import storage
 from data_pipeline.build import build, index
@@ -18,23 +14,6 @@ from data_pipeline.stats import measure
 from data_pipeline.verify import repair, verify
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch) -> Iterator[str]:
-    """An empty bucket of a real server."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("T2V_CACHE", str(tmp_path / "cache"))
-    storage._remote.cache_clear()
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    storage._remote.cache_clear()
-    server.stop()
 
 
 def upload(folder: Path, to: str) -> str:

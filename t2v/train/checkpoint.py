@@ -29,6 +29,7 @@ from t2v.train.manifest import (
     FileRecord,
     Manifest,
     present_versions,
+    read_manifest,
     record_file,
     wrong_sizes,
 )
@@ -256,9 +257,9 @@ class Checkpoints:
                 # Renamed first: a deletion that is cut short leaves no half checkpoint.
                 dying = info.folder.with_name(f"{STAGING}{info.folder.name}-retired")
                 info.folder.rename(dying)
-                shutil.rmtree(dying)
                 if self.mirror is not None:
-                    self.mirror.retire(info.folder.name)
+                    self.mirror.retire(read_manifest(dying))
+                shutil.rmtree(dying)
 
     def _news_of_failure(self) -> str:
         problems = [saved.problem for saved in self._news if saved.problem]

@@ -1,13 +1,20 @@
-"""A second home of every committed checkpoint in an object store, for a node whose disk is bare."""
+"""A second home of every committed checkpoint in an object store, for a node whose disk is bare.
 
+A step lies there as `step-00001000-<first digits of its manifest's proof>`: no name is ever used
+for two contents, and nothing that was finished is written again.
+"""
+
+import re
 import uuid
 from pathlib import Path
 
 from data_pipeline import storage
-from data_pipeline.errors import UserError
+from data_pipeline.errors import StorageError, UserError
 from t2v.engine.world import World
-from t2v.train.finding import STEP_FOLDER, list_checkpoints
+from t2v.train.finding import list_checkpoints, problems_of, step_folder
 from t2v.train.manifest import MANIFEST, Manifest, read_manifest
+
+HOME = re.compile(r"step-(\d{8,})-[0-9a-f]{12}")
 
 
 class Mirror:
@@ -28,73 +35,83 @@ class Mirror:
         except UserError as failure:
             self.problem = str(failure)
             if self.world.is_first:
-                print(f"mirror: step not copied because {failure}", flush=True)
+                print(f"mirror: {folder.name} is not copied because {failure}", flush=True)
 
     def restore_newer(self, folder: Path) -> None:
-        """Fetch the newest mirrored step into `folder` if there is no step as new there."""
+        """Fetch the newest sound step of the mirror into `folder`, if none as new is there."""
 
-        def newest() -> str | None:
-            steps = self._steps()
+        def newer() -> list[tuple[int, str]]:
             here = [info.step for info in list_checkpoints(folder) if info.problem is None]
-            newer = [step for step in steps if step > max(here, default=-1)]
-            return steps[max(newer)] if newer else None
+            return [home for home in self._homes() if home[0] > max(here, default=-1)]
 
         group = self.world.storage
-        name = self.world.on_first(newest, group)
-        if name is None:
+        for step, home in reversed(self.world.on_first(newer, group)):
+            staging = self.world.on_first(lambda home=home: self._stage(folder, home), group)
+            self.world.on_all(lambda home=home, to=staging: self._get_files(home, to), group)
+            if problems := problems_of(staging, self.world):
+                if self.world.is_first:
+                    print(f"mirror: {home} is refused because {problems[0]}", flush=True)
+                continue
+            target = step_folder(folder, step)
+            self.world.on_first(lambda a=staging, b=target: _settle(a, b), group)
+            if self.world.is_first:
+                print(f"restored {target} from {self.prefix}/{home}", flush=True)
             return
-        staging = self.world.on_first(lambda: self._stage(folder, name), group)
-        self.world.on_all(lambda: self._get_files(name, staging), group)
-        self.world.on_first(lambda: self._settle(staging, folder / name), group)
-        if self.world.is_first:
-            print(f"restored {folder / name} from {self.prefix}/{name}", flush=True)
 
-    def retire(self, name: str) -> None:
+    def retire(self, manifest: Manifest) -> None:
         """Delete a step, its manifest first; what fails is left for a lifecycle rule."""
+        home = self._home(manifest)
         try:
-            for file in sorted(self._names(name), key=lambda file: file != MANIFEST):
-                storage.remove(storage.join(self.prefix, name, file))
+            names = storage.list_files(home)
+            for name in sorted(names, key=lambda name: name != MANIFEST):
+                storage.remove(storage.join(home, name))
         except UserError as failure:
-            print(f"mirror: {name} not deleted because {failure}", flush=True)
+            print(f"mirror: {home} is not deleted because {failure}", flush=True)
 
-    def _steps(self) -> dict[int, str]:
-        """Step -> name of every mirrored folder that has a manifest."""
-        steps = {}
-        for name in storage.list_folders(self.prefix):
-            match = STEP_FOLDER.fullmatch(name)
-            if match and storage.exists(storage.join(self.prefix, name, MANIFEST)):
-                steps[int(match[1])] = name
-        return steps
+    def _home(self, manifest: Manifest) -> str:
+        return storage.join(self.prefix, f"step-{manifest.step:08d}-{manifest.proof[:12]}")
 
-    def _names(self, name: str) -> list[str]:
-        return storage.list_files(storage.join(self.prefix, name))
+    def _homes(self) -> list[tuple[int, str]]:
+        """(step, name) of every finished copy, in order of steps."""
+        matches = [HOME.fullmatch(name) for name in storage.list_folders(self.prefix)]
+        return sorted(
+            (int(match[1]), match[0])
+            for match in matches
+            if match and storage.exists(storage.join(self.prefix, match[0], MANIFEST))
+        )
 
     def _mine(self, manifest: Manifest) -> list[str]:
         """The files that this rank moves."""
         return sorted(manifest.files)[self.world.rank :: self.world.world_size]
 
     def _put_files(self, folder: Path) -> None:
-        for name in self._mine(read_manifest(folder)):
-            storage.copy_to(folder / name, storage.join(self.prefix, folder.name, name))
+        manifest = read_manifest(folder)
+        for name in self._mine(manifest):
+            storage.copy_to(folder / name, storage.join(self._home(manifest), name))
 
     def _put_manifest(self, folder: Path) -> None:
-        target = storage.join(self.prefix, folder.name, MANIFEST)
+        target = storage.join(self._home(read_manifest(folder)), MANIFEST)
         storage.create(target, (folder / MANIFEST).read_bytes())
 
-    def _stage(self, folder: Path, name: str) -> Path:
-        staging = folder / f".staging-{name}-{uuid.uuid4().hex}"
+    def _stage(self, folder: Path, home: str) -> Path:
+        staging = folder / f".staging-{home}-{uuid.uuid4().hex}"
         staging.mkdir(parents=True)
-        content = storage.read_bytes(storage.join(self.prefix, name, MANIFEST))
+        content = storage.read_bytes(storage.join(self.prefix, home, MANIFEST))
         (staging / MANIFEST).write_bytes(content)
         return staging
 
-    def _get_files(self, name: str, staging: Path) -> None:
-        for file in self._mine(read_manifest(staging)):
-            storage.copy_from(storage.join(self.prefix, name, file), staging / file)
+    def _get_files(self, home: str, staging: Path) -> None:
+        try:
+            manifest = read_manifest(staging)
+        except StorageError:
+            return  # told by whoever looks for problems next
+        for name in self._mine(manifest):
+            storage.copy_from(storage.join(self.prefix, home, name), staging / name)
 
-    def _settle(self, staging: Path, folder: Path) -> None:
-        if folder.exists():
-            # Of the same step, but not valid: list_checkpoints would have counted it.
-            folder.rename(folder.with_name(f"refused-{folder.name}-{uuid.uuid4().hex[:8]}"))
-        staging.rename(folder)
-        storage.sync_folder(folder.parent)
+
+def _settle(staging: Path, target: Path) -> None:
+    if target.exists():
+        # Of the same step, but not valid, or it would have been found.
+        target.rename(target.with_name(f"refused-{target.name}-{uuid.uuid4().hex[:8]}"))
+    staging.rename(target)
+    storage.sync_folder(target.parent)
