@@ -17,7 +17,7 @@ from data_pipeline.strict import Strict
 from t2v.diffusion import DiffusionConfig
 from t2v.engine.config import EngineConfig
 from t2v.model.hpdm import ModelConfig
-from t2v.sampling import SamplingConfig
+from t2v.sampling_config import SamplingConfig
 from t2v.train.checkpoint import CheckpointConfig
 from t2v.train.metrics import MetricsConfig
 from t2v.train.optim import OptimizerConfig
@@ -64,18 +64,8 @@ class RunConfig(Strict):
                 f"model.levels_per_block: {blocks} must rise from at least 1 to "
                 f"pyramid.levels = {pyramid.levels}; its last entry covers every level"
             )
-        if len(self.sampling.steps) != pyramid.levels:
-            raise ValueError(
-                f"sampling.steps: {self.sampling.steps} has {len(self.sampling.steps)} entries for "
-                f"{pyramid.levels} levels; give one per level"
-            )
-        for axis, letter in enumerate("fhw"):
-            patch, token = pyramid.patch_size[axis], model.token_size[axis]
-            if letter in self.sampling.overlap and pyramid.growth[axis] > 1 and patch % (2 * token):
-                raise ValueError(
-                    f"sampling.overlap: '{letter}' is wrong because half of pyramid.patch_size "
-                    f"{patch} ({AXES[axis]}) is not whole tokens of {token}; leave '{letter}' out"
-                )
+        if problem := self.sampling.problem_with(pyramid, model.token_size):
+            raise ValueError(f"sampling.{problem}")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "

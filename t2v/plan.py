@@ -10,7 +10,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
 from t2v.config import RunConfig, text_shape
 from t2v.footprint import Footprint, measure
-from t2v.sampling import network_calls
+from t2v.sampling_config import network_calls
 from t2v.train.loop import accumulation_steps
 
 # Dense matrix products of an H100 SXM, by its data sheet.

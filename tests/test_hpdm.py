@@ -166,7 +166,7 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
         # Batched with other levels, or other box sizes, matrix products round otherwise.
         torch.testing.assert_close(alone[:, 0], output[:, level], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(own_latents[:, 0], latents[:, level], rtol=1e-4, atol=1e-4)
-        for block, tokens in enumerate(block_inputs):
+        for block, tokens in block_inputs.items():
             windows[block, level] = tokens[:, 0].unflatten(1, model.grid.shape)
 
 

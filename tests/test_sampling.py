@@ -1,5 +1,7 @@
 """Generation against a network that knows the answer, an exact trajectory, the joint network."""
 
+import contextlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +13,12 @@ from t2v.config import RunConfig, load_config
 from t2v.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
 from t2v.model.conditioning import Condition
 from t2v.model.context import TokenGrid
-from t2v.sampling import TiledDenoiser, denoising_step, generate, network_calls, noise_levels
-from t2v.tiling import cut_tiles
+from t2v.sampling import ALONE, denoising_step, generate, noise_levels
+from t2v.sampling_config import level_tilings, network_calls
+from t2v.sampling_memory import plan_memory
+from t2v.sampling_store import Store
+from t2v.sampling_tiles import LevelNetwork, TiledDenoiser, read_level
+from t2v.tiling import OVERLAPS, Slab, cut_tile
 from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,10 +32,13 @@ class Painter:
 
     def __init__(self, config: RunConfig, clips: list[Tensor]) -> None:
         self.pyramid, self.diffusion, self.clips = config.pyramid, config.diffusion, clips
+        self.config = config.model
         self.grid = TokenGrid(config.pyramid, config.model.token_size)
 
     def context_blocks(self, level: int) -> list[int]:
         return []
+
+    fused_levels = context_levels = context_blocks
 
     def forward_level(
         self,
@@ -39,17 +48,16 @@ class Painter:
         offsets: Tensor,
         condition: Condition,
         *_: object,
-    ) -> tuple[Tensor, None, list]:
+    ) -> tuple[Tensor, None, dict]:
         sigma = (4 * noise[:, 0].double()).exp()
         scale = torch.full_like(sigma, self.diffusion.level_input_scale(level))
         x_noisy = x[:, 0] / wide(c_in(sigma, scale))
         canvases = self.clips[level][condition.label]
         pairs = zip(canvases, offsets, strict=True)
-        clean = torch.cat(
-            [cut_tiles(canvas, offset[None], self.pyramid.patch_size) for canvas, offset in pairs]
-        )
+        patch = self.pyramid.patch_size
+        clean = torch.stack([cut_tile(canvas, offset.tolist(), patch) for canvas, offset in pairs])
         answer = (clean - wide(c_skip(sigma, scale)) * x_noisy) / wide(c_out(sigma, scale))
-        return answer[:, None].float(), None, []
+        return answer[:, None].float(), None, {}
 
 
 def wide(values: Tensor) -> Tensor:
@@ -93,7 +101,7 @@ def test_noise_levels_are_those_of_edm(steps):
     assert sigmas == sorted(sigmas, reverse=True)
 
 
-@pytest.mark.parametrize("overlap", ["", "hw", "fh", "w"])
+@pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("second_order", [True, False])
 def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order):
     config = three_levels(overlap=overlap, second_order=second_order, steps=[6, 3, 2], tile_batch=5)
@@ -161,7 +169,7 @@ def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
 
 @pytest.mark.parametrize(("guidance_scale", "answers"), [(1.0, 1), (3.0, 2)])
 def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
-    config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=7)
+    config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=14)
     model, calls = stirred_model(config), [0, 0, 0]
     forward_level = model.forward_level
 
@@ -174,14 +182,15 @@ def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
     tiles = [1, 18, 196]
     denoising = network_calls(config.sampling, config.pyramid)
     assert denoising == [5, 2 * 18, 196]
-    # A finished level is read in two passes, of which the first makes latents for the second.
+    # A finished level is read in two passes, of which the first makes latents for the second, and
+    # under each condition that a finer level's tiles are denoised under.
     reading = [2 * tiles[0], 2 * tiles[1], 0]
-    expected = [2 * (answers * d + r) for d, r in zip(denoising, reading, strict=True)]
+    expected = [2 * answers * (d + r) for d, r in zip(denoising, reading, strict=True)]
     assert calls == expected
 
 
 def test_the_same_seeds_give_the_same_bytes_twice():
-    config = three_levels(guidance_scale=2.0, churn=4.0)
+    config = three_levels(guidance_scale=2.0, churn=4.0, overlap="h")
     model = stirred_model(config)
     first, second = (sample(model, config, [0, 2], [1, 2]) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
@@ -213,6 +222,99 @@ def test_neither_the_batch_of_tiles_nor_the_company_changes_a_clip():
             torch.testing.assert_close(canvas, together[level][rows], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("keep", ["fp32", "bf16"])
+def test_where_features_and_latents_are_kept_does_not_change_a_clip(keep, tmp_path):
+    changes = {"guidance_scale": [2.0, 1.0, 2.0], "overlap": ["", "fw", "h"], "steps": [2, 2, 2]}
+    config = three_levels(**changes, keep=keep, tile_batch=32)
+    model = gentle_model(config)
+    shared = {
+        "condition": class_condition([0, 2]),
+        "null": class_condition([3, 3]),
+        "seeds": [1, 2],
+        "diffusion": config.diffusion,
+    }
+    free = generate(model, sampling=config.sampling, **shared)
+    rooms = plan_memory(model, config.sampling, clips=2, device_bytes=1 << 62)
+    assert {place for room in rooms for place in (room.volumes, room.latents)} == {"device"}
+    far = [replace(room, volumes="disk", latents="disk", tile_batch=20) for room in rooms]
+    with contextlib.closing(Store(torch.device("cpu"), tmp_path)) as store:
+        found = generate(model, sampling=config.sampling, rooms=far, store=store, **shared)
+    assert not list(tmp_path.iterdir())
+    # Batches of another size round otherwise; halves of fp32 may then fall to the other side.
+    tolerance = {"rtol": 0, "atol": 1e-3 if keep == "fp32" else 2e-2}
+    for level, canvas in enumerate(found):
+        torch.testing.assert_close(canvas, free[level], **tolerance)
+    if keep == "bf16":
+        exact = three_levels(**changes)
+        for level, canvas in enumerate(generate(model, sampling=exact.sampling, **shared)):
+            # Features keep eight bits of their mantissa.
+            torch.testing.assert_close(canvas, free[level], rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize("overlap", ["", "h", "fw", "hw"])
+def test_slabs_that_share_no_tile_may_take_turns(overlap):
+    config = three_levels(overlap=overlap, steps=[2, 2, 2], tile_batch=32)
+    model = gentle_model(config)
+    told = {
+        "condition": class_condition([0]),
+        "null": class_condition([3]),
+        "seeds": [1],
+        "sampling": config.sampling,
+        "diffusion": config.diffusion,
+    }
+    rooms = plan_memory(model, config.sampling, clips=1, device_bytes=1 << 62)
+    cut = [
+        replace(room, slabs=tuple(level_tilings(config.sampling, config.pyramid, n)[0].slabs(1)))
+        for n, room in enumerate(rooms)
+    ]
+    assert [len(room.slabs) > 1 for room in cut] == [False, True, True]
+    for one, other in zip(generate(model, **told), generate(model, rooms=cut, **told), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def test_null_answers_rest_on_features_read_under_the_null_condition():
+    """Guidance at scale 0 is the null condition everywhere, coarse levels included."""
+    config = three_levels(guidance_scale=0.0, steps=[2, 2, 2], overlap="w")
+    model = gentle_model(config)
+    guided = sample(model, config, labels=[1], seeds=[4])
+    plain = sample(model, three_levels(guidance_scale=1.0, steps=[2, 2, 2], overlap="w"), [3], [4])
+    for one, other in zip(guided, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+def test_levels_have_their_own_overlap_and_guidance():
+    """A level's settings change that level and what rests on it, and no coarser one."""
+    base = {"guidance_scale": [2.0, 2.0, 2.0], "overlap": ["", "hw", "w"], "steps": [2, 2, 1]}
+    model = gentle_model(three_levels())
+    before = sample(model, three_levels(**base), [1], [0])
+    for change in ({"guidance_scale": [2.0, 3.0, 2.0]}, {"overlap": ["", "h", "w"]}):
+        after = sample(model, three_levels(**base | change), [1], [0])
+        same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
+        assert same == [True, False, False]
+    calls = network_calls(three_levels(**base).sampling, model.pyramid)
+    assert calls == [3, 2 * 18, 4 * 7 * 4]
+
+
+@pytest.mark.parametrize(("overlap", "shifted"), [("", "hw"), ("h", "fw"), ("", "f")])
+@pytest.mark.parametrize("blending", ["uniform", "tapered"])
+def test_shifted_and_tapered_tiles_find_the_clip_that_the_network_knows(overlap, shifted, blending):
+    config = three_levels(overlap=overlap, shifted=shifted, blending=blending, steps=[3, 3, 2])
+    clips = random_clips(config, 1)
+    painter, counted = Painter(config, clips), []
+    found = generate(
+        painter,
+        condition=class_condition([0]),
+        null=class_condition([0]),
+        seeds=[3],
+        sampling=config.sampling,
+        diffusion=config.diffusion,
+        progress=counted.append,
+    )
+    for level, canvas in enumerate(found):
+        torch.testing.assert_close(canvas, clips[level], rtol=0, atol=1e-4)
+    assert sum(counted) == sum(network_calls(config.sampling, config.pyramid))
+
+
 def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     """A tile denoised with kept features is the joint network's answer, which reads the coarse
     clip again at the smallest noise level."""
@@ -222,22 +324,31 @@ def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(2, 3, *config.pyramid.size(0), generator=generator) * 2 - 1
     x_noisy = torch.randn(2, 3, *config.pyramid.size(1), generator=generator)
-    shared = {"condition": condition, "null": condition, "sampling": config.sampling}
-    with torch.no_grad():
-        reader = TiledDenoiser(model, 0, volumes={}, diffusion=diffusion, **shared)
-        volumes = reader.features(coarse)
-        finer = TiledDenoiser(model, 1, volumes=volumes, diffusion=diffusion, **shared)
-        found = finer(x_noisy, sigma)
+    rooms = plan_memory(model, config.sampling, clips=2, device_bytes=1 << 62)
+    store = Store(torch.device("cpu"))
+    shared = {
+        "branches": [condition],
+        "diffusion": diffusion,
+        "store": store,
+        "team": ALONE,
+    }
+    with torch.no_grad(), contextlib.closing(store):
+        first, second = (level_tilings(config.sampling, config.pyramid, n)[0] for n in (0, 1))
+        reader = LevelNetwork(model, 0, volumes={}, room=rooms[0], **shared)
+        volumes = read_level(reader, first, coarse)
+        network = LevelNetwork(model, 1, volumes=volumes, room=rooms[1], **shared)
+        whole = Slab(0, 0, second.size[0])
+        found = TiledDenoiser(network, second, whole, guidance_scale=1.0)(x_noisy, sigma)
 
         sigmas = torch.tensor([diffusion.sigma_min, sigma])
         scales = torch.tensor([diffusion.level_input_scale(level) for level in (0, 1)])
         factors, told = c_in(sigmas, scales), c_noise(sigmas)
         skip, out = c_skip(sigmas, scales)[1], c_out(sigmas, scales)[1]
         expected, count = torch.zeros_like(x_noisy), torch.zeros_like(x_noisy)
-        for offset in finer.offsets:
+        for offset in second.offsets:
             place = (
                 ...,
-                *(slice(o, o + side) for o, side in zip(offset, finer.patch, strict=True)),
+                *(slice(o, o + side) for o, side in zip(offset, second.patch, strict=True)),
             )
             tiles = x_noisy[place]
             x = torch.stack([coarse / scales[0] * factors[0], tiles * factors[1]], dim=1)
@@ -253,15 +364,15 @@ def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     assert float((average.abs() < 1).float().mean()) > 0.3
 
 
-def test_progress_is_told_for_every_step():
+def test_progress_is_told_for_every_tile():
     config, told = three_levels(), []
     generate(
         Painter(config, random_clips(config, 4)),
-        condition=class_condition([0]),
-        null=class_condition([3]),
-        seeds=[0],
+        condition=class_condition([0, 1]),
+        null=class_condition([3, 3]),
+        seeds=[0, 1],
         sampling=config.sampling,
         diffusion=config.diffusion,
-        progress=lambda: told.append(1),
+        progress=told.append,
     )
-    assert len(told) == sum(config.sampling.steps)
+    assert sum(told) == 2 * sum(network_calls(config.sampling, config.pyramid))

@@ -5,7 +5,7 @@ Tokens of all levels of the pyramid run through one stack of blocks. Block b pro
 level but the coarsest is fused with features of the coarser ones (section 4.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -255,12 +255,14 @@ class HPDM(nn.Module):
         condition: Condition,
         volumes: Volumes,
         previous_latents: Latents | None = None,
-    ) -> tuple[Patches, Latents, list[Tokens]]:
+        wanted: Collection[int] | None = None,
+    ) -> tuple[Patches, Latents, dict[int, Tokens]]:
         """Output for windows of one level, given features of all coarser levels (sampling).
 
         `volumes(block, coarser, low, shape)` cuts boxes of tokens, of one shape, out of the input
         that a block has over the whole of a coarser level. Returns also this level's own input of
-        every block (with shallow fusion: its pixels), from which such volumes are assembled.
+        the `wanted` blocks, by default of all (with shallow fusion: its pixels), from which such
+        volumes are assembled.
         """
         pixels = self.to_pixels(x)
         tokens = self.embed(pixels)
@@ -276,9 +278,10 @@ class HPDM(nn.Module):
             for coarser, (low, shape) in boxes.items()
         }
         places = self.grid.coordinates(level, offsets)[:, None]
-        inputs = []
+        inputs = {}
         for block, active in enumerate(self.config.levels_per_block):
-            inputs.append(tokens if self.config.fusion == "deep" else pixels)
+            if wanted is None or block in wanted:
+                inputs[block] = tokens if self.config.fusion == "deep" else pixels
             if level >= active:
                 continue
             context = None
