@@ -64,7 +64,7 @@ class NodeJob:
 
 def run_node(job: NodeJob) -> int:
     """Start this node's ranks, see them through, and return the exit code of the run."""
-    endpoint_of(job)
+    split_endpoint(job.rdzv_endpoint)
     requests = Requests()
     job.run_dir.mkdir(parents=True, exist_ok=True)
     log_dir = next_log_dir(job.run_dir)
@@ -87,7 +87,8 @@ def see_through(
     job: NodeJob, log_dir: Path, record: NodeRecord, requests: "Requests", last_word: float
 ) -> tuple[int, str]:
     """(exit code, why) once the ranks have ended."""
-    if not wait_for_name(endpoint_of(job)[0], job.rendezvous_timeout_seconds, requests.heard):
+    host, _ = split_endpoint(job.rdzv_endpoint)
+    if not wait_for_name(host, job.rendezvous_timeout_seconds, requests.heard):
         request_stop(job.run_dir)
         return PREEMPTED, "told to stop before the ranks began"
     with (log_dir / f"launcher-{job.name}.log").open("w", encoding="utf-8") as log:
@@ -251,13 +252,13 @@ def request_is_open(run_dir: Path, *, since: float) -> bool:
         return False
 
 
-def endpoint_of(job: NodeJob) -> tuple[str, int]:
-    """Host and port of the meeting point."""
-    match = ENDPOINT.fullmatch(job.rdzv_endpoint)
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of a meeting point."""
+    match = ENDPOINT.fullmatch(endpoint)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"--rdzv-endpoint: {job.rdzv_endpoint!r} is wrong because it is not HOST:PORT; "
-            "give the first node's name and a free port."
+            f"--rdzv-endpoint: {endpoint!r} is wrong because it is not HOST:PORT; give the first "
+            "node's name and a free port."
         )
     return match["host"], int(match["port"])
 

@@ -27,6 +27,33 @@ def node(options: argparse.Namespace) -> int:
     )
 
 
+def preflight(options: argparse.Namespace) -> int:
+    from cluster import preflight as flight
+    from cluster.node import split_endpoint
+    from t2v.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    ranks = options.nproc_per_node
+    flight.refuse_other_shape(config, ranks=ranks, nnodes=options.nnodes)
+    if options.nnodes == 1:
+        report, judgement = flight.check_alone(config, ranks=ranks)
+        reports = [report]
+    else:
+        host, port = split_endpoint(options.rdzv_endpoint)
+        meeting = flight.Meeting(
+            options.nnodes, options.node_rank, host, port, options.timeout_seconds
+        )
+        reports, judgement = flight.check_together(config, meeting, ranks=ranks)
+    code = flight.own_exit_code(judgement, reports[options.node_rank].node)
+    if options.node_rank == 0:
+        print(flight.to_json(reports, judgement)) if options.json else flight.print_reports(
+            reports, judgement
+        )
+    elif code:
+        print("\n".join(judgement.problems), file=sys.stderr)
+    return code
+
+
 def status(options: argparse.Namespace) -> None:
     from cluster.status import print_status, run_status, to_json
 
@@ -64,6 +91,17 @@ def add_cluster_verbs(verbs) -> None:
                       help="from a request to stop to the end of all ranks")  # fmt: skip
     verb.add_argument("--rendezvous-timeout-seconds", type=float, default=600.0,
                       help="how long nodes wait for each other")  # fmt: skip
+    add_config(verb)
+
+    verb = add_verb(verbs, "preflight", preflight, "check this node, or all of a job, before a run",
+                    "t2v preflight configs/base_36x64.yaml --nproc-per-node 8")  # fmt: skip
+    verb.add_argument("--nnodes", type=int, default=1, help="nodes that check each other")
+    verb.add_argument("--node-rank", type=int, default=0, help="this node's number")
+    verb.add_argument("--nproc-per-node", type=int, default=1, help="ranks here: one per GPU")
+    verb.add_argument("--rdzv-endpoint", default="localhost:29401", help="HOST:PORT to meet at")
+    verb.add_argument("--timeout-seconds", type=float, default=120.0,
+                      help="how long nodes wait for each other")  # fmt: skip
+    verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_config(verb)
 
     verb = add_verb(verbs, "status", status, "how a run is, from its shared folder alone",

@@ -1,0 +1,224 @@
+"""What one node can say of itself before a run: its GPUs, disks, memory, clock and its data."""
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.errors import DataError, InputMissing, StorageError, UserError
+from data_pipeline.loader import open_sources
+from t2v.config import RunConfig, text_shape
+from t2v.model.hpdm import build_model
+
+Verdict = Literal["ok", "warning", "failed"]
+
+GIB = 2**30
+BYTES_PER_PARAMETER = 16  # of a checkpoint: weights, two moments, averaged weights, in fp32
+LEAST_INODES = 10_000
+IDLE_MEMORY_SHARE, IDLE_UTILISATION = 0.05, 10.0
+SKEW_WARNING_SECONDS, SKEW_LIMIT_SECONDS = 1.0, 10.0
+GPU_FIELDS = ("index", "name", "memory.total", "memory.used", "utilization.gpu", "driver_version",
+              "ecc.errors.uncorrected.volatile.total")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `exit_code` is what it means if every node says the same."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    exit_code: int = 0
+
+
+def check_node(config: RunConfig, *, ranks: int) -> list[Check]:
+    """All checks of this node for `ranks` ranks of a run."""
+    run_dir = Path(config.run_dir)
+    return [
+        check_versions(),
+        *check_gpus(query_gpus(), ranks=ranks),
+        check_shared_memory(config, ranks=ranks),
+        _guarded("run folder", lambda: check_run_folder(run_dir)),
+        _guarded("disk", lambda: check_disk(run_dir, needed_bytes=checkpoint_bytes(config))),
+        _guarded("data", lambda: check_data(config)),
+    ]
+
+
+def node_name() -> str:
+    """What the scheduler calls this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def check_versions() -> Check:
+    """Versions that all nodes must share, as one text."""
+    versions = {"t2v": version("t2v"), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        versions["CUDA"] = str(torch.version.cuda)
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return Check("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+
+def query_gpus() -> list[dict[str, str]] | None:
+    """What the driver says of each GPU; None without a driver, empty if it does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return []
+    return parse_gpus(done.stdout)
+
+
+def parse_gpus(text: str) -> list[dict[str, str]]:
+    """The lines of nvidia-smi's CSV."""
+    rows = [
+        [cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()
+    ]
+    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
+
+
+def check_gpus(gpus: list[dict[str, str]] | None, *, ranks: int) -> list[Check]:
+    """GPUs are there, one per rank, idle, and without memory errors."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus is None and not seen:
+        return [Check("GPUs", "ok", "none: ranks compute on the CPU")]
+    gpus = gpus or []
+    if len(gpus) < ranks or seen < ranks:
+        found = f"{len(gpus)} by the driver, {seen} by torch, for {ranks} ranks"
+        return [Check("GPUs", "failed", found)]
+    problems = []
+    for gpu in gpus:
+        used, total = _number(gpu["memory.used"]), _number(gpu["memory.total"])
+        busy = _number(gpu["utilization.gpu"])
+        errors = _number(gpu["ecc.errors.uncorrected.volatile.total"])
+        if used > IDLE_MEMORY_SHARE * total:
+            problems.append(f"GPU {gpu['index']} holds {used:.0f} of {total:.0f} MiB")
+        elif busy > IDLE_UTILISATION:
+            problems.append(f"GPU {gpu['index']} is busy at {busy:.0f} %")
+        if errors:
+            problems.append(f"GPU {gpu['index']} has {errors:.0f} uncorrected memory errors")
+    drivers = sorted({gpu["driver_version"] for gpu in gpus})
+    found = f"{len(gpus)} x {gpus[0]['name']}, driver {', '.join(drivers)}"
+    if problems:
+        return [Check("GPUs", "failed", f"{'; '.join(problems)} ({found})")]
+    return [Check("GPUs", "ok", f"{found}, idle")]
+
+
+def check_shared_memory(config: RunConfig, *, ranks: int) -> Check:
+    """/dev/shm holds all batches that the loader's workers may have ready."""
+    needed = loader_bytes(config, ranks=ranks)
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("/dev/shm", "warning", "there is none", StorageError.exit_code)
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.2f} GiB free, the loader may hold {needed / GIB:.2f} GiB"
+    if free < needed:
+        remedy = "raise the size of /dev/shm or lower data.prefetch_batches"
+        return Check("/dev/shm", "failed", f"{found}; {remedy}", StorageError.exit_code)
+    return Check("/dev/shm", "ok", found)
+
+
+def loader_bytes(config: RunConfig, *, ranks: int) -> int:
+    """Bytes of the batches that the workers of some ranks may hold at once."""
+    pyramid, data = config.pyramid, config.data
+    sample = pyramid.levels * math.prod(pyramid.patch_size) * 3
+    text = text_shape(config.conditioning)
+    sample += 2 * math.prod(text) if text else 0
+    held = data.num_workers * data.prefetch_batches
+    return ranks * held * config.micro_batch_size * sample
+
+
+def check_run_folder(run_dir: Path) -> Check:
+    """The run folder can be written durably, and its disk's clock is this node's."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    probe = run_dir / f".preflight-{node_name()}-{os.getpid()}"
+    started = time.perf_counter()
+    try:
+        with probe.open("wb") as file:
+            file.write(os.urandom(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - started
+        skew = probe.stat().st_mtime - time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+    found = f"1 MiB durable in {1000 * seconds:.0f} ms, its clock differs by {abs(skew):.1f} s"
+    return Check("run folder", skew_verdict(skew), found, StorageError.exit_code)
+
+
+def skew_verdict(seconds: float) -> Verdict:
+    """Locks and requests are told from old ones by their times."""
+    if abs(seconds) > SKEW_LIMIT_SECONDS:
+        return "failed"
+    return "warning" if abs(seconds) > SKEW_WARNING_SECONDS else "ok"
+
+
+def check_disk(run_dir: Path, *, needed_bytes: int) -> Check:
+    """Room, and inodes, for the checkpoints that are kept and the one being written."""
+    disk = os.statvfs(run_dir)
+    free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail
+    found = f"{free / GIB:.1f} GiB free of {needed_bytes / GIB:.1f} needed"
+    if disk.f_files:
+        found += f", {inodes} inodes"
+    too_few = disk.f_files > 0 and inodes < LEAST_INODES
+    verdict: Verdict = "failed" if free < needed_bytes or too_few else "ok"
+    return Check("disk", verdict, found, StorageError.exit_code)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of the checkpoints that a run keeps, and of one more."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(config).parameters())
+    return parameters * BYTES_PER_PARAMETER * (config.checkpoint.keep_last + 1)
+
+
+def check_data(config: RunConfig) -> Check:
+    """Every dataset answers, its embeddings belong to it, and one sample of each can be read."""
+    started = time.perf_counter()
+    sources = open_sources(config.data, config.pyramid, config.conditioning)
+    samples = 0
+    for source in sources:
+        samples += source.dataset.info.samples
+        source.dataset.read(0, 0)
+        if source.embeddings is not None:
+            source.embeddings.read(0, 0)
+    seconds = time.perf_counter() - started
+    found = f"{len(sources)} datasets, {samples} samples, first ones read in {seconds:.1f} s"
+    return Check("data", "ok", found)
+
+
+def failed(checks: Iterable[Check]) -> list[Check]:
+    """Those that stop a run."""
+    return [check for check in checks if check.verdict == "failed"]
+
+
+def as_dicts(checks: Iterable[Check]) -> list[dict[str, Any]]:
+    return [asdict(check) for check in checks]
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A check whose own failure is a finding."""
+    try:
+        return check()
+    except (InputMissing, DataError, UserError) as failure:
+        return Check(name, "failed", str(failure), failure.exit_code)
+    except OSError as failure:
+        reason = f"{failure.filename or name}: {failure.strerror or failure}"
+        return Check(name, "failed", reason, StorageError.exit_code)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0  # "[N/A]": this GPU does not count it
