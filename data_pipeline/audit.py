@@ -15,8 +15,7 @@ def planned_samples(
     Which of them could not be used, and were replaced, is in the run's `quarantine.jsonl`.
     """
     sources = [Source(open_dataset(source.path), None) for source in config.sources]
-    weights = [source.weight for source in config.sources]
-    order = global_order(sources, weights, seed=seed, block_shards=config.block_shards)
+    order = global_order(sources, config, seed=seed)
     first = (step - 1) * global_batch_size
     for n in range(first, first + count * global_batch_size):
         place = order.place(n)

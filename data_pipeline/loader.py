@@ -23,7 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from data_pipeline.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from data_pipeline.order import GlobalOrder, SourceOrder
+from data_pipeline.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.sample import Sample, SampleReader
 from data_pipeline.sample import Source as OpenSource
@@ -52,6 +52,9 @@ class DataConfig(Strict):
     prefetch_batches: int = Field(default=2, ge=1, description="micro-batches ahead, per worker")
     block_shards: int = Field(
         default=64, ge=1, description="shards that are shuffled together and so in use at a time"
+    )
+    held_out_share: Share = Field(
+        default=0.0, description="share of the samples, at the end of each shard, never trained on"
     )
     max_drop_rate: Share = Field(
         default=0.001, description="share of samples that may be replaced before the run stops"
@@ -136,7 +139,7 @@ class Loader:
             )
         sources = open_sources(config, pyramid, conditioning)
         weights = [source.weight for source in config.sources]
-        self.order = global_order(sources, weights, seed=seed, block_shards=config.block_shards)
+        self.order = global_order(sources, config, seed=seed)
         if global_batch_size % len(self.order.pattern):
             raise ConfigError(
                 f"data.sources: weights {weights} are wrong because a batch of "
@@ -311,20 +314,22 @@ def open_sources(
     return sources
 
 
-def global_order(
-    sources: Sequence[OpenSource], weights: Sequence[int], *, seed: int, block_shards: int
-) -> GlobalOrder:
-    """The order of a mixture of datasets."""
-    orders = [
-        SourceOrder(
-            source.dataset.info.fingerprint,
-            source.dataset.shard_sizes.tolist(),
-            seed=seed,
-            block_shards=block_shards,
+def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int) -> GlobalOrder:
+    """The order of a mixture of datasets; held-out samples have no place in it."""
+    orders = []
+    for source in sources:
+        sizes = source.dataset.shard_sizes
+        trained = sizes - held_out_rows(sizes, config.held_out_share)
+        if not trained.sum():
+            raise ConfigError(
+                f"data.held_out_share: {config.held_out_share} is wrong because it leaves no "
+                f"sample of {source.dataset.path} to train on; lower it."
+            )
+        fingerprint = source.dataset.info.fingerprint
+        orders.append(
+            SourceOrder(fingerprint, trained.tolist(), seed=seed, block_shards=config.block_shards)
         )
-        for source in sources
-    ]
-    return GlobalOrder(seed, orders, weights)
+    return GlobalOrder(seed, orders, [source.weight for source in config.sources])
 
 
 def _refuse_several_encoders(sources: Sequence[OpenSource]) -> None:
@@ -354,8 +359,10 @@ def _fingerprint(
     seed: int,
 ) -> str:
     """Digest of all that decides what sample n is and how it looks."""
+    split = {"held_out_share": config.held_out_share} if config.held_out_share else {}
     return digest_json(
         {
+            **split,
             "seed": seed,
             "datasets": [source.dataset.info.fingerprint for source in sources],
             "embeddings": [s.embeddings and s.embeddings.info.fingerprint for s in sources],

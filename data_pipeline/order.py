@@ -27,13 +27,20 @@ class Place:
 
 
 class SourceOrder:
-    """The endless sequence of one source's samples."""
+    """The endless sequence of one source's samples: of each shard, those from its first row on."""
 
     def __init__(
-        self, fingerprint: str, shard_sizes: Sequence[int], *, seed: int, block_shards: int
+        self,
+        fingerprint: str,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        block_shards: int,
+        first_rows: Sequence[int] | None = None,
     ):
         self.fingerprint, self.seed, self.block_shards = fingerprint, seed, block_shards
         self.shard_sizes = np.array(shard_sizes, np.int64)
+        self.first_rows = [0] * len(shard_sizes) if first_rows is None else list(first_rows)
         self.samples = int(self.shard_sizes.sum())
         self._epochs: dict[int, _Epoch] = {}
 
@@ -44,7 +51,8 @@ class SourceOrder:
         if epoch is None:
             epoch = _Epoch(self, number)
             self._epochs = dict([*self._epochs.items(), (number, epoch)][-4:])
-        return epoch.place(position)
+        shard, row = epoch.place(position)
+        return shard, self.first_rows[shard] + row
 
 
 class GlobalOrder:
@@ -94,6 +102,14 @@ class _Epoch:
         position = low + permuted(position - low, high - low, self.key + block)
         turn = _interval(self.starts, position)
         return int(self.shards[turn]), position - int(self.starts[turn])
+
+
+def held_out_rows(
+    shard_sizes: Int64[np.ndarray, " shards"], share: float
+) -> Int64[np.ndarray, " shards"]:
+    """How many samples at the end of each shard training leaves out: together the nearest whole
+    number to their share. Neighbours often come of one video, so the split cuts each shard once."""
+    return np.diff(np.rint(np.cumsum(shard_sizes) * share), prepend=0).astype(np.int64)
 
 
 def mixture_pattern(weights: Sequence[int]) -> tuple[int, ...]:

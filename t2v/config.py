@@ -19,8 +19,10 @@ from t2v.engine.config import EngineConfig
 from t2v.model.hpdm import ModelConfig
 from t2v.sampling_config import SamplingConfig
 from t2v.train.checkpoint import CheckpointConfig
+from t2v.train.held_out import HeldOutConfig
 from t2v.train.metrics import MetricsConfig
 from t2v.train.optim import OptimizerConfig
+from t2v.train.side_job import SamplesConfig
 from t2v.train.warm_start import WarmStartConfig
 
 
@@ -47,6 +49,8 @@ class RunConfig(Strict):
     metrics: MetricsConfig
     sampling: SamplingConfig
     warm_start: WarmStartConfig | None = None
+    held_out: HeldOutConfig | None = None
+    samples: SamplesConfig | None = None
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "RunConfig":
@@ -78,6 +82,13 @@ class RunConfig(Strict):
                 f"data.sources: weights {weights} make {total} equal parts, which do not divide "
                 f"global_batch_size {self.global_batch_size}; choose weights whose parts do"
             )
+        if self.held_out and not self.held_out.sources and not self.data.held_out_share:
+            raise ValueError(
+                "held_out: there is nothing to measure on; give held_out.sources, or "
+                "data.held_out_share to keep some of the training data apart"
+            )
+        if self.samples:
+            refuse_other_subjects(self.samples, self.conditioning)
         for width, head, name in (
             (model.token_dim, model.token_head_dim, "token"),
             (model.latent_dim, model.latent_head_dim, "latent"),
@@ -88,6 +99,22 @@ class RunConfig(Strict):
                     f"choose a divisor"
                 )
         return self
+
+
+def refuse_other_subjects(samples: SamplesConfig, conditioning: Conditioning) -> None:
+    """ValueError where samples are asked for in a way that the recipe cannot follow."""
+    if isinstance(conditioning, ClassConditioning):
+        bad = [label for label in samples.labels if label >= conditioning.num_classes]
+        if bad or not samples.labels:
+            last = conditioning.num_classes - 1
+            raise ValueError(f"samples.labels: {bad or 'none'} given; use classes 0 to {last}")
+    elif samples.labels:
+        raise ValueError("samples.labels: the recipe has no classes; give samples.prompts")
+    elif isinstance(conditioning, TextConditioning) and samples.automatic and not samples.encoder:
+        raise ValueError(
+            "samples.encoder: missing; give the text encoder of the training set, or "
+            "samples.automatic: false and --encoder to t2v samples"
+        )
 
 
 class _UniqueKeys(yaml.SafeLoader):

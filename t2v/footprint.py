@@ -37,8 +37,6 @@ def measure(config: RunConfig) -> Footprint:
     """The footprint of a recipe, whatever its engine and batch size."""
     with torch.device("meta"):
         model = build_model(config)
-        with FlopCounterMode(display=False) as counter:
-            model(**_inputs(config))
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     kept = kept_storages(config)
     outside, inputs = kept.pop("outside"), kept.pop("inputs")
@@ -50,12 +48,21 @@ def measure(config: RunConfig) -> Footprint:
     return Footprint(
         parameters=parameters_by_part(model),
         largest_block_parameters=max(blocks),
-        forward_flops=counter.get_total_flops(),
+        forward_flops=forward_flops(config),
         kept_bytes=sum(every.values()),
         kept_between_blocks_bytes=sum(between.values()),
         kept_by_largest_block_bytes=max(by_block),
         largest_tensor_bytes=max(every.values()),
     )
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Floating-point operations of one sample's forward pass."""
+    with torch.device("meta"):
+        model = build_model(config)
+        with FlopCounterMode(display=False) as counter:
+            model(**_inputs(config))
+    return counter.get_total_flops()
 
 
 def parameters_by_part(model: HPDM) -> dict[str, int]:

@@ -61,7 +61,10 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "conditioning.num_clases=5",
             "conditioning.num_clases: unknown field; did you mean 'num_classes'?",
         ),
-        ("metrics.zzz=1", "metrics.zzz: unknown field; known here: every_steps, wandb_project."),
+        (
+            "metrics.zzz=1",
+            "metrics.zzz: unknown field; known here: every_steps, wandb_project, tensorboard.",
+        ),
         (
             "optimizer.learning_rate=1e-4",
             "optimizer.learning_rate: value '1e-4' is wrong because input should be a valid "

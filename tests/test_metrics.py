@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2v.engine.world import ALONE
-from t2v.train.metrics import Metrics, MetricsConfig, StepSums, drop_after
+from t2v.train.metrics import Metrics, MetricsConfig, StepSums, drop_after, read_lines
 
 
 def write_steps(run_dir, first: int, last: int) -> None:
@@ -32,6 +32,55 @@ def test_half_a_line_of_a_killed_process_is_dropped(tmp_path):
         file.write('{"step": 4, "lo')
     write_steps(tmp_path, 4, 4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_another_damaged_line_is_named_and_stays(tmp_path, capsys):
+    write_steps(tmp_path, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\x00\x00\n" + second + third)
+    write_steps(tmp_path, 3, 4)
+    assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().out
+    assert path.read_bytes().splitlines()[1] == b"\x00\x00"
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4]
+
+
+def test_lines_that_find_no_space_wait_for_it_and_none_is_half_written(
+    tmp_path, monkeypatch, capsys
+):
+    metrics = Metrics(tmp_path, MetricsConfig(), name="x", step=0)
+    metrics.write({"step": 1})
+    real = metrics.file
+    monkeypatch.setattr(metrics, "file", FullDisk(real))
+    for step in (2, 3):
+        metrics.write({"step": step})
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    monkeypatch.setattr(metrics, "file", real)
+    metrics.write({"step": 4})
+    metrics.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("lines wait in memory") == 1
+
+
+class FullDisk:
+    """A file on a disk with room for four more bytes of each write."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+        self.fileno = file.fileno
+
+    def write(self, content: bytes) -> int:
+        return self.file.write(content[:4])
+
+
+def test_what_the_steps_took_is_known_after_a_restart(tmp_path):
+    lines = [{"step": 2, "step_seconds": 1.0}, {"step": 2, "held_out_loss": 1.0}]
+    lines += [{"step": 6, "step_seconds": 0.5}, {"step": 8, "step_seconds": 9.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    metrics = Metrics(tmp_path, MetricsConfig(), name="x", step=6)
+    metrics.close()
+    assert metrics.measured == (2 * 1.0 + 4 * 0.5, 6)
 
 
 def test_dropping_nothing_changes_nothing(tmp_path):

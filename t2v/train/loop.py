@@ -23,6 +23,7 @@ from t2v.train import preemption
 from t2v.train.checkpoint import Checkpoints
 from t2v.train.contract import refuse_other_run
 from t2v.train.ema import Ema
+from t2v.train.held_out import HeldOut
 from t2v.train.objective import level_losses
 from t2v.train.optim import learning_rate
 from t2v.train.report import Report
@@ -45,6 +46,7 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         world = exits.enter_context(join_world(config.engine))
         status = exits.enter_context(owned(run_dir, config, world))
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
+        held_out = HeldOut(config, loader, world)
         checkpoints = Checkpoints(run_dir, config.checkpoint, world)
         exits.callback(checkpoints.settle)
         state = begin(config, world, checkpoints, loader)
@@ -69,6 +71,8 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
                 data_seconds=wait.take(), step_seconds=time.perf_counter() - started,
             )  # fmt: skip
             refuse_endless_skips(state, config)
+            if held_out.due(state.step):
+                report.held_out(held_out.measure(state))
             stop = world.any(preemption.requested(run_dir) or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
                 checkpoints.save(state.slices(), facts(state, config, loader))

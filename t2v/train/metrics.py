@@ -1,26 +1,23 @@
-"""metrics.jsonl is the truth; the terminal and wandb are views of it."""
+"""metrics.jsonl is the truth; the terminal, wandb and TensorBoard are views of it."""
 
 import hashlib
 import json
+import math
 import os
-import resource
-import sys
-import time
-import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
+from t2v.train.views import Guarded, TensorBoardView, WandbView, say
 
-PLAIN_LINE_SECONDS = 10.0
+MOST_WAITING = 10_000  # lines kept in memory while the disk is full
 
 
 class MetricsConfig(Strict):
@@ -30,6 +27,7 @@ class MetricsConfig(Strict):
     wandb_project: str | None = Field(
         default=None, description="offline without WANDB_API_KEY; none: wandb is not used"
     )
+    tensorboard: bool = Field(default=False, description="event files in the run folder")
 
 
 class StepSums:
@@ -92,130 +90,103 @@ def wrap(value: int) -> int:
 
 
 class Metrics:
-    """The lines of a run, written by rank 0; a step never has two."""
+    """The lines of a run, written by rank 0; a step never has two of a kind.
+
+    `measured` tells of the lines that earlier attempts left: (seconds of their steps, last step).
+    """
 
     def __init__(self, run_dir: Path, config: MetricsConfig, *, name: str, step: int) -> None:
-        path = run_dir / "metrics.jsonl"
-        drop_after(path, step)
-        self.file = path.open("a", encoding="utf-8")
-        self.wandb = None
-        if config.wandb_project is not None:
-            self.wandb = WandbView(run_dir, config.wandb_project, name)
+        self.path = run_dir / "metrics.jsonl"
+        self.measured = measured(drop_after(self.path, step))
+        self.file = self.path.open("ab", buffering=0)
+        self.waiting: list[bytes] = []
+        self.views: list[Guarded] = []
+        if (project := config.wandb_project) is not None:
+            self.views.append(Guarded("wandb", lambda: WandbView(run_dir, project, name)))
+        if config.tensorboard:
+            self.views.append(Guarded("tensorboard", lambda: TensorBoardView(run_dir, step)))
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; JSON has no NaN, so what is not finite becomes null."""
-        finite = {
-            key: None if isinstance(value, float) and not -1e308 < value < 1e308 else value
-            for key, value in values.items()
-        }
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self.file.flush()
-        if self.wandb is not None:
-            self.wandb.write(finite)
+        finite = {key: _finite(value) for key, value in values.items()}
+        self.waiting.append(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        self._flush()
+        for view in self.views:
+            view.write(finite)
+
+    def _flush(self) -> None:
+        """Write what waits; on a full disk it waits on, up to a bound, and the run goes on."""
+        end = os.fstat(self.file.fileno()).st_size
+        lines = b"".join(self.waiting)
+        try:
+            if self.file.write(lines) != len(lines):
+                raise OSError("no space")
+        except OSError as failure:
+            os.ftruncate(self.file.fileno(), end)  # never half a line
+            if len(self.waiting) == 1:
+                say(f"{self.path}: lines wait in memory because {failure}; free space.")
+            del self.waiting[:-MOST_WAITING]
+        else:
+            self.waiting = []
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.close()
+        for view in self.views:
+            view.close()
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Forget lines of steps after `step`, and a last line that a killed process left half."""
+def drop_after(path: Path, step: int) -> list[dict]:
+    """Forget lines of steps after `step`, and a last line that a killed process left half; returns
+    the others. A damaged line before one of these is named, and stays."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    parsed = [parse_line(line) for line in lines]
+    known = [number for number, values in enumerate(parsed) if values and values["step"] <= step]
+    kept = []
+    for number in range(known[-1] + 1 if known else 0):
+        values = parsed[number]
+        if values is None:
+            say(f"{path}: line {number + 1} is damaged and is passed over; look at it.")
+        if values is None or values["step"] <= step:
+            kept.append(lines[number])
+    if len(kept) < len(lines):
+        storage.write_atomic(path, b"".join(kept))
+    return [values for number in known if (values := parsed[number])]
+
+
+def parse_line(line: bytes) -> dict | None:
+    """A line of metrics.jsonl; None where it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(values, dict)
+    return values if whole and isinstance(values.get("step"), int) else None
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The lines of a metrics.jsonl that somebody may be writing; damaged ones are passed over."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    storage.write_atomic(path, b"".join(kept))
+    with path.open("rb") as file:
+        for line in file:
+            if (values := parse_line(line)) is not None:
+                yield values
 
 
-def peak_memory_gib() -> float:
-    """Most memory this rank has held: its GPU's if it has one, else its process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def measured(lines: Iterable[dict]) -> tuple[float, int]:
+    """(seconds of all steps that lines tell of, the last of these steps); a line speaks for the
+    steps since the one before."""
+    total, before = 0.0, 0
+    for line in lines:
+        if "step_seconds" in line:
+            total += line["step_seconds"] * (line["step"] - before)
+            before = line["step"]
+    return total, before
 
 
-class WandbView:
-    """wandb as a mirror: the run id survives restarts, and its failure ends the mirror only."""
-
-    def __init__(self, run_dir: Path, project: str, name: str) -> None:
-        self.run = None
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        id_file = run_dir / "wandb_id"
-        try:
-            import wandb
-
-            known = id_file.read_text().strip() if id_file.exists() else None
-            self.run = wandb.init(
-                project=project,
-                name=name,
-                id=known or uuid.uuid4().hex,
-                resume="allow",
-                mode=mode,
-                dir=str(run_dir),
-                settings=wandb.Settings(silent=True),
-            )
-            storage.write_atomic(id_file, self.run.id.encode())
-        except Exception as failure:
-            self._end(failure)
-
-    def write(self, values: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        try:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.run.log(numbers, step=values["step"])
-        except Exception as failure:
-            self._end(failure)
-
-    def close(self) -> None:
-        if self.run is None:
-            return
-        try:
-            self.run.finish()
-        except Exception as failure:
-            self._end(failure)
-
-    def _end(self, failure: Exception) -> None:
-        self.run = None
-        print(f"wandb: ends here because {failure!r}; metrics.jsonl goes on.", flush=True)
-
-
-class ProgressView:
-    """A bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, total_steps: int, step: int) -> None:
-        self.total_steps = total_steps
-        self.next_line = 0.0
-        self.bar = None
-        if sys.stdout.isatty():
-            self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-                console=Console(),
-            )
-            self.task = self.bar.add_task("training", total=total_steps, completed=step, text="")
-            self.bar.start()
-
-    def show(self, values: dict[str, Any]) -> None:
-        text = (
-            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  "
-            f"{values['samples_per_second']:.1f} samples/s  "
-            f"data wait {values['data_wait_share']:.0%}"
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=values["step"], text=text)
-        elif time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + PLAIN_LINE_SECONDS
-            print(f"step {values['step']}/{self.total_steps}  {text}", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

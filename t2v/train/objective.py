@@ -17,6 +17,7 @@ from t2v.diffusion import (
     v_target,
 )
 from t2v.model.conditioning import Condition
+from t2v.model.hpdm import CHANNELS
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -33,8 +34,23 @@ def level_losses(
     Noise, noise levels and self-conditioning are functions of (seed, sample number) alone: neither
     rank nor world size changes them.
     """
+    shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
+    noise, sigma, self_conditioned = draw_noise(config, batch.numbers, torch.Size(shape), device)
+    return weighted_errors(model, batch, config, noise, sigma, self_conditioned).mean(0)
+
+
+def weighted_errors(
+    model: nn.Module,
+    batch: "Batch",
+    config: "RunConfig",
+    noise: Patches,
+    sigma: Float[Tensor, "batch levels"],
+    self_conditioned: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch levels"]:
+    """Weighted squared error of each sample's levels at given noise; 1 in `self_conditioned` lets
+    a sample's pass see the latents of an earlier one."""
+    device = noise.device
     x = to_patches(batch.patches.to(device))
-    noise, sigma, self_conditioned = draw_noise(config, batch.numbers, x.shape[1:], device)
     levels = range(config.pyramid.levels)
     scales = [config.diffusion.level_input_scale(level) for level in levels]
     input_scale = torch.tensor(scales, device=device).expand_as(sigma).flatten()
@@ -55,8 +71,7 @@ def level_losses(
     output, _ = model(scaled, told, offsets, condition, previous)
 
     error = (output.flatten(0, 1) - target).square().mean(dim=(1, 2, 3, 4))
-    weighted = loss_weight(flat_sigma, input_scale) * error
-    return weighted.unflatten(0, sigma.shape).mean(0)
+    return (loss_weight(flat_sigma, input_scale) * error).unflatten(0, sigma.shape)
 
 
 def to_patches(pixels: Int[Tensor, "batch levels frames height width channels"]) -> Patches:

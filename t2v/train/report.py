@@ -1,5 +1,6 @@
 """What a run tells while it goes: lines of metrics, a progress view, and its status."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,12 @@ from torch import Tensor
 from data_pipeline.quarantine import Quarantine
 from t2v.engine.world import World
 from t2v.train.checkpoint import Saved
-from t2v.train.metrics import Metrics, ProgressView, StepSums, peak_memory_gib
+from t2v.train.metrics import Metrics, StepSums
+from t2v.train.rates import Rates, first_start, peak_memory
 from t2v.train.run_folder import State, StatusFile
+from t2v.train.side_job import SideJob
 from t2v.train.state import TrainState
+from t2v.train.views import Guarded, ProgressView
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -33,7 +37,7 @@ class Report:
         self.sums = StepSums(config.pyramid.levels, world)
         self.ids: list[str] = []
         self.dropped: list[dict] = []
-        self.metrics = self.view = self.quarantine = None
+        self.lines = self.quarantine = None
         if status is not None:
             self.quarantine = Quarantine(
                 run_dir / "quarantine.jsonl",
@@ -41,8 +45,7 @@ class Report:
                 max_drops_in_a_row=config.data.max_drops_in_a_row,
                 first_sample=step * config.global_batch_size,
             )
-            self.metrics = Metrics(run_dir, config.metrics, name=config.name, step=step)
-            self.view = ProgressView(config.total_steps, step)
+            self.lines = Lines(run_dir, config, world, step)
             status.write("running", step=step, last_checkpoint=step)
 
     def samples(self, batch: "Batch") -> None:
@@ -75,12 +78,15 @@ class Report:
         if step % self.config.metrics.every_steps and not last and not skipped:
             return
         values = {"step": step, **self.sums.summary(self.config.global_batch_size), **facts}
-        if self.status is None or self.metrics is None or self.view is None:
-            return
-        values["peak_memory_gib"] = peak_memory_gib()
-        self.metrics.write(values)
-        self.view.show(values)
-        self.status.refresh(step=step, samples_per_second=values["samples_per_second"])
+        if self.lines is not None and self.status is not None:
+            self.lines.step(values)
+            rate = values["samples_per_second"]
+            self.status.refresh(step=step, samples_per_second=rate, **self.lines.side_job())
+
+    def held_out(self, values: dict[str, Any]) -> None:
+        """Losses on held-out samples, a line of their own."""
+        if self.lines is not None:
+            self.lines.write(values)
 
     def _account_for_dropped(self, step: int) -> None:
         """Write down the samples that were replaced in a step; DataError when they are too many."""
@@ -100,6 +106,8 @@ class Report:
         for saved in news:
             if self.status is None:
                 continue
+            if self.lines is not None:
+                self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
                 self.status.write("running", last_checkpoint=saved.step)
             else:
@@ -111,6 +119,44 @@ class Report:
             self.status.write(state)
 
     def close(self) -> None:
-        if self.metrics is not None and self.view is not None:
-            self.metrics.close()
-            self.view.close()
+        if self.lines is not None:
+            self.lines.close()
+
+
+class Lines:
+    """What rank 0 writes: metrics.jsonl and the views of it, with the rates of the whole run."""
+
+    def __init__(self, run_dir: Path, config: "RunConfig", world: World, step: int) -> None:
+        self.metrics = Metrics(run_dir, config.metrics, name=config.name, step=step)
+        self.view = Guarded("progress", lambda: ProgressView(config.total_steps, step))
+        self.rates = Rates(config, world.world_size, world.device)
+        self.first_start = first_start(run_dir)
+        self.productive_seconds, self.last_step = self.metrics.measured
+        self.stall_seconds = 0.0
+        self.samples = None
+        if config.samples is not None and config.samples.automatic:
+            self.samples = SideJob(run_dir, config.samples)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """Complete a line of steps, and write it."""
+        self.productive_seconds += values["step_seconds"] * (values["step"] - self.last_step)
+        self.last_step = values["step"]
+        values |= self.rates.of(values["samples_per_second"]) | peak_memory()
+        values["checkpoint_seconds"], self.stall_seconds = self.stall_seconds, 0.0
+        if self.first_start is not None:
+            values["goodput"] = self.productive_seconds / (time.time() - self.first_start)
+        self.write(values)
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.metrics.write(values)
+        self.view.write(values)
+
+    def side_job(self) -> dict[str, Any]:
+        """The state of the job that samples beside the run, if there is one, for its status."""
+        return {} if self.samples is None else {"samples": self.samples.state()}
+
+    def close(self) -> None:
+        if self.samples is not None:
+            self.samples.close()
+        self.metrics.close()
+        self.view.close()
