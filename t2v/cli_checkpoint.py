@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from data_pipeline.errors import InputMissing
+from data_pipeline.errors import ConfigError, InputMissing
 from t2v.cli_parser import add_verb
 
 
@@ -20,6 +20,24 @@ def add_checkpoint_verbs(verbs) -> None:
     verb = add_verb(inner, "verify", verify, "check every digest",
                     "t2v checkpoint verify runs/base_36x64/checkpoints/step-00001000")  # fmt: skip
     verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest step")
+
+    verb = add_verb(inner, "diff", diff, "compare two checkpoints; exit 0 when they are identical",
+                    "t2v checkpoint diff runs/a runs/b/checkpoints/step-00001000")  # fmt: skip
+    verb.add_argument("first", help="a step folder, or a run folder: its newest step")
+    verb.add_argument("second")
+
+    verb = add_verb(inner, "export", export, "weights as safetensors, proved by using them",
+                    "t2v checkpoint export runs/t2v_64x288x512 weights --dtype bf16")  # fmt: skip
+    verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
+    verb.add_argument("out", help="a folder that is not there yet")
+    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    verb.add_argument("--file-gib", type=float, default=5.0, help="largest file")
+    verb.add_argument(
+        "--no-self-test",
+        action="store_true",
+        help="do not run the model; for a machine whose memory does not hold it in fp32",
+    )
 
 
 def ls(options: argparse.Namespace) -> None:
@@ -37,3 +55,31 @@ def verify(options: argparse.Namespace) -> None:
     folder = step_of(options.checkpoint)
     manifest = verify_checkpoint(folder)
     print(json.dumps({"checkpoint": str(folder), "step": manifest.step, "valid": True}))
+
+
+def diff(options: argparse.Namespace) -> int:
+    from t2v.train.comparison import compare_checkpoints, print_differences
+    from t2v.train.finding import step_of
+
+    total, found = compare_checkpoints(step_of(options.first), step_of(options.second))
+    print_differences(total, found)
+    return 1 if found else 0
+
+
+def export(options: argparse.Namespace) -> None:
+    from t2v.export import export_checkpoint
+
+    if not options.file_gib > 0:
+        raise ConfigError(f"--file-gib: {options.file_gib} is wrong because it is not above 0.")
+    made = export_checkpoint(
+        options.checkpoint,
+        Path(options.out),
+        weights=options.weights,
+        dtype=options.dtype,
+        file_gib=options.file_gib,
+        self_test=not options.no_self_test,
+    )
+    print(
+        f"{options.out}: {made.parameters / 1e6:.1f} M parameters of step {made.step} "
+        f"({made.weights}, {made.dtype}); self-test: {made.self_test}."
+    )

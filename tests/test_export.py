@@ -1,0 +1,115 @@
+"""What is exported computes what the checkpoint computes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.errors import ConfigError, StorageError
+from t2v.cli import main
+from t2v.export import export_checkpoint, load_exported, read_export
+from t2v.model.hpdm import build_model
+from tests.test_checkpoint import checkpoints, facts, save, shuffled_state, tensors_of
+from tests.tiny import THREE_LEVELS, tiny_config
+
+
+@pytest.fixture(scope="module")
+def state():
+    return shuffled_state(tiny_config())
+
+
+@pytest.fixture
+def checkpoint(state, tmp_path):
+    return save(state, checkpoints(tmp_path / "run"), 3)[0]
+
+
+@pytest.mark.parametrize(("weights", "prefix"), [("ema", "ema."), ("raw", "model.")])
+def test_exported_weights_are_the_checkpoints(state, checkpoint, tmp_path, weights, prefix):
+    export = export_checkpoint(checkpoint, tmp_path / "out", weights=weights)
+    assert export.self_test == "outputs equal"
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    saved = tensors_of(state)
+    assert {prefix + name for name in stored} == {n for n in saved if n.startswith(prefix)}
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, saved[prefix + name]), name
+    assert read_export(tmp_path / "out") == export
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_dtype_rounds_once_and_loads_back(state, checkpoint, tmp_path, name, dtype):
+    export_checkpoint(checkpoint, tmp_path / "out", dtype=name)
+    model = build_model(tiny_config())
+    load_exported(tmp_path / "out", model)
+    saved = tensors_of(state)
+    for parameter, value in model.named_parameters():
+        assert torch.equal(value, saved["ema." + parameter].to(dtype).float()), parameter
+
+
+def test_large_exports_are_cut_into_files_with_the_hubs_index(state, checkpoint, tmp_path):
+    export_checkpoint(checkpoint, tmp_path / "out", file_gib=20_000 / 2**30)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    saved = tensors_of(state)
+    assert len(set(index["weight_map"].values())) > 2
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], saved["ema." + name])
+
+
+def test_three_levels_are_tested_at_every_level(tmp_path):
+    config = tiny_config(**THREE_LEVELS)
+    made = checkpoints(tmp_path / "run")
+    made.save(shuffled_state(config).slices(), facts(config, 1))
+    made.finish()
+    assert export_checkpoint(tmp_path / "run", tmp_path / "out").self_test == "outputs equal"
+
+
+def test_damage_is_found_before_and_after(checkpoint, tmp_path):
+    export_checkpoint(checkpoint, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="is not what was exported"):
+        read_export(tmp_path / "out")
+    tensors = checkpoint / "rank-00000.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with pytest.raises(StorageError, match="rank-00000"):
+        export_checkpoint(checkpoint, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_nothing_is_written_over(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_diff_ends_with_0_for_equal_and_names_what_differs(state, tmp_path, capsys):
+    first = save(state, checkpoints(tmp_path / "a"), 3)[0]
+    save(state, checkpoints(tmp_path / "b"), 4)
+    assert main(["checkpoint", "diff", str(first), str(tmp_path / "b")]) == 0
+    count = len(tensors_of(state))
+    assert f"{count} of {count} tensors are identical" in capsys.readouterr().out
+    other = shuffled_state(tiny_config())
+    tensors_of(other)["model.latents"][2, 3] += 0.5
+    save(other, checkpoints(tmp_path / "c"), 3)
+    assert main(["checkpoint", "diff", str(first), str(tmp_path / "c")]) == 1
+    output = capsys.readouterr().out
+    assert "model.latents" in output
+    assert "5.000e-01" in output
+    wider = tiny_config(model={"latent_dim": 24})
+    made = checkpoints(tmp_path / "d")
+    made.save(shuffled_state(wider).slices(), facts(wider, 3))
+    made.finish()
+    assert main(["checkpoint", "diff", str(first), str(tmp_path / "d")]) == 1
+    assert "6x24" in capsys.readouterr().out
+
+
+def test_export_is_one_command(checkpoint, tmp_path, capsys):
+    arguments = ["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert main([*arguments, "--dtype", "bf16"]) == 0
+    assert "self-test: outputs equal" in capsys.readouterr().out
+    assert main(arguments) == 78
+    assert main([*arguments[:3], str(tmp_path / "new"), "--file-gib", "nan"]) == 78
+    assert main(["checkpoint", "export", str(tmp_path / "none"), str(tmp_path / "new")]) == 66
