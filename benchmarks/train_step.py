@@ -31,7 +31,7 @@ from torch import Tensor
 from data_pipeline.loader import Batch
 from data_pipeline.pyramid import draw_offsets
 from t2v.config import RunConfig, load_config
-from t2v.engine.single import SingleEngine
+from t2v.engine.single import single_engine
 from t2v.engine.world import World
 from t2v.footprint import measure
 from t2v.model.hpdm import HPDM
@@ -139,7 +139,7 @@ class Trainer:
         with torch.device("meta"):
             sizes = (self.config.model, self.config.pyramid, self.config.conditioning)
             model = model_class(*sizes)
-        self.engine = SingleEngine(model, self.config, World(device))
+        self.engine = single_engine(model, self.config, World(device))
         self.batch = noise_batch(self.config, batch_size)
 
     def step(self) -> float:
@@ -147,7 +147,7 @@ class Trainer:
         started = time.perf_counter()
         losses = level_losses(self.engine.model, self.batch, self.config, self.device)
         self.engine.backward(losses.sum(), final=True)
-        self.engine.update(1e-6, self.engine.gradient_norm())
+        self.engine.update({"base": 1e-6, "new": 1e-6}, float(self.engine.gradient_norm()))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -75,6 +75,11 @@ class RunConfig(Strict):
                 f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "
                 f"{self.global_batch_size}; choose a divisor"
             )
+        if self.engine.kind == "zero" and self.optimizer.name == "lamb":
+            raise ValueError(
+                "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the "
+                "norms of whole ones; use adamw, or engine.kind fsdp"
+            )
         weights = [source.weight for source in self.data.sources]
         total = sum(weights) // math.gcd(*weights)
         if self.global_batch_size % total:

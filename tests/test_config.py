@@ -90,8 +90,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "total_steps: value True is wrong because input should be a valid integer; correct it.",
         ),
         (
-            "engine.kind=zero",
-            "engine.kind: value 'zero' is wrong because input should be 'single' or 'fsdp'; "
+            "engine.kind=ddp",
+            "engine.kind: value 'ddp' is wrong because input should be 'single', 'fsdp' or 'zero'; "
             "correct it.",
         ),
         (
@@ -135,6 +135,11 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "model.latent_head_dim=5",
             "model.latent_head_dim: 5 does not divide latent_dim 16; choose a divisor",
         ),
+        (
+            "engine.dp_replicate=2",
+            "engine: dp_replicate 2 is wrong because engine.kind 'single' has no replicas; use 1, "
+            "or kind fsdp",
+        ),
         ("foo", "foo: is not an override; write dotted.key=value."),
         ("seed=[", "seed=[: the value is not valid YAML; quote it."),
         (
@@ -162,6 +167,13 @@ def test_a_tile_that_would_cut_tokens_is_refused():
     assert str(caught.value) == (
         "tiny: sampling.overlap: 'f' is wrong because half of pyramid.patch_size 2 (frames) is "
         "not whole tokens of 2; leave 'f' out"
+    )
+
+
+def test_lamb_under_zero_is_refused(tmp_path):
+    assert message(tmp_path, ["engine.kind=zero", "optimizer.name=lamb"]) == (
+        "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the norms of "
+        "whole ones; use adamw, or engine.kind fsdp"
     )
 
 

@@ -13,7 +13,7 @@ from t2v.engine.world import World, join_world
 from t2v.model.hpdm import build_model
 from t2v.train.ema import Ema
 from t2v.train.objective import level_losses
-from t2v.train.optim import learning_rate
+from t2v.train.schedule import learning_rates
 from tests.distributed import run_distributed
 from tests.tiny import noise_batch, tiny_config
 
@@ -51,7 +51,7 @@ def train(config: RunConfig, world: World, steps: int) -> Outcome:
             engine.backward(loss.sum(), final=number + size == first + share)
             losses += loss.detach()
         norm = float(engine.gradient_norm())
-        engine.update(learning_rate(config.optimizer, step, config.total_steps), norm)
+        engine.update(learning_rates(config, step, engine.updates), norm)
         ema.update(engine.updates)
         history.append([*(world.total(losses) / world.world_size).tolist(), norm])
     weights, averages = whole(engine, engine.parameters()), whole(engine, ema.averages)
@@ -123,7 +123,7 @@ def test_every_parameter_and_every_average_moves(alone):
 
 
 def test_recomputing_blocks_changes_no_bit(alone):
-    recomputed = train_all(cases(kind="single", activation_checkpointing=True), STEPS)
+    recomputed = train_all(cases(kind="single", activation_checkpointing="blocks"), STEPS)
     for found, wanted in zip(recomputed, alone, strict=True):
         assert np.array_equal(found.history, wanted.history)
         for name, values in wanted.weights.items():
@@ -133,7 +133,7 @@ def test_recomputing_blocks_changes_no_bit(alone):
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["single", "fsdp"])
 def test_bf16_stays_near_fp32_with_fp32_weights(alone, kind):
-    (config, _) = cases(kind=kind, precision="bf16", activation_checkpointing=True)
+    (config, _) = cases(kind=kind, precision="bf16", activation_checkpointing="blocks")
     if kind == "single":
         outcomes = [train_all([config], STEPS)]
     else:

@@ -5,12 +5,31 @@ import math
 import pytest
 import torch
 
-from t2v.train.optim import OptimizerConfig, build_optimizer, learning_rate
+from t2v.train.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    parameter_groups,
+    set_rates,
+    start_moments,
+)
+from t2v.train.schedule import learning_rate, learning_rates
+from tests.tiny import tiny_config
+
+FUSION = "blocks.1.fusion.linear.weight"
 
 
 def config(**changes) -> OptimizerConfig:
     values = {"name": "lamb", "learning_rate": 0.01, "warmup_steps": 4, "weight_decay": 0.1}
     return OptimizerConfig(**(values | changes))
+
+
+def optimizer_of(settings: OptimizerConfig, weights, sum_over_parts=lambda values: values):
+    parts = {str(number): weight for number, weight in enumerate(weights)}
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    groups = parameter_groups(settings, parts, shapes)
+    optimizer = build_optimizer(settings, groups, sum_over_parts)
+    start_moments(optimizer, weights)
+    return optimizer
 
 
 def lamb_reference(weights, gradients, settings: OptimizerConfig):
@@ -41,7 +60,7 @@ def test_lamb_equals_a_plain_reference():
     weights[3].zero_()
     gradients = [[torch.randn(shape) for shape in shapes] for _ in range(6)]
     expected = lamb_reference(weights, gradients, config())
-    optimizer = build_optimizer(config(), weights, lambda values: values)
+    optimizer = optimizer_of(config(), weights)
     for step in gradients:
         for weight, gradient in zip(weights, step, strict=True):
             weight.grad = gradient
@@ -57,7 +76,7 @@ def test_trust_ratio_is_that_of_the_whole_tensor():
     sums = []
 
     def run(part, grad, sum_over_parts):
-        optimizer = build_optimizer(config(), [part], sum_over_parts)
+        optimizer = optimizer_of(config(), [part], sum_over_parts)
         part.grad = grad
         optimizer.step()
 
@@ -73,7 +92,7 @@ def test_trust_ratio_is_that_of_the_whole_tensor():
 @pytest.mark.parametrize("name", ["lamb", "adamw"])
 def test_only_matrices_decay(name):
     matrix, vector = torch.ones(2, 2), torch.ones(2)
-    optimizer = build_optimizer(config(name=name), [matrix, vector], lambda values: values)
+    optimizer = optimizer_of(config(name=name), [matrix, vector])
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert (matrix < 1).all()
@@ -85,7 +104,7 @@ def test_adamw_is_torchs_own():
     ours, theirs = torch.randn(4, 3), None
     theirs = torch.nn.Parameter(ours.clone())
     settings = config(name="adamw")
-    optimizer = build_optimizer(settings, [ours], lambda values: values)
+    optimizer = optimizer_of(settings, [ours])
     reference = torch.optim.AdamW(
         [theirs], 0.01, betas=settings.betas, eps=settings.eps, weight_decay=0.1
     )
@@ -109,3 +128,45 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
 
 def test_learning_rate_without_warm_up_begins_at_the_peak():
     assert learning_rate(config(warmup_steps=0), 0, 10) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw"])
+def test_a_rate_of_zero_freezes_weights_and_moments(name):
+    torch.manual_seed(3)
+    parts = {"tokenizer.weight": torch.randn(4, 3), FUSION: torch.randn(4, 3)}
+    before = {key: part.clone() for key, part in parts.items()}
+    groups = parameter_groups(
+        config(name=name), parts, {key: tuple(part.shape) for key, part in parts.items()}
+    )
+    optimizer = build_optimizer(config(name=name), groups, lambda values: values)
+    start_moments(optimizer, parts.values())
+    for _ in range(3):
+        for part in parts.values():
+            part.grad = torch.randn(4, 3)
+        set_rates(optimizer, {"base": 0.0, "new": 0.01})
+        optimizer.step()
+    assert torch.equal(parts["tokenizer.weight"], before["tokenizer.weight"])
+    assert not torch.equal(parts[FUSION], before[FUSION])
+    base, new = (optimizer.state[part] for part in parts.values())
+    assert not base["exp_avg"].any()
+    assert not base["exp_avg_sq"].any()
+    assert (int(base["step"]), int(new["step"])) == (0, 3)
+
+
+def test_groups_learn_at_their_own_rates():
+    run = tiny_config(
+        warm_start={
+            "checkpoint": "base",
+            "new_learning_rate_scale": 2.0,
+            "new_warmup_steps": 4,
+            "freeze_base_steps": 3,
+        }
+    )
+    plain = [learning_rate(run.optimizer, step, run.total_steps) for step in range(20)]
+    # Two of the first steps were skipped: they count as steps, and not as updates.
+    rates = [learning_rates(run, step, max(step - 2, 0)) for step in range(20)]
+    assert [each["base"] for each in rates] == [0.0] * 5 + plain[5:]
+    assert [each["new"] for each in rates[4:]] == [2 * rate for rate in plain[4:]]
+    assert rates[0]["new"] == plain[0] * 2 / 4
+    without = tiny_config()
+    assert learning_rates(without, 3, 3) == {"base": plain[3], "new": plain[3]}

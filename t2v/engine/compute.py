@@ -3,12 +3,28 @@
 import contextlib
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from t2v.engine.config import EngineConfig
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 def make_deterministic() -> None:
@@ -36,7 +52,24 @@ def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
     """
     for block in blocks:
         forward = block.forward
-        if config.activation_checkpointing:
-            # Blocks draw no random numbers, so there is no generator state to keep.
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        # Blocks draw no random numbers, so there is no generator state to keep.
+        match config.activation_checkpointing:
+            case "blocks":
+                forward = partial(
+                    checkpoint, forward, use_reentrant=False, preserve_rng_state=False
+                )
+            case "selective":
+                forward = partial(
+                    checkpoint,
+                    forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=partial(create_selective_checkpoint_contexts, keep_products),
+                )
         block.forward = torch.compile(forward) if config.compile else forward
+
+
+def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep what matrix products and attention computed; the rest is cheap to compute again."""
+    kept = operation in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

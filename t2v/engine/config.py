@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.strict import Strict
 
@@ -10,15 +10,39 @@ from data_pipeline.strict import Strict
 class EngineConfig(Strict):
     """The engine and its precision; every engine trains the same numbers to rounding."""
 
-    kind: Literal["single", "fsdp"]
+    kind: Literal["single", "fsdp", "zero"]
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         default="tf32", description="parameters and sums are fp32 in all three; tf32 is the paper's"
     )
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute blocks in backward"
+    activation_checkpointing: Literal["none", "blocks", "selective"] = Field(
+        default="none",
+        description="recompute blocks in backward; selective: all but their matrix products",
     )
     compile: bool = Field(default=False, description="torch.compile per block")
     reshard_after_forward: bool = Field(default=True, description="fsdp: free weights in between")
+    dp_replicate: int = Field(
+        default=1, ge=1, description="fsdp: groups of ranks that each hold the whole model (HSDP)"
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=2, description="zero: splits 1 moments, 2 and gradients, 3 and weights"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="zero: master weights, moments and their step on the CPU"
+    )
     collective_timeout_seconds: float = Field(
         default=600.0, gt=0, description="ranks wait this long for each other, then the job ends"
     )
+
+    @model_validator(mode="after")
+    def _refuse_what_an_engine_lacks(self) -> "EngineConfig":
+        if self.dp_replicate > 1 and self.kind != "fsdp":
+            raise ValueError(
+                f"dp_replicate {self.dp_replicate} is wrong because engine.kind '{self.kind}' has "
+                "no replicas; use 1, or kind fsdp"
+            )
+        if self.offload_optimizer and self.kind != "zero":
+            raise ValueError(
+                f"offload_optimizer is wrong because engine.kind '{self.kind}' steps where its "
+                "weights are; use false, or kind zero"
+            )
+        return self

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from t2v.engine.fsdp import FsdpEngine
+from t2v.engine.fsdp import fsdp_engine
 from t2v.engine.place import Place
-from t2v.engine.single import SingleEngine
+from t2v.engine.single import single_engine
 from t2v.engine.world import World
+from t2v.engine.zero import ZeroEngine
 from t2v.model.hpdm import HPDM
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor:
         """Norm of the gradient over all parameters and ranks, after the final micro-batch."""
 
-    def update(self, learning_rate: float, grad_norm: float) -> None:
-        """Clip by a known norm, take one optimizer step, forget the gradients."""
+    def update(self, rates: dict[str, float], grad_norm: float) -> None:
+        """Clip by a known norm, step with a rate for each group, forget the gradients."""
 
     def forget_gradients(self) -> None:
         """Drop this step's gradients without a step."""
@@ -67,6 +68,8 @@ def build_engine(model: HPDM, config: "RunConfig", world: World) -> Engine:
     """The recipe's engine around a model that is still on the meta device."""
     match config.engine.kind:
         case "single":
-            return SingleEngine(model, config, world)
+            return single_engine(model, config, world)
         case "fsdp":
-            return FsdpEngine(model, config, world)
+            return fsdp_engine(model, config, world)
+        case "zero":
+            return ZeroEngine(model, config, world)

@@ -1,21 +1,21 @@
 """FSDP2: every rank holds a slice of each parameter, gathered block by block as it is needed."""
 
 import warnings
-from contextlib import AbstractContextManager
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
 
-from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from data_pipeline.errors import ConfigError
+from t2v.engine.compute import prepare_blocks, set_matmul_precision
+from t2v.engine.native import NativeEngine
 from t2v.engine.place import Place
-from t2v.engine.update import Update, gradient
+from t2v.engine.whole_init import WholeInit, local
 from t2v.engine.world import World
 from t2v.model.hpdm import HPDM
 
@@ -23,136 +23,92 @@ if TYPE_CHECKING:
     from t2v.config import RunConfig
 
 
-class FsdpEngine:
-    """`fully_shard` around each block and around the rest; no rank ever holds the whole model."""
+def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
+    """`fully_shard` around each block and around the rest; no rank ever holds the whole model.
 
-    name = "fsdp"
-
-    def __init__(self, model: HPDM, config: "RunConfig", world: World) -> None:
-        # Blocks return views of fresh tensors, and nothing writes into what a block returns.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        set_matmul_precision(config.engine)
-        self.config, self.world, self.model = config.engine, world, model
-        mesh = init_device_mesh(
-            world.device.type, (world.world_size,), mesh_dim_names=("dp_shard",)
+    With `dp_replicate` groups of ranks, slices are of a group's, and groups hold the same (HSDP).
+    """
+    # Blocks return views of fresh tensors, and nothing writes into what a block returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    set_matmul_precision(config.engine)
+    mesh = build_mesh(world, config.engine.dp_replicate)
+    split = mesh if config.engine.dp_replicate > 1 else mesh["dp_shard"]
+    prepare_blocks(model.blocks, config.engine)
+    # Blocks are gathered in bf16 where they compute in it, save on a CPU, whose norms do not mix
+    # precisions. The small rest stays fp32, and so do all inputs: a noise level or a frame rate
+    # does not survive bf16.
+    in_bf16 = config.engine.precision == "bf16" and world.device.type == "cuda"
+    gathered = torch.bfloat16 if in_bf16 else torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.blocks:
+        fully_shard(
+            block,
+            mesh=split,
+            mp_policy=policy,
+            reshard_after_forward=config.engine.reshard_after_forward,
         )
-        self._shards = mesh.get_group("dp_shard")
-        prepare_blocks(model.blocks, config.engine)
-        # Blocks are gathered in bf16 where they compute in it, save on a CPU, whose norms do not
-        # mix precisions. The small rest stays fp32, and so do all inputs: a noise level or a frame
-        # rate does not survive bf16.
-        in_bf16 = config.engine.precision == "bf16" and world.device.type == "cuda"
-        gathered = torch.bfloat16 if in_bf16 else torch.float32
-        policy = MixedPrecisionPolicy(
-            param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in model.blocks:
-            fully_shard(
-                block,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=config.engine.reshard_after_forward,
-            )
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        model.to_empty(device=world.device)
-        with WholeInit():
-            model.init_weights(config.seed)
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._settle()
-        self._update = Update(config.optimizer, self.parameters(), self._sum_over_shards)
+    fully_shard(model, mesh=split, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    model.to_empty(device=world.device)
+    with WholeInit():
+        model.init_weights(config.seed)
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        # FSDP pads slices when they are first gathered, which moves them; have it done now.
+        module.unshard()
+        module.reshard()
+    shards = mesh.get_group("dp_shard")
 
-    def autocast(self) -> AbstractContextManager:
-        return autocast(self.config, self.world.device)
-
-    def backward(self, loss: Tensor, *, final: bool) -> None:
-        for module in self._sharded:
-            module.set_requires_gradient_sync(final, recurse=False)
-        loss.backward()
-
-    def gradient_norm(self) -> Tensor:
-        self._update.set_gradients(
-            {name: local(gradient(parameter)) for name, parameter in self.model.named_parameters()}
-        )
-        return self._update.gradient_norm()
-
-    def update(self, learning_rate: float, grad_norm: float) -> None:
-        self._update.step(learning_rate, grad_norm)
-        self.model.zero_grad(set_to_none=True)
-
-    def forget_gradients(self) -> None:
-        self._update.forget_gradients()
-        self.model.zero_grad(set_to_none=True)
-
-    def refresh(self) -> None:
-        for module in self._sharded:
-            module.reshard()
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: local(parameter) for name, parameter in self.model.named_parameters()}
-
-    def moments(self) -> dict[str, Tensor]:
-        return self._update.moments()
-
-    def places(self) -> dict[str, Place]:
-        shards, shard = dist.get_world_size(self._shards), dist.get_rank(self._shards)
-        return {
-            name: rows_of(tuple(parameter.shape), shard, shards)
-            for name, parameter in self.model.named_parameters()
-        }
-
-    @property
-    def updates(self) -> int:
-        return self._update.count
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        self._update.count = count
-
-    def _settle(self) -> None:
-        """FSDP pads slices when they are first gathered, which moves them; have it done now."""
-        for module in self._sharded:
-            module.unshard()
-            module.reshard()
-
-    def _sum_over_shards(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self._shards)
+    def sum_over_shards(values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=shards)
         return values
 
+    def exchange(now: bool) -> None:
+        for module in sharded:
+            module.set_requires_gradient_sync(now, recurse=False)
 
-class WholeInit(TorchDispatchMode):
-    """Lets `init_weights` give a sharded model the very values an unsharded one gets.
+    def let_go() -> None:
+        for module in sharded:
+            module.reshard()
 
-    Where values are drawn or copied in, the parameter is made whole, one at a time, and each rank
-    keeps its slice; no rank talks to another.
-    """
-
-    FILLS = (
-        torch.ops.aten.uniform_.default,
-        torch.ops.aten.normal_.default,
-        torch.ops.aten.copy_.default,
+    return NativeEngine(
+        "fsdp",
+        model,
+        config,
+        world,
+        places={
+            name: rows_of(tuple(parameter.shape), mesh)
+            for name, parameter in model.named_parameters()
+        },
+        part_of=slice_of,
+        sum_over_parts=sum_over_shards,
+        exchange=exchange,
+        let_go=let_go,
     )
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.FILLS or not isinstance(args[0], DTensor):
-            return func(*args, **kwargs)
-        target, *rest = args
-        whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        func(whole, *rest, **kwargs)
-        mesh, placements = target.device_mesh, target.placements
-        mine = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-        local(target).copy_(local(mine))
-        return target
+
+def build_mesh(world: World, replicas: int) -> DeviceMesh:
+    """Ranks by (replica, shard); neighbours share a model, as they share a machine."""
+    shards, rest = divmod(world.world_size, replicas)
+    if rest:
+        raise ConfigError(
+            f"engine.dp_replicate: {replicas} is wrong because it does not divide "
+            f"{world.world_size} ranks; use a divisor, or 1."
+        )
+    return init_device_mesh(
+        world.device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
 
 
-def rows_of(shape: tuple[int, ...], shard: int, shards: int) -> Place:
+def rows_of(shape: tuple[int, ...], mesh: DeviceMesh) -> Place:
     """The rows that FSDP2 gives to a shard: equal chunks, the last ones shorter or empty."""
+    shard, shards = mesh.get_local_rank("dp_shard"), mesh.size(1)
     row = min(shard * ceil(shape[0] / shards), shape[0])
-    return Place(shape, row * prod(shape[1:]))
+    return Place(shape, row * prod(shape[1:]), kept=mesh.get_local_rank("dp_replicate") == 0)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's slice, without a gradient and without a copy."""
+def slice_of(tensor: Tensor) -> Tensor:
+    """This rank's rows of a parameter or of its gradient."""
     assert isinstance(tensor, DTensor)
-    with torch.no_grad():
-        return tensor.to_local()
+    return local(tensor)

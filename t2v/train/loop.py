@@ -25,9 +25,9 @@ from t2v.train.contract import refuse_other_run
 from t2v.train.ema import Ema
 from t2v.train.held_out import HeldOut
 from t2v.train.objective import level_losses
-from t2v.train.optim import learning_rate
 from t2v.train.report import Report
 from t2v.train.run_folder import StatusFile, locked
+from t2v.train.schedule import BASE, learning_rates
 from t2v.train.state import TrainState
 from t2v.train.warm_start import warm_start
 
@@ -60,14 +60,14 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
         while state.step < config.total_steps and not stop:
             started = time.perf_counter()
             losses = accumulate_gradients(state.engine, wait(next(steps)), config, report)
-            rate = learning_rate(config.optimizer, state.step, config.total_steps)
+            rates = learning_rates(config, state.step, state.engine.updates)
             grad_norm = float(state.engine.gradient_norm())
             if math.isfinite(grad_norm):
-                state.update(rate, grad_norm)
+                state.update(rates, grad_norm)
             else:
                 state.skip()
             report.step(
-                state, losses, grad_norm=grad_norm, learning_rate=rate,
+                state, losses, grad_norm=grad_norm, learning_rate=rates[BASE],
                 data_seconds=wait.take(), step_seconds=time.perf_counter() - started,
             )  # fmt: skip
             refuse_endless_skips(state, config)

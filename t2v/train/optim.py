@@ -1,7 +1,6 @@
-"""Optimizers and the learning rate as a pure function of the step."""
+"""Optimizers on parts of parameters, in groups that learn at their own rate."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from data_pipeline.strict import Strict
+from t2v.train.schedule import group_of
 
 
 class OptimizerConfig(Strict):
@@ -30,50 +30,76 @@ class OptimizerConfig(Strict):
     )
 
 
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The rate of update `step`, counted from 0: linear up to the peak, then a cosine down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (total_steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+def parameter_groups(
+    config: OptimizerConfig, parts: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]
+) -> list[dict[str, Any]]:
+    """Parts by the rate they learn at and by whether they decay: vectors do not.
+
+    A part may be flat, so `shapes` tells what the whole parameter is.
+    """
+    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    for name, part in parts.items():
+        groups.setdefault((group_of(name), len(shapes[name]) > 1), []).append(part)
+    return [
+        {
+            "params": members,
+            "rate": rate,
+            "matrices": matrices,
+            "weight_decay": config.weight_decay if matrices else 0.0,
+        }
+        for (rate, matrices), members in groups.items()
+    ]
 
 
 def build_optimizer(
     config: OptimizerConfig,
-    parts: list[Tensor],
+    groups: list[dict[str, Any]],
     sum_over_parts: Callable[[Tensor], Tensor],
 ) -> Optimizer:
-    """The recipe's optimizer; biases, norms and other vectors are not decayed.
-
-    Its state exists from the start, so that a checkpoint always has the same tensors.
-    """
-    matrices = [part for part in parts if part.ndim > 1]
-    vectors = [part for part in parts if part.ndim <= 1]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if members
-    ]
+    """The recipe's optimizer over `parameter_groups`."""
     rate, betas, eps = config.learning_rate, config.betas, config.eps
     match config.name:
         case "lamb":
             return Lamb(groups, rate, betas=betas, eps=eps, sum_over_parts=sum_over_parts)
         case "adamw":
-            optimizer = AdamW(groups, rate, betas=betas, eps=eps, fused=True)
-            for part in parts:
-                optimizer.state[part] = {
-                    "step": torch.zeros((), device=part.device),
-                    "exp_avg": torch.zeros_like(part),
-                    "exp_avg_sq": torch.zeros_like(part),
-                }
-            return optimizer
+            return FreezableAdamW(groups, rate, betas=betas, eps=eps, fused=True)
+
+
+def start_moments(optimizer: Optimizer, parts: Iterable[Tensor]) -> None:
+    """Moments of 0 before the first step, so that a checkpoint always has the same tensors."""
+    for part in parts:
+        on_device = part.device if isinstance(optimizer, AdamW) else None
+        optimizer.state[part] = {
+            "step": torch.zeros((), device=on_device),
+            "exp_avg": torch.zeros_like(part, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(part, requires_grad=False),
+        }
+
+
+def set_rates(optimizer: Optimizer, rates: dict[str, float]) -> None:
+    """Give each group its rate for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["rate"]]
+
+
+class FreezableAdamW(AdamW):
+    """torch's AdamW, but a group whose rate is 0 stays as it is, its moments too."""
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["lr"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
 
 
 class Lamb(Optimizer):
     """LAMB (arXiv 1904.00962, Algorithm 2), on whole tensors or on parts of them.
 
     The trust ratio |w| / |update| is that of the whole tensor: squared norms of all parts are added
-    by `sum_over_parts` in one call. Vectors are moved by plain Adam, as in the authors' code.
+    by `sum_over_parts` in one call a step. Vectors are moved by plain Adam, as in the authors'
+    code. A group whose rate is 0 stays as it is, its moments too.
     """
 
     def __init__(
@@ -87,26 +113,29 @@ class Lamb(Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.sum_over_parts = sum_over_parts
-        for group in self.param_groups:
-            for part in group["params"]:
-                self.state[part] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(part),
-                    "exp_avg_sq": torch.zeros_like(part),
-                }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update; there is no closure to evaluate again."""
         assert closure is None
-        for group in self.param_groups:
-            parts, updates = group["params"], self._adam_update(group)
-            if parts[0].ndim > 1:
-                norms = torch.stack([squared_norms(parts), squared_norms(updates)])
-                weight, update = self.sum_over_parts(norms).sqrt()
-                trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
-                torch._foreach_mul_(updates, list(trust.unbind()))
-            torch._foreach_add_(parts, updates, alpha=-group["lr"])
+        moving = [group for group in self.param_groups if group["lr"]]
+        updates = [self._adam_update(group) for group in moving]
+        self._apply_trust(moving, updates)
+        for group, moves in zip(moving, updates, strict=True):
+            torch._foreach_add_(group["params"], moves, alpha=-group["lr"])
+
+    def _apply_trust(self, groups: list[dict], updates: list[list[Tensor]]) -> None:
+        """Scale each matrix's update by its trust ratio, where both of its norms exist."""
+        parts, moves = [], []
+        for group, update in zip(groups, updates, strict=True):
+            if group["matrices"]:
+                parts += group["params"]
+                moves += update
+        if parts:
+            norms = torch.stack([squared_norms(parts), squared_norms(moves)])
+            weight, update = self.sum_over_parts(norms).sqrt()
+            trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+            torch._foreach_mul_(moves, list(trust.unbind()))
 
     def _adam_update(self, group: dict) -> list[Tensor]:
         """`m / (sqrt(v) + eps) + weight_decay * w`, with m and v freed of their start at 0."""

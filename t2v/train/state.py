@@ -19,9 +19,9 @@ class TrainState:
     step: int = 0
     skips_in_a_row: int = 0
 
-    def update(self, rate: float, grad_norm: float) -> None:
+    def update(self, rates: dict[str, float], grad_norm: float) -> None:
         """One optimizer step."""
-        self.engine.update(rate, grad_norm)
+        self.engine.update(rates, grad_norm)
         self.ema.update(self.engine.updates)
         self.step += 1
         self.skips_in_a_row = 0
@@ -52,5 +52,6 @@ class TrainState:
             read_slices(folder, slices)
 
         self.engine.world.on_all(read, self.engine.world.storage)
+        self.engine.refresh()
         self.engine.updates = manifest.updates
         self.step = manifest.step

@@ -16,6 +16,7 @@ from t2v.model.context import interpolation_matrix
 from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
 from t2v.train.finding import resolve_checkpoint
 from t2v.train.manifest import read_manifest
+from t2v.train.schedule import PYRAMID_ONLY
 from t2v.train.tensor_files import (
     Slice,
     TensorKind,
@@ -27,8 +28,6 @@ from t2v.train.tensor_files import (
 if TYPE_CHECKING:
     from t2v.config import RunConfig
 
-# What a base without finer levels does not have.
-PYRAMID_ONLY = re.compile(r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding")
 POSITIONS = re.compile(r"positions\.(frames|height|width)")
 # Fields whose change keeps every shape and still makes another network.
 SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
@@ -42,6 +41,13 @@ class WarmStartConfig(Strict):
     weights: str = Field(default="ema", pattern="^(ema|raw)$")
     resize_positions: bool = Field(
         default=False, description="interpolate position tables of another token grid"
+    )
+    new_learning_rate_scale: float = Field(
+        default=1.0, gt=0, description="rate of what a base lacks: fusion, level embedding"
+    )
+    new_warmup_steps: int = Field(default=0, ge=0, description="linear warm-up of these, on top")
+    freeze_base_steps: int = Field(
+        default=0, ge=0, description="updates that move only these, at first"
     )
 
 
@@ -88,6 +94,7 @@ def warm_start(config: "RunConfig", engine: Engine) -> WarmStart:
             assign(model[name], resize_table(table, length, aligned_start="frames" in name))
 
     engine.world.on_all(read)
+    engine.refresh()
     if engine.world.is_first:
         print(f"warm start from {folder} ({settings.weights} weights)\n{plan}", flush=True)
     return plan

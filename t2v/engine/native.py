@@ -1,0 +1,120 @@
+"""An engine whose parameters, gradients and optimizer are torch's own, whole or in shards."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from t2v.engine.compute import autocast
+from t2v.engine.place import Place
+from t2v.engine.world import World
+from t2v.model.hpdm import HPDM
+from t2v.train.optim import (
+    build_optimizer,
+    parameter_groups,
+    set_rates,
+    squared_norms,
+    start_moments,
+)
+from t2v.train.schedule import frozen_updates
+
+if TYPE_CHECKING:
+    from t2v.config import RunConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class NativeEngine:
+    """Clips and steps on the parts that `part_of` cuts from parameters and from their gradients.
+
+    `sum_over_parts` adds over the ranks that hold the other parts; `exchange` is told before each
+    backward pass whether ranks are to exchange gradients in it; `let_go` frees gathered weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: HPDM,
+        config: "RunConfig",
+        world: World,
+        *,
+        places: dict[str, Place],
+        part_of: Callable[[Tensor], Tensor],
+        sum_over_parts: Callable[[Tensor], Tensor],
+        exchange: Callable[[bool], None],
+        let_go: Callable[[], None],
+    ) -> None:
+        self.name, self.model, self.config, self.world = name, model, config, world
+        self._places = places
+        self._part_of, self._sum_over_parts = part_of, sum_over_parts
+        self._exchange, self._let_go = exchange, let_go
+        # The optimizer's own view of each part, in the same memory.
+        self._parts = {name: nn.Parameter(part) for name, part in self.parameters().items()}
+        shapes = {name: place.shape for name, place in places.items()}
+        groups = parameter_groups(config.optimizer, self._parts, shapes)
+        self._optimizer = build_optimizer(config.optimizer, groups, sum_over_parts)
+        start_moments(self._optimizer, self._parts.values())
+        self._updates = 0
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.config.engine, self.world.device)
+
+    def backward(self, loss: Tensor, *, final: bool) -> None:
+        self._exchange(final)
+        loss.backward()
+
+    def gradient_norm(self) -> Tensor:
+        for name, parameter in self.model.named_parameters():
+            # Every parameter of our model gets a gradient in every backward pass.
+            assert parameter.grad is not None
+            self._parts[name].grad = self._part_of(parameter.grad)
+        return self._sum_over_parts(squared_norms(self._gradients()).sum()).sqrt()
+
+    def update(self, rates: dict[str, float], grad_norm: float) -> None:
+        limit = self.config.optimizer.max_grad_norm
+        torch._foreach_mul_(self._gradients(), min(limit / max(grad_norm, 1e-12), 1.0))
+        set_rates(self._optimizer, rates)
+        self._optimizer.step()
+        self._updates += 1
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {
+            name: self._part_of(parameter.detach())
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def moments(self) -> dict[str, Tensor]:
+        return {
+            f"{moment}.{name}": self._optimizer.state[part][moment]
+            for moment in MOMENTS
+            for name, part in self._parts.items()
+        }
+
+    def places(self) -> dict[str, Place]:
+        return self._places
+
+    def refresh(self) -> None:
+        self._let_go()
+
+    @property
+    def updates(self) -> int:
+        return self._updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._updates = count
+        frozen = frozen_updates(self.config)
+        for group in self._optimizer.param_groups:
+            for part in group["params"]:
+                own = max(count - frozen[group["rate"]], 0)
+                self._optimizer.state[part]["step"].fill_(own)
+
+    def _gradients(self) -> list[Tensor]:
+        return [part.grad for part in self._parts.values() if part.grad is not None]
