@@ -1,0 +1,150 @@
+"""A job before it is written down for a scheduler: what runs, on how much, with which grace."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.profile import Profile, SlurmProfile
+from cluster.status import last_line, read_json
+from data_pipeline.errors import ConfigError
+from t2v.config import RunConfig, text_shape
+from t2v.plan import GIB, Plan
+
+# A step and a save may each take twice as long on a bad day; then come goodbye and exit.
+SLACK, MARGIN_SECONDS, LEAST_GRACE_SECONDS = 2.0, 60, 120
+# What the wrapper needs after its last rank, to say how it ended before it is killed.
+GOODBYE_SECONDS = 30
+NCCL_SHM_GIB = 1  # an allowance for the buffers between ranks of a node
+BYTES_PER_PARAMETER = 16  # of a checkpoint: weights, two moments, averaged weights, in fp32
+
+
+@dataclass(frozen=True)
+class Grace:
+    """How long ranks may take from a request to stop to their end, and why so long."""
+
+    seconds: int
+    reason: str
+
+    @property
+    def notice_seconds(self) -> int:
+        """How long before the end the scheduler must tell."""
+        return self.seconds + GOODBYE_SECONDS
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """The size of /dev/shm, and why."""
+
+    gib: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One run on `nodes` whole nodes."""
+
+    name: str
+    run_dir: str
+    nodes: int
+    ranks_per_node: int
+    recipe: str  # the resolved recipe as YAML
+    record: dict[str, Any]  # version, image and where it all came from
+    grace: Grace
+    shared_memory: SharedMemory
+    bad_nodes: tuple[str, ...] = ()
+
+    @property
+    def snapshot(self) -> str:
+        """Names this recipe and code; what a queued job reads is never replaced by another's."""
+        return digest_of(self.recipe + record_text(self.record))
+
+
+@dataclass(frozen=True)
+class DataJob:
+    """`t2v data VERB ...` split over `tasks` tasks; each is told its number by `--task I/N`."""
+
+    name: str
+    arguments: tuple[str, ...]
+    tasks: int
+    at_once: int
+    cpus: int
+    memory_gib: int
+    gpus: int
+    record: dict[str, Any]
+
+    @property
+    def snapshot(self) -> str:
+        """Names the arguments and the code."""
+        return digest_of("\0".join(self.arguments) + record_text(self.record))
+
+
+def run_folder(run_dir: str, profile: Profile) -> Path:
+    """The run folder as the nodes see it."""
+    return Path(profile.workdir, run_dir)
+
+
+def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
+    """Time for the slowest step and a save, twice over.
+
+    What the run has measured before counts; else the plan's slowest forecast and the site's disk.
+    """
+    folder = run_folder(config.run_dir, profile)
+    measured_step = last_line(folder / "metrics.jsonl").get("step_seconds")
+    measured_save = read_json(folder / "status.json").get("save_seconds")
+    size = plan.parameters * BYTES_PER_PARAMETER / GIB
+    step = measured_step or max(forecast.step_seconds for forecast in plan.forecasts)
+    save = measured_save or 2 * size / profile.storage_gib_per_second  # written, and read to prove
+    needed = math.ceil(SLACK * (step + save) + MARGIN_SECONDS)
+    how_step = "measured" if measured_step else "forecast"
+    how_save = (
+        "measured"
+        if measured_save
+        else f"{size:.1f} GiB written and proved at {profile.storage_gib_per_second:g} GiB/s"
+    )
+    seconds = max(needed, LEAST_GRACE_SECONDS)
+    reason = (
+        f"{SLACK:g} x ({step:.1f} s for a step, {how_step} + {save:.1f} s for a save, {how_save}) "
+        f"+ {MARGIN_SECONDS} s; at least {LEAST_GRACE_SECONDS} s"
+    )
+    if isinstance(profile, SlurmProfile) and seconds * 2 > profile.time_limit_minutes * 60:
+        raise ConfigError(
+            f"time_limit_minutes: {profile.time_limit_minutes} is wrong because stopping takes "
+            f"{seconds} s ({reason}), more than half of it; ask for more time."
+        )
+    return Grace(seconds, reason)
+
+
+def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:
+    """/dev/shm of a node: all batches that its workers may hold, and NCCL's buffers."""
+    pyramid, data = config.pyramid, config.data
+    sample = pyramid.levels * math.prod(pyramid.patch_size) * 3
+    text = text_shape(config.conditioning)
+    if text is not None:
+        sample += 2 * math.prod(text)
+    ranks, workers = profile.ranks_per_node, max(data.num_workers, 1)
+    held = ranks * workers * data.prefetch_batches * config.micro_batch_size * sample
+    gib = math.ceil(held / GIB) + NCCL_SHM_GIB
+    reason = (
+        f"{ranks} ranks x {workers} workers x {data.prefetch_batches} batches x "
+        f"{config.micro_batch_size} samples x {sample} bytes = {held / GIB:.2f} GiB, "
+        f"and {NCCL_SHM_GIB} GiB for NCCL"
+    )
+    if gib >= profile.memory_gib:
+        raise ConfigError(
+            f"memory_gib: {profile.memory_gib} is wrong because /dev/shm alone needs {gib} GiB "
+            f"({reason}) and counts in it; lower data.prefetch_batches or take larger nodes."
+        )
+    return SharedMemory(gib, reason)
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """launch.json: which code, image and profile a job was made of."""
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def digest_of(text: str) -> str:
+    """Eight letters that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,175 @@
+"""One pod of a job: its container, volumes, environment, probes and what it may do."""
+
+from typing import Any
+
+from cluster.profile import KubernetesProfile, refuse_unprintable
+from data_pipeline.errors import ConfigError
+
+Object = dict[str, Any]
+
+CONFIG_FOLDER = "/etc/t2v"
+CACHE_FOLDER = "/cache"
+CONTAINER = "node"
+TMP_GIB = 16
+LAYER_GIB = 4  # what logs and the container's own layer take of the node's disk
+PROBE_SECONDS = 60
+STARTUP_MINUTES = 60
+HEARTBEAT_SECONDS = 900
+
+
+def literal(text: str) -> str:
+    """Text that Kubernetes hands on as it is: it would replace `$(NAME)` in commands and values."""
+    try:
+        refuse_unprintable("an argument or value", text, allowed="\n\t")
+    except ValueError as problem:
+        raise ConfigError(f"{problem}; remove it.") from None
+    return text.replace("$", "$$")
+
+
+def probes() -> Object:
+    """On the node's own heartbeat, and patient: a slow step must not cost the gang a restart."""
+
+    def probe(*arguments: str, failures: int) -> Object:
+        return {
+            "exec": {"command": ["t2v", "health", *arguments]},
+            "periodSeconds": PROBE_SECONDS,
+            "timeoutSeconds": 30,
+            "failureThreshold": failures,
+        }
+
+    aged = ("--max-age", str(HEARTBEAT_SECONDS))
+    failures = STARTUP_MINUTES * 60 // PROBE_SECONDS
+    return {
+        "startupProbe": probe(*aged, "--startup", failures=failures),
+        "livenessProbe": probe(*aged, failures=3),
+    }
+
+
+def pod_template(
+    profile: KubernetesProfile,
+    name: str,
+    container: Object,
+    config: Object,
+    *,
+    shared_memory_gib: int,
+    grace_seconds: int,
+) -> Object:
+    """A pod template that passes the restricted Pod Security Standard."""
+    annotations = {}
+    if profile.topology:
+        annotations["kueue.x-k8s.io/podset-required-topology"] = profile.topology
+    spec: Object = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": grace_seconds,
+        "serviceAccountName": profile.service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": profile.user,
+            "runAsGroup": profile.user,
+            "fsGroup": profile.user,
+            # The root of a large volume is looked at, not every file of it.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": _volumes(profile, config, shared_memory_gib),
+    }
+    if profile.image_pull_secret:
+        spec["imagePullSecrets"] = [{"name": profile.image_pull_secret}]
+    if profile.priority_class:
+        spec["priorityClassName"] = profile.priority_class
+    if profile.node_selector:
+        spec["nodeSelector"] = dict(profile.node_selector)
+    if profile.tolerations:
+        spec["tolerations"] = [
+            {
+                "key": toleration.key,
+                "operator": "Exists" if toleration.value is None else "Equal",
+                **toleration.model_dump(include={"value", "effect"}, exclude_none=True),
+            }
+            for toleration in profile.tolerations
+        ]
+    labels = {"app.kubernetes.io/name": "t2v", "app.kubernetes.io/instance": name}
+    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
+
+
+def container_of(
+    profile: KubernetesProfile,
+    *,
+    command: list[str],
+    arguments: list[str],
+    resources: Object,
+    environment: list[Object],
+) -> Object:
+    capabilities: Object = {"drop": ["ALL"]}
+    if profile.rdma_resource:
+        capabilities["add"] = ["IPC_LOCK"]  # registers memory with the network card
+    mounts = [
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "cache", "mountPath": CACHE_FOLDER},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+    ]
+    mounts += [
+        {"name": f"claim-{number}", "mountPath": mount.path, "readOnly": mount.read_only}
+        for number, mount in enumerate(profile.mounts)
+    ]
+    return {
+        "name": CONTAINER,
+        "image": profile.image,
+        "command": command,
+        "args": arguments,
+        "workingDir": profile.workdir,
+        "env": environment,
+        "resources": resources,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": capabilities,
+        },
+        "volumeMounts": mounts,
+    }
+
+
+def _volumes(profile: KubernetesProfile, config: Object, shared_memory_gib: int) -> list[Object]:
+    memory = {"medium": "Memory", "sizeLimit": f"{shared_memory_gib}Gi"}
+    volumes: list[Object] = [
+        {"name": "config", "configMap": {"name": config["metadata"]["name"]}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": f"{TMP_GIB}Gi"}},
+        {"name": "cache", "emptyDir": {"sizeLimit": f"{profile.cache_gib}Gi"}},
+        {"name": "shared-memory", "emptyDir": memory},
+    ]
+    for number, mount in enumerate(profile.mounts):
+        claim = {"claimName": mount.claim, "readOnly": mount.read_only}
+        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": claim})
+    return volumes
+
+
+def environment_of(profile: KubernetesProfile) -> list[Object]:
+    # Nothing else of the container's root can be written to.
+    own = {"HOME": "/tmp", "T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - 1)}
+    values = {**own, **profile.variables}
+    secrets = [
+        {
+            "name": secret.variable,
+            "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}},
+        }
+        for secret in profile.secrets
+    ]
+    return [{"name": name, "value": literal(value)} for name, value in values.items()] + secrets
+
+
+def resources_of(profile: KubernetesProfile, cpus: int, memory_gib: int, gpus: int) -> Object:
+    """Requests equal limits: whole CPUs can then be pinned, and nothing is promised twice."""
+    amounts: Object = {
+        "cpu": str(cpus),
+        "memory": f"{memory_gib}Gi",
+        "ephemeral-storage": f"{profile.cache_gib + TMP_GIB + LAYER_GIB}Gi",
+    }
+    if gpus:
+        amounts[profile.gpu_resource] = str(gpus)
+        if profile.rdma_resource:
+            amounts[profile.rdma_resource] = "1"
+    return {"requests": dict(amounts), "limits": dict(amounts)}

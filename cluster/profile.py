@@ -1,0 +1,290 @@
+"""What a site is: a SLURM or Kubernetes cluster with its nodes, disks, environment and secrets."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from cluster.secrets import holds_secret, is_secret
+from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.strict import Strict
+from t2v.config import read_mapping
+
+ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+# What sbatch reads in a directive without any quoting.
+DIRECTIVE_VALUE = r"^[A-Za-z0-9@+=:,./_\[\]*&|-]+$"
+LABEL = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+ABSOLUTE_PATH = r"^/[^\x00-\x1f\x7f:]*$"
+IMAGE_BY_DIGEST = r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$"
+
+# Set by the script itself; a profile that sets them too would be overruled or break the job.
+OWN_DIRECTIVES = {
+    *("account", "partition", "qos", "exclude", "exclusive", "nodes", "ntasks-per-node"),
+    *("cpus-per-task", "gpus-per-node", "mem", "time", "array", "wrap"),
+    *("chdir", "export", "job-name", "open-mode", "output", "requeue", "signal"),
+}
+
+Directive = Annotated[str, Field(pattern=DIRECTIVE_VALUE)]
+Folder = Annotated[str, Field(pattern=ABSOLUTE_PATH)]
+Label = Annotated[str, Field(pattern=LABEL)]
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
+
+
+class Site(Strict):
+    """What both kinds of clusters have."""
+
+    nodes: int = Field(ge=1, le=4096, description="a job's nodes, unless told; never more")
+    gpus_per_node: int = Field(ge=0, le=64, description="ranks of a node; 0: one rank on its CPUs")
+    gpu_memory_gib: float = Field(default=0.0, ge=0, description="of one GPU; 0 where none are")
+    cpus_per_node: int = Field(ge=1)
+    memory_gib: int = Field(ge=1, description="main memory of a node that a job may use")
+    workdir: Folder = Field(description="folder on the shared disk: relative paths begin there")
+    storage_gib_per_second: float = Field(
+        default=2.0, gt=0, description="what all nodes together write to it; sizes the grace period"
+    )
+    restart_limit: int = Field(default=50, ge=0, le=1000)
+    environment: dict[str, str] = Field(default={}, description="NCCL and fabric settings go here")
+    s3_endpoint: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.:_\[\]/-]+$")
+
+    @field_validator("environment")
+    @classmethod
+    def _refuse_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if not re.fullmatch(ENVIRONMENT_NAME, name):
+                raise ValueError(f"{name!r} is no name of a variable; use letters, digits and _")
+            refuse_unprintable(f"environment.{name}", value, allowed="\n\t")
+            if is_secret(name, value):
+                raise ValueError(
+                    f"{name} looks like a secret, which would stand in the job for all to read; "
+                    "name where it is kept under `secrets`"
+                )
+        return environment
+
+    @model_validator(mode="after")
+    def _refuse_gpus_without_memory(self) -> "Site":
+        if self.gpus_per_node and not self.gpu_memory_gib:
+            raise ValueError("gpu_memory_gib: missing although there are GPUs; add it")
+        return self
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One per GPU; one where there are none."""
+        return max(self.gpus_per_node, 1)
+
+    @property
+    def rank_memory_gib(self) -> float:
+        """What one rank's state and activations must fit into."""
+        return self.gpu_memory_gib if self.gpus_per_node else float(self.memory_gib)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment with the object store's address."""
+        endpoint = {"AWS_ENDPOINT_URL_S3": self.s3_endpoint} if self.s3_endpoint else {}
+        return {**self.environment, **endpoint}
+
+
+class FileSecret(Strict):
+    """A variable whose value is read on the node from a file that only its owner can read."""
+
+    variable: str = Field(pattern=ENVIRONMENT_NAME)
+    file: Folder
+
+
+class Apptainer(Strict):
+    """Run inside an image file, or inside an image of a registry."""
+
+    kind: Literal["apptainer"]
+    image: str = Field(pattern=r"^(/[^\x00-\x1f\x7f]+\.sif|docker://[^\x00-\x20\x7f]+)$")
+    binds: list[str] = Field(default=[], description="what is mounted, as apptainer writes it")
+
+    @field_validator("image")
+    @classmethod
+    def _refuse_moving_tags(cls, image: str) -> str:
+        if image.startswith("docker://") and not re.search(r"@sha256:[0-9a-f]{64}$", image):
+            raise ValueError(f"{image!r} may be another image tomorrow; end it with @sha256:...")
+        return image
+
+    @field_validator("binds")
+    @classmethod
+    def _refuse_control_characters(cls, binds: list[str]) -> list[str]:
+        for bind in binds:
+            refuse_unprintable("binds", bind)
+        return binds
+
+
+class Pyxis(Strict):
+    """Run inside an image by SLURM's pyxis plugin (enroot)."""
+
+    kind: Literal["pyxis"]
+    image: str = Field(
+        pattern=r"^(/[^\x00-\x1f\x7f]+\.sqsh|[^\x00-\x20\x7f]+@sha256:[0-9a-f]{64})$"
+    )
+    mounts: list[str] = Field(default=[], description="what is mounted, as pyxis writes it")
+
+    @field_validator("mounts")
+    @classmethod
+    def _refuse_control_characters(cls, mounts: list[str]) -> list[str]:
+        for mount in mounts:
+            refuse_unprintable("mounts", mount)
+        return mounts
+
+
+class SlurmProfile(Site):
+    """A SLURM site."""
+
+    kind: Literal["slurm"]
+    partition: Directive | None = None
+    account: Directive | None = None
+    qos: Directive | None = None
+    gpu_type: Directive | None = Field(default=None, description="as in --gpus-per-node=h100:8")
+    exclusive: bool = Field(default=True, description="no other job on our nodes; all their memory")
+    time_limit_minutes: int = Field(ge=5)
+    exclude: list[Directive] = Field(default=[], description="nodes that are never used")
+    directives: dict[str, Directive] = Field(
+        default={}, description="other sbatch options by their long name, such as switches: 1@10:00"
+    )
+    container: Annotated[Apptainer | Pyxis, Field(discriminator="kind")] | None = None
+    setup: list[str] = Field(
+        default=[], description="shell lines run first, such as `module load cuda`"
+    )
+    secrets: list[FileSecret] = Field(default=[])
+
+    @field_validator("directives")
+    @classmethod
+    def _refuse_our_own(cls, directives: dict[str, str]) -> dict[str, str]:
+        for name in directives:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                raise ValueError(f"{name!r} is no long option of sbatch; see `man sbatch`")
+            if name in OWN_DIRECTIVES:
+                raise ValueError(f"{name!r} is set by t2v launch; leave it out")
+        return directives
+
+    @field_validator("setup")
+    @classmethod
+    def _refuse_strange_lines(cls, setup: list[str]) -> list[str]:
+        for line in setup:
+            refuse_unprintable("setup", line)
+            if line.lstrip().startswith("#"):
+                raise ValueError(f"{line!r} is a comment; leave it out")
+            if holds_secret(line):
+                raise ValueError("a line holds a secret; name where it is kept under `secrets`")
+        return setup
+
+
+class KeySecret(Strict):
+    """A variable whose value is a key of a Secret of the namespace."""
+
+    variable: str = Field(pattern=ENVIRONMENT_NAME)
+    secret: str = Field(pattern=DNS_NAME)
+    key: str = Field(pattern=r"^[A-Za-z0-9._-]{1,253}$")
+
+
+class Mount(Strict):
+    """A PersistentVolumeClaim and where it is seen."""
+
+    claim: str = Field(pattern=DNS_NAME)
+    path: Folder
+    read_only: bool = False
+
+
+class Toleration(Strict):
+    """A taint of the nodes that our pods may run on."""
+
+    key: Label
+    value: LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class KubernetesProfile(Site):
+    """A Kubernetes cluster's namespace."""
+
+    kind: Literal["kubernetes"]
+    flavour: Literal["jobset", "trainjob", "job"] = Field(
+        default="jobset", description="JobSet; Kubeflow TrainJob; Indexed Job with its Service"
+    )
+    namespace: str = Field(pattern=DNS_LABEL)
+    image: str = Field(pattern=IMAGE_BY_DIGEST, description="by digest: registry/name@sha256:...")
+    image_pull_secret: str | None = Field(default=None, pattern=DNS_NAME)
+    service_account: str = Field(default="default", pattern=DNS_NAME)
+    gpu_resource: Label = "nvidia.com/gpu"
+    rdma_resource: Label | None = Field(default=None, description="such as rdma/ib; adds IPC_LOCK")
+    cache_gib: int = Field(default=64, ge=1, description="node disk for data from object stores")
+    mounts: list[Mount] = Field(min_length=1)
+    secrets: list[KeySecret] = Field(default=[])
+    queue: str | None = Field(default=None, pattern=DNS_LABEL, description="Kueue's LocalQueue")
+    queue_priority: str | None = Field(default=None, pattern=DNS_LABEL, description="Kueue's class")
+    priority_class: str | None = Field(default=None, pattern=DNS_NAME)
+    topology: Label | None = Field(
+        default=None, description="node label within one value of which Kueue places all pods"
+    )
+    node_selector: dict[Label, LabelValue] = Field(default={})
+    tolerations: list[Toleration] = Field(default=[])
+    user: int = Field(default=1000, ge=1, description="user and group of all processes")
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_fit_together(self) -> "KubernetesProfile":
+        paths = [mount.path for mount in self.mounts]
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"mounts: {paths} has a path twice; give each its own")
+        if not any(Path(self.workdir).is_relative_to(path) for path in paths):
+            raise ValueError(
+                f"workdir: {self.workdir!r} is lost with its pod because it is on none of the "
+                f"mounts {paths}; choose a folder on one"
+            )
+        if self.topology and not self.queue:
+            raise ValueError("topology: is Kueue's to obey, but there is no queue; name one")
+        return self
+
+
+Profile = SlurmProfile | KubernetesProfile
+_PROFILE = TypeAdapter(Annotated[Profile, Field(discriminator="kind")])
+
+
+def load_profile(path: str | Path) -> Profile:
+    """The profile of a cluster; errors say all that is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputMissing(f"{path}: no such profile; `ls configs/cluster` shows those we ship.")
+    return parse_profile(read_mapping(path), str(path))
+
+
+def parse_profile(content: dict, origin: str) -> Profile:
+    """A profile from plain data; `origin` begins each line of the error."""
+    try:
+        return _PROFILE.validate_python(content)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def refuse_unprintable(name: str, text: str, *, allowed: str = "") -> None:
+    """ValueError for control characters and what is no UTF-8."""
+    for character in text:
+        surrogate = "\ud800" <= character <= "\udfff"
+        if surrogate or (not character.isprintable() and character not in allowed + " "):
+            raise ValueError(f"{name} has the character {character!r}, which no job can hold")
+
+
+def _explain(error) -> str:
+    """One line for one pydantic error; a value is shown unless it may be a secret."""
+    location = [str(part) for part in error["loc"]]
+    if location[:1] in (["slurm"], ["kubernetes"]):
+        del location[0]
+    path = ".".join(location)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{path}: unknown field; leave it out, or see docs/cluster.md for those known."
+        case "missing":
+            return f"{path}: missing; add it."
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{path + '.' if path else ''}kind: value is wrong; {error['msg']}."
+        case "value_error":
+            message = error["msg"].removeprefix("Value error, ")
+            return f"{path}: {message}." if path else f"{message}."
+    value, reason = error.get("input"), error["msg"][:1].lower() + error["msg"][1:]
+    shown = "value" if isinstance(value, str) and is_secret(path, value) else repr(value)
+    return f"{path}: {shown} is wrong because {reason}; correct it."

@@ -1,0 +1,253 @@
+"""SLURM batch scripts. Names and values reach the shell quoted, and sbatch only if they need no
+quoting; the few lines of shell between them never change.
+"""
+
+import re
+from shlex import join, quote
+
+from cluster.job import DataJob, TrainingJob, run_folder
+from cluster.profile import DIRECTIVE_VALUE, Apptainer, Pyxis, SlurmProfile, refuse_unprintable
+from data_pipeline.errors import ConfigError
+
+# In these, sbatch replaces %x, %j and the like.
+PATTERN_VALUE = DIRECTIVE_VALUE.replace("@", "@%")
+PATTERNED = ("array", "output")
+SCRIPT = "job.sbatch"
+# Only names of the submitting shell that tell nothing and that every site needs.
+EXPORTED = "HOME,LANG,PATH,USER"
+# Below 32768, where Linux takes ports for outgoing connections.
+FIRST_PORT, PORTS = 20000, 12000
+ALONE = ("srun", "--export=ALL", "--overlap", "--nodes=1", "--ntasks=1")
+
+NODE_SHELL = 'exec t2v node --node-rank "$SLURM_NODEID" "$@"'
+PREFLIGHT_SHELL = (
+    '\n  t2v preflight --node-rank "$SLURM_NODEID" "$@"; rc=$?\n'
+    '  [ "$rc" = 69 ] && echo "$SLURMD_NODENAME" >>"$T2V_BAD_NODES"\n'
+    '  exit "$rc"'
+)
+
+
+def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
+    """The script of a run: preflight, train, and what to do when it ends."""
+    folder = run_folder(job.run_dir, profile)
+    directives = {
+        "job-name": job.name,
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(profile.cpus_per_node),
+        **_gpus(profile, profile.gpus_per_node),
+        "mem": "0" if profile.exclusive else f"{profile.memory_gib}G",
+        "time": _time(profile.time_limit_minutes),
+        "signal": f"B:USR1@{job.grace.notice_seconds}",
+        "requeue": None,
+        "open-mode": "append",
+        "output": f"{folder}/slurm/%x-%j.out",
+        **_site(profile, (*profile.exclude, *job.bad_nodes)),
+    }
+    if profile.exclusive:
+        directives["exclusive"] = None
+    launch = f"{folder}/launch/{job.snapshot}"
+    excluded = _quote("".join(f"{name}," for name in profile.exclude)) if profile.exclude else ""
+    lines = [
+        *_head(directives, _says(job)),
+        *_environment(profile),
+        "",
+        f"run_dir={_quote(str(folder))}",
+        f"launch={_quote(launch)}",
+        _array("step", _step(profile.cpus_per_node)),
+        _array("container", _container(profile)),
+        'export T2V_BAD_NODES="$run_dir/bad_nodes"',
+        "attempt=${SLURM_RESTART_COUNT:-0}",
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
+        'mkdir -p -- "$run_dir"',
+        "",
+        "# The flag file reaches ranks that are still starting, and leaves SIGUSR1 to NCCL.",
+        'rm -f -- "$run_dir/PREEMPT"',
+        """trap 'touch -- "$run_dir/PREEMPT"' USR1 TERM""",
+        "# Traps run only while bash itself waits, and interrupt that.",
+        "follow() {",
+        '  "$@" &',
+        "  local pid=$!",
+        '  while :; do wait "$pid"; rc=$?; kill -0 "$pid" 2>/dev/null || break; done',
+        "}",
+        "",
+        f'follow "${{step[@]}}" "${{container[@]}}" bash -c {_quote(PREFLIGHT_SHELL)} \\',
+        f"  preflight --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
+        '  --rdzv-endpoint "$head:$((port + 1))" -- "$launch/config.yaml"',
+        'if [ "$rc" != 0 ]; then',
+        "  # Only a pending job can be told to avoid nodes, so a new one takes this one's place.",
+        '  bad=$(sort -u -- "$T2V_BAD_NODES" 2>/dev/null)',
+        f'  if [ "$rc" = 69 ] && [ "$(wc -l <<<"$bad")" -le {job.nodes} ]; then',
+        f'    sbatch --exclude={excluded}"$(paste -sd, - <<<"$bad")" "$launch/{SCRIPT}"',
+        "  fi",
+        '  exit "$rc"',
+        "fi",
+        "",
+        "# All nodes end by themselves, at the same step; --wait bounds how long one may linger.",
+        f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={job.grace.seconds} \\',
+        f"""  "${{container[@]}}" bash -c {_quote(NODE_SHELL)} node \\""",
+        f"  --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
+        '  --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt" \\',
+        f'  --run-dir "$run_dir" --grace-seconds {job.grace.seconds} -- "$launch/config.yaml"',
+        "",
+        "# The scheduler's exit codes say little: the run folder says what to do.",
+        f'case $({_alone(profile)}t2v status "$run_dir" --decide) in',
+        "done) exit 0 ;;",
+        "requeue)",
+        f'  if [ "$attempt" -lt {profile.restart_limit} ]; then',
+        '    scontrol requeue "$SLURM_JOB_ID" && sleep 120',
+        "    exit 75",
+        "  fi",
+        '  echo "not requeued because it has restarted $attempt times; see t2v status" >&2 ;;',
+        "esac",
+        'exit "$((rc ? rc : 1))"',
+    ]
+    return _text(lines)
+
+
+def array_script(job: DataJob, profile: SlurmProfile) -> str:
+    """The script of a data job: one task of an array for each part."""
+    directives = {
+        "job-name": job.name,
+        "array": f"0-{job.tasks - 1}%{job.at_once}",
+        "nodes": "1",
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(job.cpus),
+        **_gpus(profile, job.gpus),
+        "mem": f"{job.memory_gib}G",
+        "time": _time(profile.time_limit_minutes),
+        "requeue": None,
+        "open-mode": "append",
+        "output": f"{profile.workdir}/logs/%x-%A-%a.out",
+        **_site(profile, profile.exclude),
+    }
+    says = f"`t2v data {job.arguments[0]}` in {job.tasks} tasks, at most {job.at_once} at once."
+    inner = 'exec t2v data "$@" --task "$SLURM_ARRAY_TASK_ID/$T2V_TASKS"'
+    lines = [
+        *_head(directives, [says, "A task that is started again goes on where it stopped."]),
+        *_environment(profile),
+        "",
+        _array("step", _step(job.cpus)),
+        _array("container", _container(profile)),
+        f"export T2V_TASKS={job.tasks}",
+        f'exec "${{step[@]}}" "${{container[@]}}" bash -c {_quote(inner)} data \\',
+        f"  {_join(job.arguments)}",
+    ]
+    return _text(lines)
+
+
+def directives_of(script: str) -> list[str]:
+    """The directives that sbatch takes from a script: it stops at the first line of shell."""
+    found = []
+    for line in script.splitlines():
+        if line and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH"):
+            found.append(line)
+    return found
+
+
+def _head(directives: dict[str, str | None], says: list[str]) -> list[str]:
+    lines = ["#!/bin/bash", *(f"# {line}" for line in says)]
+    for name, value in sorted(directives.items()):
+        if value is None:
+            lines.append(f"#SBATCH --{name}")
+            continue
+        if not re.fullmatch(PATTERN_VALUE if name in PATTERNED else DIRECTIVE_VALUE, value):
+            raise ConfigError(
+                f"--{name}: {value!r} is wrong because sbatch would read it otherwise; use "
+                "letters, digits and . _ / - only."
+            )
+        lines.append(f"#SBATCH --{name}={value}")
+    return [*lines, ""]
+
+
+def _site(profile: SlurmProfile, excluded: tuple[str, ...] | list[str]) -> dict[str, str | None]:
+    named = {
+        "account": profile.account,
+        "partition": profile.partition,
+        "qos": profile.qos,
+        "exclude": ",".join(dict.fromkeys(excluded)) or None,
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    return {"chdir": profile.workdir, "export": EXPORTED, **given, **profile.directives}
+
+
+def _gpus(profile: SlurmProfile, count: int) -> dict[str, str | None]:
+    if not count:
+        return {}
+    kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+    return {"gpus-per-node": f"{kind}{count}"}
+
+
+def _environment(profile: SlurmProfile) -> list[str]:
+    # Not -e: the waiting loop needs codes other than 0. Lines of a site may not stand -u.
+    lines = [*profile.setup, "set -uo pipefail", "umask 077"]
+    lines += [f"export {name}={_quote(value)}" for name, value in profile.variables.items()]
+    # Values stay on the node: the script names only the file.
+    lines += [f'export {s.variable}="$(< {_quote(s.file)})"' for s in profile.secrets]
+    return lines
+
+
+def _step(cpus: int) -> list[str]:
+    """How a command is started once on every node."""
+    # Since 22.05, srun does not take --cpus-per-task over from the job.
+    return ["srun", "--export=ALL", "--cpu-bind=none", f"--cpus-per-task={cpus}"]
+
+
+def _alone(profile: SlurmProfile) -> str:
+    """What comes before a command that is run once, in the job's container."""
+    match profile.container:
+        case Pyxis():
+            return _join(ALONE) + ' "${container[@]}" '
+        case Apptainer():
+            return '"${container[@]}" '
+    return ""
+
+
+def _container(profile: SlurmProfile) -> list[str]:
+    match profile.container:
+        case Apptainer(image=image, binds=binds):
+            gpu = ["--nv"] if profile.gpus_per_node else []
+            return ["apptainer", "exec", *gpu, *(f"--bind={bind}" for bind in binds), image]
+        case Pyxis(image=image, mounts=mounts):
+            mounted = [f"--container-mounts={','.join(mounts)}"] if mounts else []
+            return [f"--container-image={image}", *mounted]
+    return []
+
+
+def _says(job: TrainingJob) -> list[str]:
+    return [
+        f"Run {job.name} on {job.nodes} nodes of {job.ranks_per_node} ranks, as `t2v launch` wrote "
+        "it; see docs/cluster.md.",
+        f"Ranks have {job.grace.seconds} s to save and end: {job.grace.reason}.",
+    ]
+
+
+def _time(minutes: int) -> str:
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"
+
+
+def _quote(text: str) -> str:
+    try:
+        refuse_unprintable("an argument", text, allowed="\n\t")
+    except ValueError as problem:
+        raise ConfigError(f"{problem}; remove it.") from None
+    return quote(text)
+
+
+def _array(name: str, words: list[str]) -> str:
+    """An array of bash."""
+    return f"{name}=({_join(words)})"
+
+
+def _join(arguments: list[str] | tuple[str, ...]) -> str:
+    for argument in arguments:
+        _quote(argument)
+    return join(arguments)
+
+
+def _text(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n"
