@@ -9,8 +9,8 @@ from data_pipeline.errors import UserError
 from t2v.cli_checkpoint import add_checkpoint_verbs
 from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
-from t2v.cli_launch import add_launch_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
+from t2v.cli_sample import add_sample_verb
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,24 +70,6 @@ def plan(options: argparse.Namespace) -> None:
     print(result.to_json()) if options.json else print_plan(result)
 
 
-def sample(options: argparse.Namespace) -> None:
-    from t2v.generate import read_prompts, sample_checkpoint
-
-    prompts = list(options.prompt or [])
-    if options.prompts:
-        prompts += read_prompts(Path(options.prompts))
-    written = sample_checkpoint(
-        options.checkpoint,
-        prompts=prompts,
-        labels=options.label or [],
-        out=options.out,
-        encoder=options.encoder,
-        seed=options.seed,
-        overrides=options.set or [],
-    )
-    print(f"{written}: written.")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments and an example each."""
     parser = argparse.ArgumentParser(
@@ -104,7 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_verbs(verbs)
     add_cluster_verbs(verbs)
-    add_launch_verbs(verbs)
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
@@ -118,23 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
-    verb = add_verb(verbs, "sample", sample, "prompts to video",
-                    "t2v sample runs/t2v_64x288x512 --prompt 'a panda eating bamboo' --out samples"
-                 " --encoder google-t5/t5-11b")  # fmt: skip
-    verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
-    verb.add_argument("--prompt", action="append", help="a text prompt; may be repeated")
-    verb.add_argument("--prompts", help="a file with one prompt per line")
-    verb.add_argument("--label", action="append", type=int, help="a class; may be repeated")
-    verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
-    verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")
-    verb.add_argument("--seed", type=int, default=0, help="seed of the first clip; then one more")
-    verb.add_argument(
-        "--set",
-        action="append",
-        metavar="KEY=VALUE",
-        help="a sampling setting, such as overlap=fhw or guidance_scale=4",
-    )
-
+    add_sample_verb(verbs)
     add_checkpoint_verbs(verbs)
     return parser
 

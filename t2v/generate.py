@@ -1,11 +1,22 @@
-"""From a checkpoint and prompts to files: mp4, a contact sheet, and the settings of every clip."""
+"""From a checkpoint and prompts to files: mp4, a contact sheet, and the settings of every clip.
+
+Under a launcher, processes share the clips, and then the tiles of those that are left. A clip is
+written when it is finished; clips that are there already, made in the same way, are not made again.
+"""
 
 import json
-from functools import partial
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+import torch.distributed as dist
 import yaml
 from einops import rearrange
 from jaxtyping import Float
@@ -15,70 +26,212 @@ from rich.progress import Progress
 from torch import Tensor
 
 from data_pipeline import storage
-from data_pipeline.embed import TextEncoder
-from data_pipeline.embeddings import Provenance
 from data_pipeline.errors import ConfigError
-from data_pipeline.loader import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Clip
-from data_pipeline.video import encode_clip
+from data_pipeline.video import decode_clip, encode_clip
 from t2v.config import RunConfig, parse_config
-from t2v.engine.compute import set_matmul_precision
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import build_model
+from t2v.engine.compute import autocast, set_matmul_precision
+from t2v.engine.config import EngineConfig
+from t2v.engine.world import World, join_world
+from t2v.model.hpdm import HPDM, build_model
 from t2v.sampling import generate
+from t2v.sampling_config import network_calls
+from t2v.sampling_memory import LevelRoom, plan_memory
+from t2v.sampling_store import Store
+from t2v.sampling_subjects import Conditions, Request, Subject, subjects_of
+from t2v.sampling_tiles import Team
 from t2v.train.finding import load_weights, resolve_checkpoint
-from t2v.train.manifest import read_manifest
+from t2v.train.manifest import MANIFEST, Manifest, read_manifest
 
-MAX_PROMPT_CHARACTERS = 2000
+GIB = 2**30
+# Processes wait for the slowest one's last clip, which may take hours.
+PATIENCE_SECONDS = 24 * 3600.0
+RESERVE_BYTES = 192 << 20  # libraries that load late, and encoding
+MOST_ON_SHEET = 64
+
+
+@dataclass(frozen=True)
+class Means:
+    """What sampling may use; no choice moves a clip by more than rounding."""
+
+    memory_gib: float | None = None
+    scratch: Path | None = None
+    clips_at_once: int = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a clip follows from but its subject."""
+
+    checkpoint: Path
+    manifest: Manifest
+    config: RunConfig
+    request: Request
+
+    def key(self, subject: Subject) -> str:
+        """A digest of all that decides what a clip looks like."""
+        facts = {
+            "manifest": sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest(),
+            "shows": subject.shows,
+            "seed": subject.seed,
+            "negative_prompt": self.request.negative_prompt,
+            "settings": self.config.sampling.model_dump(mode="json", exclude={"tile_batch"}),
+        }
+        return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def sample_checkpoint(
     checkpoint: str | Path,
+    request: Request,
     *,
-    prompts: list[str],
-    labels: list[int],
     out: str | Path,
-    encoder: str | None,
-    seed: int = 0,
     overrides: list[str] | tuple[str, ...] = (),
-    clips_at_once: int = 8,
+    means: Means | None = None,
 ) -> Path:
-    """Write one mp4 per prompt or label, contact_sheet.png and samples.json; returns the folder.
+    """Write one mp4 per clip asked for, contact_sheet.png and samples.json; returns the folder.
 
-    Clip number i has seed `seed + i`. The encoder must be the one that embedded the training set.
+    Clip number i has seed `request.seed + i`.
     """
-    folder = resolve_checkpoint(checkpoint)
-    manifest = read_manifest(folder)
-    config = with_sampling(parse_config(manifest.config, str(folder)), overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects, condition, null = conditions(
-        config, prompts, labels, encoder, manifest.text_encoder, device
-    )
+    out, means = Path(out), means or Means()
+    with sampling_world() as world:
+        folder = resolve_checkpoint(checkpoint, world)
+        manifest = read_manifest(folder)
+        config = with_sampling(parse_config(manifest.config, str(folder)), overrides)
+        recipe = Recipe(folder, manifest, config, request)
+        subjects = subjects_of(config, request)
+        pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
+        if pending:
+            sample_pending(recipe, pending, out, means, world)
+        world.gather(None)  # every clip is written
+        if world.is_first:
+            summarise(out, len(subjects))
+    return out
+
+
+def sample_pending(
+    recipe: Recipe, pending: list[Subject], out: Path, means: Means, world: World
+) -> None:
+    """Sample what is not there yet: clips go around the processes, and the rest of the division is
+    shared by teams."""
+    config, manifest = recipe.config, recipe.manifest
+    conditions = Conditions(config, recipe.request, manifest.text_encoder, world.device)
     # Before hours of sampling: is it a folder?
-    Path(out).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    whole_rounds = len(pending) // world.world_size * world.world_size
+    own, rest = pending[:whole_rounds][world.rank :: world.world_size], pending[whole_rounds:]
+    team, shared = join_team(rest, world)
+    conditions.read([*own, *shared])
     set_matmul_precision(config.engine)
     model = build_model(config)
-    load_weights(folder, model, weights=config.sampling.weights)
-    model.to(device).eval()
+    load_weights(recipe.checkpoint, model, weights=config.sampling.weights)
+    model.to(world.device).eval()
+    # Whatever moves the budget: the program and its weights are in memory now.
+    sizes = memory_left(world.device, means.memory_gib)
+    calls = sum(network_calls(config.sampling, config.pyramid))
+    with (
+        closing(Store(world.device, means.scratch)) as store,
+        Progress(console=Console(stderr=True), transient=True, disable=not world.is_first) as bars,
+    ):
+        bar = bars.add_task("sampling", total=(len(own) + len(shared)) * calls)
+        jobs = [(own, Team()), (shared, team)]
+        for subjects, mates in jobs:
+            many, rooms = rooms_for(model, config, len(subjects), mates, means, sizes)
+            for first in range(0, len(subjects), many):
+                chosen = subjects[first : first + many]
+                condition, null = conditions.of(chosen)
+                with autocast(config.engine, world.device):
+                    clips = generate(
+                        model,
+                        condition=condition,
+                        null=null,
+                        seeds=[subject.seed for subject in chosen],
+                        sampling=config.sampling,
+                        diffusion=config.diffusion,
+                        rooms=rooms[len(chosen)],
+                        store=store,
+                        team=mates,
+                        progress=lambda tiles: bars.advance(bar, tiles),
+                    ).pop()
+                if mates.rank == 0:
+                    for subject, clip in zip(chosen, clips, strict=True):
+                        write_sample(out, recipe, subject, to_bytes(clip))
 
-    clips: list[Clip] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        steps_per_clip = sum(config.sampling.steps)
-        bar = progress.add_task("sampling", total=len(subjects) * steps_per_clip)
-        for first in range(0, len(subjects), clips_at_once):
-            rows = torch.arange(first, min(first + clips_at_once, len(subjects)), device=device)
-            advance = partial(progress.advance, bar, len(rows))
-            finest = generate(
-                model,
-                condition=condition.rows(rows),
-                null=null.rows(rows),
-                seeds=[seed + row for row in rows.tolist()],
-                sampling=config.sampling,
-                diffusion=config.diffusion,
-                progress=advance,
-            )[-1]
-            clips += [to_bytes(clip) for clip in finest]
-    return write_samples(Path(out), folder, config, subjects, clips, seed)
+
+def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:
+    """The team that shares this process's part of `rest`, one subject each, and that subject."""
+    if not rest:
+        return Team(), []
+    bounds = [number * world.world_size // len(rest) for number in range(len(rest) + 1)]
+    mine = (Team(), list[Subject]())
+    for subject, low, high in zip(rest, bounds, bounds[1:], strict=False):
+        ranks = list(range(low, high))
+        # Made by all, members or not: torch wants it so.
+        group = dist.new_group(ranks) if len(ranks) > 1 else None
+        if world.rank in ranks:
+            assert not isinstance(group, int)
+            mine = (Team(ranks.index(world.rank), len(ranks), group), [subject])
+    return mine
+
+
+def rooms_for(
+    model: HPDM, config: RunConfig, clips: int, team: Team, means: Means, sizes: tuple[int, int]
+) -> tuple[int, dict[int, list[LevelRoom]]]:
+    """How many clips go together, and the room of every number up to it: as many as fit without
+    a smaller tile batch or a place outside the device, or one."""
+    sampling = config.sampling
+    for many in range(max(1, min(means.clips_at_once, clips)), 0, -1):
+        try:
+            rooms = {
+                count: plan_memory(
+                    model,
+                    sampling,
+                    clips=count,
+                    device_bytes=sizes[0],
+                    host_bytes=sizes[1],
+                    team_size=team.size,
+                )
+                for count in range(1, many + 1)
+            }
+        except ConfigError:
+            if many == 1:
+                raise
+            continue
+        roomy = all(
+            room.tile_batch == sampling.tile_batch and {room.volumes, room.latents} == {"device"}
+            for room in rooms[many]
+        )
+        if roomy or many == 1:
+            return many, rooms
+    raise AssertionError("one clip is the least")
+
+
+def memory_left(device: torch.device, memory_gib: float | None) -> tuple[int, int]:
+    """(bytes of the device, bytes of main memory beside it) that sampling may fill.
+
+    `memory_gib` bounds the whole process: on a CPU its main memory, on a GPU that one's memory.
+    """
+    if memory_gib is not None and not memory_gib > 0:
+        raise ConfigError(f"--memory-gib: {memory_gib:g} is wrong because nothing fits; give more.")
+    mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    spare = int(0.7 * psutil.virtual_memory().available / mates)
+    if device.type == "cuda":
+        used, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+        allowed = 0.9 * free if memory_gib is None else memory_gib * GIB - used
+        return int(min(allowed, free)), spare
+    used = psutil.Process().memory_info().rss
+    allowed = spare if memory_gib is None else int(memory_gib * GIB) - used
+    return allowed - RESERVE_BYTES, 0
+
+
+@contextmanager
+def sampling_world() -> Iterator[World]:
+    """The processes that sample together; the recipe's engine plays no part."""
+    launched = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+    engine = EngineConfig(
+        kind="fsdp" if launched else "single", collective_timeout_seconds=PATIENCE_SECONDS
+    )
+    with join_world(engine) as world:
+        yield world
 
 
 def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> RunConfig:
@@ -93,126 +246,63 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
     return parse_config(content, "sampling")
 
 
-def conditions(
-    config: RunConfig,
-    prompts: list[str],
-    labels: list[int],
-    encoder: str | None,
-    trained_with: Provenance | None,
-    device: torch.device,
-) -> tuple[list[str] | list[int], Condition, Condition]:
-    """(what each clip shows, its condition, the null condition), one row per clip."""
-    kind = config.conditioning
-    subjects: list[str] | list[int]
-    text = null_text = label = null_label = None
-    if isinstance(kind, TextConditioning):
-        subjects = check_prompts(prompts)
-        if encoder is None:
-            raise ConfigError(
-                "--encoder: missing because the checkpoint reads text; give the folder or hub id "
-                f"of the encoder that made its embeddings '{kind.encoder}'."
-            )
-        reader = TextEncoder(encoder, max_tokens=kind.max_tokens)
-        if trained_with is None or not reader.provenance.same_encoder(trained_with):
-            raise ConfigError(
-                f"--encoder: {encoder} is wrong because the checkpoint was trained with another "
-                f"one, {trained_with and trained_with.encoder}; give that."
-            )
-        text = pad_tokens(reader.encode(subjects), kind, device)
-        null_text = pad_tokens(reader.encode([""] * len(subjects)), kind, device)
-    elif isinstance(kind, ClassConditioning):
-        subjects = labels
-        bad = [value for value in labels if not 0 <= value < kind.num_classes]
-        if bad or not labels:
-            raise ConfigError(
-                f"--label: {bad or 'none'} is wrong because the checkpoint has classes 0 to "
-                f"{kind.num_classes - 1}; give --label for each clip."
-            )
-        label = torch.tensor(labels, device=device)
-        null_label = torch.full_like(label, kind.num_classes)
-    else:
-        subjects = check_prompts(prompts)
-    count = len(subjects)
-    shared = {
-        "fps": torch.full((count,), config.sampling.fps, device=device),
-        "original_size": torch.tensor(config.sampling.original_size, device=device)
-        .float()
-        .repeat(count, 1),
-    }
-    tokens, mask = text or (None, None)
-    null_tokens, null_mask = null_text or (None, None)
-    condition = Condition(**shared, text_tokens=tokens, text_mask=mask, label=label)
-    null = Condition(**shared, text_tokens=null_tokens, text_mask=null_mask, label=null_label)
-    return subjects, condition, null
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text; save the prompts as UTF-8.") from None
-    return [line for line in lines if line.strip()]
-
-
-def check_prompts(prompts: list[str]) -> list[str]:
-    """The prompts, if there are any and each is text of reasonable length."""
-    if not prompts:
-        raise ConfigError("--prompt: missing because there is nothing to sample; give one or more.")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise ConfigError(
-                f"prompt {number}: {len(prompt)} characters is wrong because a prompt has 1 to "
-                f"{MAX_PROMPT_CHARACTERS}; shorten it or remove the line."
-            )
-    return prompts
-
-
-def pad_tokens(
-    embeddings: list[Float[Tensor, "tokens width"]], kind: TextConditioning, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(tokens, mask) of one shape, as the loader pads them."""
-    tokens = torch.zeros(len(embeddings), kind.max_tokens, kind.width)
-    mask = torch.zeros(len(embeddings), kind.max_tokens, dtype=torch.bool)
-    for row, embedding in enumerate(embeddings):
-        length = min(len(embedding), kind.max_tokens)
-        tokens[row, :length] = embedding[:length].float()
-        mask[row, :length] = True
-    return tokens.to(device), mask.to(device)
-
-
 def to_bytes(clip: Float[Tensor, "channels frames height width"]) -> Clip:
-    """[-1, 1] -> bytes, channels last."""
-    pixels = ((clip.float().cpu() + 1) * 127.5).round().clamp(0, 255)
-    return rearrange(pixels, "c t h w -> t h w c").to(torch.uint8).numpy()
+    """[-1, 1] -> bytes, channels last; frame by frame, for a clip may be large."""
+    frames = [
+        ((frame.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        for frame in clip.unbind(1)
+    ]
+    return rearrange(torch.stack(frames), "t c h w -> t h w c").contiguous().numpy()
 
 
-def write_samples(
-    out: Path,
-    checkpoint: Path,
-    config: RunConfig,
-    subjects: list[str] | list[int],
-    clips: list[Clip],
-    seed: int,
-) -> Path:
-    """mp4 files, contact_sheet.png and, last, samples.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    records = []
-    for number, (subject, clip) in enumerate(zip(subjects, clips, strict=True)):
-        file = f"{number:04d}.mp4"
-        storage.write_atomic(str(out / file), encode_clip(clip, config.sampling.fps or 1.0))
-        records.append(
-            {
-                "prompt": subject,
-                "file": file,
-                "seed": seed + number,
-                "checkpoint": str(checkpoint),
-                "settings": config.sampling.model_dump(mode="json"),
-            }
-        )
+def write_sample(out: Path, recipe: Recipe, subject: Subject, clip: Clip) -> None:
+    """The mp4 file and then its record, without which the clip does not count."""
+    file, settings = f"{subject.number:04d}.mp4", recipe.config.sampling
+    media = encode_clip(clip, settings.fps or 1.0)
+    storage.write_atomic(str(out / file), media)
+    record = {
+        "prompt": subject.shows,
+        "negative_prompt": recipe.request.negative_prompt,
+        "file": file,
+        "seed": subject.seed,
+        "checkpoint": str(recipe.checkpoint),
+        "step": recipe.manifest.step,
+        "settings": settings.model_dump(mode="json"),
+        "sha256": sha256(media).hexdigest(),
+        "key": recipe.key(subject),
+    }
+    storage.write_atomic(str(record_path(out, subject.number)), json.dumps(record).encode())
+
+
+def record_path(out: Path, number: int) -> Path:
+    """Where the record of a clip lies."""
+    return out / f"{number:04d}.json"
+
+
+def is_done(out: Path, recipe: Recipe, subject: Subject) -> bool:
+    """Whether a clip is there, whole, and was made just as it would be made now."""
+    record = read_record(out, subject.number)
+    if record is None or record.get("key") != recipe.key(subject):
+        return False
+    media = out / f"{subject.number:04d}.mp4"
+    return media.is_file() and sha256(media.read_bytes()).hexdigest() == record.get("sha256")
+
+
+def read_record(out: Path, number: int) -> dict[str, Any] | None:
+    """A clip's record, if there is a readable one."""
+    try:
+        record = json.loads(record_path(out, number).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def summarise(out: Path, count: int) -> None:
+    """contact_sheet.png from the written clips and, last, samples.json with all records."""
+    records = [record for number in range(count) if (record := read_record(out, number))]
+    clips = [decode_clip((out / r["file"]).read_bytes()) for r in records[:MOST_ON_SHEET]]
     contact_sheet(clips).save(out / "contact_sheet.png")
     storage.write_atomic(str(out / "samples.json"), json.dumps(records, indent=1).encode())
-    return out
 
 
 def contact_sheet(clips: list[Clip], frames: int = 4, min_height: int = 72) -> Image.Image:
