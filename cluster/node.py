@@ -24,9 +24,10 @@ from typing import TextIO
 import psutil
 
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
-from cluster.status import PREEMPTED, NodeRecord, read_json, read_lines, seconds_of
+from cluster.status import PREEMPTED, NodeRecord, read_json, seconds_of
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, StorageError
+from t2v.train.attempts import next_number, read_attempts
 from t2v.train.preemption import FLAG_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -228,9 +229,7 @@ def last_words(job: NodeJob, log_dir: Path) -> str:
 def next_log_dir(run_dir: Path) -> Path:
     """Where the attempt that begins now keeps its logs; every node finds the same, for the number
     is only raised once all nodes have met."""
-    attempts = [line.get("attempt") for line in read_lines(run_dir / "attempts.jsonl")]
-    last = max((number for number in attempts if isinstance(number, int)), default=0)
-    return run_dir / "logs" / f"attempt-{last + 1:04d}"
+    return run_dir / "logs" / f"attempt-{next_number(read_attempts(run_dir)):04d}"
 
 
 def write_record(log_dir: Path, record: NodeRecord) -> None:

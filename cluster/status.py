@@ -13,13 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import InputMissing
+from t2v.train.attempts import (
+    FAILURES_IN_A_ROW,
+    failures_in_a_row,
+    killed_line,
+    read_attempts,
+    unfinished,
+)
 
 Decision = Literal["done", "requeue", "stop"]
 
 PREEMPTED = 75
 # What another attempt at the same recipe, data and folder would meet again.
 HOPELESS = frozenset({65, 66, 70, 73, 78})
-FAILURES_IN_A_ROW = 3
 STALE_SECONDS = 120.0
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -34,6 +40,15 @@ class NodeRecord:
     ended: float | None = None
     exit_code: int | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: its step, when, and the attempt that made it."""
+
+    step: int
+    at: float
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         raise InputMissing(f"{run_dir}: no such run folder; give one that a run has begun.")
     now = time.time() if now is None else now
     status = read_json(run_dir / "status.json")
-    attempts = read_lines(run_dir / "attempts.jsonl")
+    attempts = read_attempts(run_dir)
     nodes = last_nodes(run_dir)
     ending = last_ending(status, nodes)
     checkpoint = last_checkpoint(run_dir)
@@ -77,6 +92,8 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
     samples_per_step = _per_step(metrics)
     rate = status.get("samples_per_second") or metrics.get("samples_per_second")
     goes_on = ending["state"] in ("starting", "running")
+    going = unfinished(attempts)[-1:] if goes_on else []
+    finished = [line for line in attempts if line not in going]
     silent = now - updated if (updated := seconds_of(status.get("updated"))) else None
     quarantined = count_lines(run_dir / "quarantine.jsonl")
     samples = step * samples_per_step if samples_per_step else None
@@ -87,33 +104,32 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         total_steps=total_steps,
         samples_per_second=rate,
         eta_seconds=_eta(metrics, step, total_steps) if goes_on else None,
-        last_checkpoint=checkpoint[0] if checkpoint else None,
-        last_checkpoint_age_seconds=now - checkpoint[1] if checkpoint else None,
-        restarts=max(len([a for a in attempts if a.get("event") == "start"]) - 1, 0),
-        failures_without_progress=failures_without_progress(attempts),
+        last_checkpoint=checkpoint.step if checkpoint else None,
+        last_checkpoint_age_seconds=now - checkpoint.at if checkpoint else None,
+        restarts=max(sum(line["event"] == "start" for line in attempts) - 1, 0),
+        failures_without_progress=failures_without_progress(finished, checkpoint),
         quarantined=quarantined,
         quarantined_share=quarantined / samples if samples else None,
         skipped_steps=count_lines(run_dir / "metrics.jsonl", containing=b'"skipped_samples"'),
         silent_seconds=silent,
         is_stale=goes_on and silent is not None and silent > STALE_SECONDS,
         host=status.get("host"),
-        decision=decide(status, attempts, nodes),
+        decision=decide(ending, failures_without_progress(attempts, checkpoint)),
     )
 
 
-def decide(status: dict, attempts: list[dict], nodes: Iterable[NodeRecord]) -> Decision:
-    """What to do after an attempt has ended, however it did: only its records are asked.
+def decide(ending: dict[str, Any], failures: int) -> Decision:
+    """What to do after an attempt has ended, however it did.
 
     Preemption, hangs, storage and deaths without a word are worth another attempt; what would come
     again is not, nor is a third failure in a row without a newer checkpoint.
     """
-    ending = last_ending(status, nodes)
     code = ending["exit_code"]
     if ending["state"] == "done":
         return "done"
     if code == PREEMPTED:
         return "requeue"
-    if code in HOPELESS or failures_without_progress(attempts) >= FAILURES_IN_A_ROW:
+    if code in HOPELESS or failures >= FAILURES_IN_A_ROW:
         return "stop"
     return "requeue"
 
@@ -144,32 +160,34 @@ def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
     return {"state": state, "exit_code": status.get("exit_code"), "reason": status.get("reason")}
 
 
-def failures_without_progress(attempts: list[dict]) -> int:
-    """The newest attempts in a row that failed, or ended without a word, at the same checkpoint."""
-    told = [line for line in attempts if "attempt" in line or line.get("event") == "clear"]
-    cleared = [number for number, line in enumerate(told) if line.get("event") == "clear"]
-    told = told[cleared[-1] + 1 :] if cleared else told
-    ends = {line["attempt"]: line for line in told if line.get("event") == "end"}
-    count, later_step = 0, 0
-    for start in reversed([line for line in told if line.get("event") == "start"]):
-        end, step = ends.get(start["attempt"], {}), start.get("step") or 0
-        # Where it died without a word, the attempt after it shows what it had saved.
-        reached = max(end.get("last_checkpoint") or 0, later_step)
-        if end.get("state") in ("done", "preempted") or reached > step:
-            break
-        count, later_step = count + 1, step
-    return count
+def failures_without_progress(attempts: list[dict], checkpoint: Saved | None) -> int:
+    """The newest attempts in a row that failed, or ended without a word, since the newest
+    checkpoint."""
+    starts = [line for line in attempts if line["event"] == "start"]
+    if not starts:
+        return 0
+    told = [*attempts, *map(killed_line, unfinished(attempts))]
+    failed = failures_in_a_row(
+        told,
+        fingerprint=starts[-1].get("config_fingerprint", ""),
+        progress=checkpoint.attempt if checkpoint else 0,
+    )
+    return len(failed)
 
 
-def last_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, when it was committed) of the newest checkpoint; its manifest is written last."""
+def last_checkpoint(run_dir: Path) -> Saved | None:
+    """The newest checkpoint; its manifest is written last."""
     found = []
     folder = run_dir / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else []:
         match, manifest = STEP_FOLDER.fullmatch(path.name), path / "manifest.json"
         if match and manifest.exists():
-            found.append((int(match[1]), manifest.stat().st_mtime))
-    return max(found, default=None)
+            found.append((int(match[1]), manifest))
+    if not found:
+        return None
+    step, manifest = max(found)
+    attempt = read_json(manifest).get("attempt")
+    return Saved(step, manifest.stat().st_mtime, attempt if isinstance(attempt, int) else 0)
 
 
 def last_nodes(run_dir: Path) -> list[NodeRecord]:
@@ -195,19 +213,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last one that a killed process left half is left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
 
 
 def last_line(path: Path) -> dict[str, Any]:

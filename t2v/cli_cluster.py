@@ -44,7 +44,7 @@ def preflight(options: argparse.Namespace) -> int:
             options.nnodes, options.node_rank, host, port, options.timeout_seconds
         )
         reports, judgement = flight.check_together(config, meeting, ranks=ranks)
-    code = flight.own_exit_code(judgement, reports[options.node_rank].node)
+    code = flight.own_exit_code(judgement, flight.node_name())
     if options.node_rank == 0:
         print(flight.to_json(reports, judgement)) if options.json else flight.print_reports(
             reports, judgement
