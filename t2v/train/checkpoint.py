@@ -112,6 +112,10 @@ class Checkpoints:
         """Whether a step is one to save."""
         return step % self.config.every_steps == 0
 
+    def reserve(self, slices: dict[str, Slice]) -> None:
+        """Claim the memory of the copy before training, so that no save waits for it."""
+        self._copy.reserve(slices)
+
     def save(self, slices: dict[str, Slice], facts: dict[str, Any]) -> None:
         """Copy the tensors of a step and have them written; `facts` are the manifest's fields that
         only the run knows. What went wrong with the save before it is raised here, on all ranks."""
@@ -272,13 +276,18 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
-        """The same slices as they are now; valid until the next call."""
+    def reserve(self, slices: dict[str, Slice]) -> None:
+        """Claim the memory, and touch it: fresh pages cost more than the copy itself."""
         for name, piece in slices.items():
             if name not in self._buffers:
                 pinned = piece.part.device.type == "cuda"
                 shape, dtype = piece.part.shape, piece.part.dtype
-                self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+                self._buffers[name] = torch.zeros(shape, dtype=dtype, pin_memory=pinned).fill_(1)
+
+    def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
+        """The same slices as they are now; valid until the next call."""
+        self.reserve(slices)
+        for name, piece in slices.items():
             self._buffers[name].copy_(piece.part, non_blocking=True)
         if any(piece.part.device.type == "cuda" for piece in slices.values()):
             torch.cuda.synchronize()
