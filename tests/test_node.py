@@ -1,0 +1,234 @@
+"""The wrapper on a node: requests reach the ranks, and their exit codes the scheduler."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from cluster.heartbeat import NoHeartbeat, beat, check_health
+from cluster.node import (
+    NodeJob,
+    exit_code_of,
+    launcher_command,
+    next_log_dir,
+    request_is_open,
+    request_stop,
+    split_endpoint,
+    wait_for_name,
+)
+from cluster.status import NodeRecord
+from data_pipeline.errors import ConfigError, StorageError
+from t2v.config import dump_config
+from t2v.train.attempts import append_attempt
+from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, tensors_at
+
+__all__ = ["dataset"]  # a fixture
+
+STARTED = 1000.0
+LAUNCHER_LOG = """\
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-21_12:00:00
+  host      : n1
+  rank      : 0 (local_rank: 0)
+  exitcode  : {code} (pid: 4711)
+  error_file: <N/A>
+"""
+
+
+def job_of(run_dir: Path, **changes) -> NodeJob:
+    return NodeJob(run_dir=run_dir, train_arguments=("recipe.yaml", "seed=4"), **changes)
+
+
+def iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def meant(run_dir: Path, returned: int, *, asked: bool = False) -> int:
+    record = NodeRecord("node-00000", "n1", STARTED)
+    return exit_code_of(job_of(run_dir), run_dir, record, returned, asked=asked)[0]
+
+
+def write_status(run_dir: Path, at: float, **facts) -> None:
+    (run_dir / "status.json").write_text(json.dumps({**facts, "updated": iso(at)}))
+
+
+def test_the_launchers_1_becomes_what_the_ranks_meant(tmp_path):
+    write_status(tmp_path, STARTED + 5, state="preempted", step=7)
+    assert meant(tmp_path, 1) == 75
+    write_status(tmp_path, STARTED + 5, state="failed", exit_code=70, reason="no finite gradient")
+    assert meant(tmp_path, 1) == 70
+    write_status(tmp_path, STARTED + 5, state="done")
+    assert meant(tmp_path, 1) == 0
+
+
+def test_the_earliest_failure_record_counts(tmp_path):
+    write_status(tmp_path, STARTED + 5, state="failed", exit_code=1, reason="peer is gone")
+    for rank, (at, code) in enumerate([(STARTED + 4, 1), (STARTED + 2, 71), (STARTED - 9, 65)]):
+        record = {"rank": rank, "exit_code": code, "reason": "hang in data", "at": iso(at)}
+        (tmp_path / f"failure-rank-{rank:05d}.json").write_text(json.dumps(record))
+    assert meant(tmp_path, 1) == 71
+
+
+def test_the_word_of_an_earlier_attempt_does_not_count(tmp_path):
+    write_status(tmp_path, STARTED - 60, state="preempted", step=7)
+    (tmp_path / "launcher-node-00000.log").write_text(LAUNCHER_LOG.format(code=78))
+    assert meant(tmp_path, 1) == 78
+
+
+@pytest.mark.parametrize(("seen", "code"), [(-9, 137), (66, 66), (1, 1)])
+def test_without_any_word_the_launcher_is_asked(tmp_path, seen, code):
+    (tmp_path / "launcher-node-00000.log").write_text(LAUNCHER_LOG.format(code=seen))
+    assert meant(tmp_path, 1) == code
+
+
+def test_a_launcher_that_was_told_to_stop_is_preempted(tmp_path):
+    assert meant(tmp_path, 1, asked=True) == 75
+    assert meant(tmp_path, 1) == 1
+
+
+def test_a_request_to_an_earlier_attempt_is_no_request(tmp_path):
+    assert not request_is_open(tmp_path, since=0.0)
+    request_stop(tmp_path)
+    flag = tmp_path / "PREEMPT"
+    assert request_is_open(tmp_path, since=flag.stat().st_mtime - 1)
+    assert not request_is_open(tmp_path, since=flag.stat().st_mtime + 1)
+
+
+def test_all_nodes_of_an_attempt_find_the_same_log_folder(tmp_path):
+    assert next_log_dir(tmp_path).name == "attempt-0001"
+    append_attempt(tmp_path, {"attempt": 1, "event": "start"})
+    assert next_log_dir(tmp_path).name == "attempt-0002"
+
+
+def test_the_launcher_gets_the_grace_but_half_a_minute(tmp_path):
+    command = launcher_command(job_of(tmp_path, nnodes=4, node_rank=2, grace_seconds=600), tmp_path)
+    assert "--shutdown-timeout=570" in command
+    assert "--max-restarts=0" in command
+    assert any(word.startswith("--rdzv-conf=is_host=0,") for word in command)
+    assert command[-4:] == ["cluster.rank", str(tmp_path), "recipe.yaml", "seed=4"]
+    first = launcher_command(job_of(tmp_path, nnodes=4), tmp_path)
+    assert any(word.startswith("--rdzv-conf=is_host=1,") for word in first)
+
+
+@pytest.mark.parametrize("endpoint", ["n1", "n1:", "n1:0", "n1:70000", "n1:29400;ls", "-n:1", ""])
+def test_a_strange_endpoint_is_refused(endpoint):
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        split_endpoint(endpoint)
+
+
+def test_a_name_that_never_resolves_is_named():
+    with pytest.raises(StorageError, match=r"nowhere\.invalid: is no known host"):
+        wait_for_name("nowhere.invalid", 0.0, lambda: False)
+    assert wait_for_name("localhost", 0.0, lambda: False)
+    assert not wait_for_name("nowhere.invalid", 60.0, lambda: True)
+
+
+def test_health_is_the_age_of_the_last_heartbeat(tmp_path):
+    file = tmp_path / "heartbeat"
+    with pytest.raises(NoHeartbeat, match="no heartbeat"):
+        check_health(file, max_age_seconds=60)
+    beat(file, state="starting", step=0)
+    assert check_health(file, max_age_seconds=60)["state"] == "starting"
+    with pytest.raises(NoHeartbeat, match="has not begun"):
+        check_health(file, max_age_seconds=60, startup=True)
+    beat(file, state="running", step=3)
+    assert check_health(file, max_age_seconds=60, startup=True)["step"] == 3
+    file.write_text(json.dumps({"at": time.time() - 100, "state": "running"}))
+    with pytest.raises(NoHeartbeat, match="100 s old"):
+        check_health(file, max_age_seconds=60)
+
+
+def start_node(config, tmp_path: Path, *, ranks: int = 2, **environment: str) -> subprocess.Popen:
+    recipe = Path(config.run_dir).with_suffix(".yaml")
+    recipe.write_text(dump_config(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "t2v.cli", "node", "--nproc-per-node", str(ranks)),
+        *("--rdzv-endpoint", f"localhost:{port}", "--run-dir", config.run_dir, "--is-host"),
+        *("--grace-seconds", "60", "--", str(recipe)),
+    ]
+    heartbeat = {"T2V_HEARTBEAT": str(tmp_path / "heartbeat"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env=os.environ | heartbeat | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end_of(node: subprocess.Popen) -> tuple[int, str]:
+    output, _ = node.communicate(timeout=200)
+    return node.returncode, output
+
+
+def wait_for_step(run_dir: Path, step: int, node: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 150
+    while True:
+        assert node.poll() is None, node.communicate()[0]
+        assert time.monotonic() < deadline
+        if (run_dir / "status.json").exists() and status_of(run_dir)["step"] >= step:
+            return
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_sigterm_to_the_wrapper_saves_and_the_next_attempt_is_bitwise_the_same_run(
+    dataset, tmp_path
+):
+    """R08: SIGTERM as a kubelet sends it."""
+    whole, parts = (
+        config_of(dataset, tmp_path / name, total_steps=60, engine={"kind": "fsdp"})
+        for name in ("whole", "parts")
+    )
+    assert end_of(start_node(whole, tmp_path))[0] == 0
+    node = start_node(parts, tmp_path)
+    wait_for_step(tmp_path / "parts", 3, node)
+    assert check_health(tmp_path / "heartbeat", max_age_seconds=60)["pid"] == node.pid
+    node.send_signal(signal.SIGTERM)
+    code, output = end_of(node)
+    assert code == 75
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("node-00000: preempted at step")
+    assert not (tmp_path / "parts" / "PREEMPT").exists()
+    assert status_of(tmp_path / "parts")["step"] < 60
+    code, output = end_of(start_node(parts, tmp_path))
+    assert code == 0, output
+    assert "resumed from" in output
+    found, wanted = (tensors_at(tmp_path / name, 60) for name in ("parts", "whole"))
+    assert_same_tensors(found, wanted)
+    logs = tmp_path / "parts" / "logs"
+    assert sorted(path.name for path in logs.iterdir()) == ["attempt-0001", "attempt-0002"]
+    assert (logs / "attempt-0001" / "rank-00001.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_is_killed_ends_the_node_with_its_signal(dataset, tmp_path):
+    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"})
+    code, output = end_of(start_node(config, tmp_path, T2V_FAULT="step:1:3:kill"))
+    assert code not in (0, 75), output
+    assert "Traceback" not in output.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_what_the_recipe_got_wrong_is_the_exit_code_of_the_node(dataset, tmp_path):
+    config = config_of(tmp_path / "no_such_dataset", tmp_path / "run")
+    code, output = end_of(start_node(config, tmp_path, ranks=1))
+    assert code == 66, output
+    assert "no_such_dataset" in output

@@ -1,0 +1,157 @@
+"""How a run is, and what a scheduler should do with it, told by its folder alone."""
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.status import HOPELESS, NodeRecord, print_status, run_status, spell, to_json
+from data_pipeline.errors import InputMissing
+from t2v.cli import main
+from t2v.train.attempts import append_attempt
+
+NOW = 1_800_000_000.0
+
+
+def iso(seconds_ago: float) -> str:
+    return datetime.fromtimestamp(NOW - seconds_ago, UTC).isoformat()
+
+
+def write_status(run_dir: Path, state: str, *, seconds_ago: float = 1.0, **facts) -> None:
+    facts = {"step": 10, "total_steps": 100, "samples_per_second": 8.0, **facts}
+    status = {"state": state, **facts, "updated": iso(seconds_ago)}
+    (run_dir / "status.json").write_text(json.dumps(status))
+
+
+def write_node(run_dir: Path, attempt: int, *, started_ago: float, **facts) -> None:
+    folder = run_dir / "logs" / f"attempt-{attempt:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"node": "node-00000", "host": "n1", "started": NOW - started_ago, **facts}
+    (folder / "node-00000.json").write_text(json.dumps(record))
+
+
+def write_attempts(run_dir: Path, *ends: dict | None) -> None:
+    """Attempts that begin at step 0; None ends without a word."""
+    for number, end in enumerate(ends, start=1):
+        start = {"attempt": number, "event": "start", "step": 0, "config_fingerprint": "x"}
+        append_attempt(run_dir, start)
+        if end is not None:
+            append_attempt(run_dir, {"attempt": number, "event": "end", "step": 3, **end})
+
+
+def write_checkpoint(run_dir: Path, step: int, *, attempt: int) -> None:
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"attempt": attempt}))
+    os.utime(folder / "manifest.json", (NOW - 60, NOW - 60))
+
+
+FAILED = {"state": "failed", "exit_code": 1}
+
+
+def test_a_running_run_tells_rate_time_left_and_data(tmp_path):
+    write_status(tmp_path, "running")
+    write_checkpoint(tmp_path, 8, attempt=1)
+    line = {"step": 10, "samples_per_second": 8.0, "step_seconds": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n" + '{"step": 11, "sam')
+    (tmp_path / "quarantine.jsonl").write_text("{}\n{}\n")
+    status = run_status(tmp_path, now=NOW)
+    assert (status.state, status.step, status.last_checkpoint) == ("running", 10, 8)
+    assert status.eta_seconds == 90 * 0.5
+    assert status.last_checkpoint_age_seconds == pytest.approx(60)
+    assert status.quarantined_share == 2 / (10 * 4)
+    assert not status.is_stale
+
+
+def test_a_running_run_that_is_silent_is_called_stale(tmp_path):
+    write_status(tmp_path, "running", seconds_ago=4000)
+    status = run_status(tmp_path, now=NOW)
+    assert status.is_stale
+    console = Console(record=True, width=200)
+    print_status(status, console)
+    assert "silent for 67 min" in console.export_text()
+    write_status(tmp_path, "done", seconds_ago=4000)
+    assert not run_status(tmp_path, now=NOW).is_stale
+
+
+@pytest.mark.parametrize(
+    ("state", "facts", "decision"),
+    [
+        ("done", {}, "done"),
+        ("preempted", {}, "requeue"),
+        *[("failed", {"exit_code": code}, "stop") for code in sorted(HOPELESS)],
+        *[("failed", {"exit_code": code}, "requeue") for code in (1, 71, 74, 137)],
+        ("failed", {}, "requeue"),
+        ("running", {}, "requeue"),
+        ("starting", {}, "requeue"),
+    ],
+)
+def test_the_decision_follows_the_exit_code(tmp_path, state, facts, decision):
+    write_status(tmp_path, state, **facts)
+    write_node(tmp_path, 1, started_ago=100.0)
+    assert run_status(tmp_path, now=NOW).decision == decision
+
+
+def test_the_third_failure_without_a_newer_checkpoint_is_the_last(tmp_path):
+    write_status(tmp_path, "failed", exit_code=1)
+    write_attempts(tmp_path, FAILED, None)
+    assert run_status(tmp_path, now=NOW).decision == "requeue"
+    write_attempts(tmp_path, FAILED, None, FAILED)
+    assert run_status(tmp_path, now=NOW).decision == "stop"
+
+
+def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
+    write_status(tmp_path, "failed", exit_code=1)
+    write_attempts(tmp_path, FAILED, FAILED, FAILED)
+    write_checkpoint(tmp_path, 5, attempt=2)
+    status = run_status(tmp_path, now=NOW)
+    assert (status.failures_without_progress, status.decision) == (1, "requeue")
+    assert status.restarts == 2
+
+
+def test_an_attempt_that_goes_on_is_no_failure(tmp_path):
+    write_status(tmp_path, "running")
+    write_attempts(tmp_path, FAILED, None)
+    assert run_status(tmp_path, now=NOW).failures_without_progress == 1
+
+
+def test_an_attempt_that_never_owned_the_folder_has_its_wrappers_word(tmp_path):
+    write_status(tmp_path, "preempted", seconds_ago=1000)
+    write_node(tmp_path, 2, started_ago=50, ended=NOW - 20, exit_code=78, reason="seed: 3 -> 4")
+    status = run_status(tmp_path, now=NOW)
+    assert (status.state, status.exit_code, status.decision) == ("failed", 78, "stop")
+    assert status.reason == "seed: 3 -> 4"
+
+
+def test_a_folder_that_says_nothing_is_worth_another_attempt(tmp_path):
+    (tmp_path / "status.json").write_text("not json")
+    assert run_status(tmp_path, now=NOW).decision == "requeue"
+
+
+def test_node_records_of_another_version_are_read_as_far_as_known(tmp_path):
+    write_node(tmp_path, 1, started_ago=1, invented=3)
+    (tmp_path / "logs" / "attempt-0002").mkdir()
+    assert run_status(tmp_path, now=NOW).state == "starting"
+    assert NodeRecord("node-00000", "n1", 0.0).exit_code is None
+
+
+def test_the_command_answers_in_one_word_or_in_json(tmp_path, capsys):
+    write_status(tmp_path, "done", seconds_ago=NOW - time.time())
+    assert main(["status", str(tmp_path), "--decide"]) == 0
+    assert capsys.readouterr().out == "done\n"
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "done"
+    assert json.loads(to_json(run_status(tmp_path)))["total_steps"] == 100
+
+
+def test_no_run_folder_is_missing_input(tmp_path):
+    with pytest.raises(InputMissing, match="no such run folder"):
+        run_status(tmp_path / "none")
+
+
+def test_spells_of_time_are_short():
+    assert [spell(s) for s in (None, 5, 600, 11520)] == ["", "5 s", "10 min", "3 h 12 min"]
