@@ -7,6 +7,7 @@ its own, never sees a signal. The launcher turns every exit code into 1, so the 
 the failure records and status.json.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -151,13 +152,15 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, last_wor
     """
     heartbeat, next_beat = heartbeat_file(), 0.0
     first_gone: float | None = None
-    most = 0
+    most, passed_on = 0, False
     while launcher.poll() is None:
         now = time.monotonic()
         ranks = ranks_of(launcher)
         most = max(most, len(ranks))
-        if requests.heard() and not (job.run_dir / FLAG_FILE).exists():
-            request_stop(job.run_dir)  # also again, if another node's start has removed it
+        # Again while no rank has begun: the start of the node that hosts may have removed it.
+        if requests.heard() and not (passed_on and most):
+            request_stop(job.run_dir)
+            passed_on = True
         if not most and request_is_open(job.run_dir, since=last_word):
             end_group(launcher, signal.SIGTERM)  # no rank here has begun: none can answer
             launcher.wait()
@@ -171,7 +174,8 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, last_wor
         if now >= next_beat:
             status = read_json(job.run_dir / "status.json")
             state = status.get("state", "starting") if most else "starting"
-            beat(heartbeat, state=state, step=status.get("step", 0))
+            with contextlib.suppress(OSError):  # a full disk there must not end the run
+                beat(heartbeat, state=state, step=status.get("step", 0))
             next_beat = now + BEAT_SECONDS
         time.sleep(POLL_SECONDS)
     return launcher.returncode

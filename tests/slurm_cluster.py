@@ -7,7 +7,6 @@ touches no service of the system, and needs root, as the daemons start jobs as t
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -15,6 +14,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 NODES = ("n1", "n2")
@@ -71,9 +72,17 @@ class SlurmCluster:
             time.sleep(0.3)
         return job
 
-    def kill_daemon(self, node: str) -> None:
-        """End a node daemon, as a crash would."""
-        self.daemons[node].send_signal(signal.SIGKILL)
+    def kill_node(self, node: str) -> None:
+        """End a node's daemon and all that it has started, as a crash of the node would."""
+        daemon = psutil.Process(self.daemons[node].pid)
+        steps = [
+            process
+            for process in psutil.process_iter(["name", "environ"])
+            if (process.info["environ"] or {}).get("SLURMD_NODENAME") == node
+        ]
+        for process in [daemon, *daemon.children(recursive=True), *steps]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.daemons[node].wait()
 
     def start_daemon(self, node: str) -> None:
@@ -170,7 +179,7 @@ KillWait=5
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MpiDefault=none
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2 RealMemory=1000
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:2
 """
 
