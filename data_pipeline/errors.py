@@ -5,6 +5,7 @@ class UserError(Exception):
     """An error with a remedy; the command line prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
+    rank: int | None = None  # where it happened, once ranks have told each other
 
 
 class ConfigError(UserError):

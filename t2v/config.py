@@ -24,6 +24,7 @@ from t2v.train.metrics import MetricsConfig
 from t2v.train.optim import OptimizerConfig
 from t2v.train.side_job import SamplesConfig
 from t2v.train.warm_start import WarmStartConfig
+from t2v.train.watchdog import WatchdogConfig
 
 
 class RunConfig(Strict):
@@ -48,6 +49,7 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     sampling: SamplingConfig
+    watchdog: WatchdogConfig = WatchdogConfig()
     warm_start: WarmStartConfig | None = None
     held_out: HeldOutConfig | None = None
     samples: SamplesConfig | None = None
@@ -113,13 +115,16 @@ def refuse_other_subjects(samples: SamplesConfig, conditioning: Conditioning) ->
         if bad or not samples.labels:
             last = conditioning.num_classes - 1
             raise ValueError(f"samples.labels: {bad or 'none'} given; use classes 0 to {last}")
-    elif samples.labels:
-        raise ValueError("samples.labels: the recipe has no classes; give samples.prompts")
-    elif isinstance(conditioning, TextConditioning) and samples.automatic and not samples.encoder:
-        raise ValueError(
-            "samples.encoder: missing; give the text encoder of the training set, or "
-            "samples.automatic: false and --encoder to t2v samples"
-        )
+    elif isinstance(conditioning, TextConditioning):
+        if not samples.prompts:
+            raise ValueError("samples.prompts: missing; the recipe reads text, give some")
+        if samples.automatic and not samples.encoder:
+            raise ValueError(
+                "samples.encoder: missing; give the text encoder of the training set, or "
+                "samples.automatic: false and --encoder to t2v samples"
+            )
+    elif not samples.count:
+        raise ValueError("samples.count: missing; the recipe has neither text nor classes")
 
 
 class _UniqueKeys(yaml.SafeLoader):

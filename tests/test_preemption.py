@@ -11,12 +11,18 @@ import pytest
 from t2v.train import preemption
 
 ARM_AND_WAIT = """
-import time
+import ctypes, sys, time
+from pathlib import Path
 from t2v.train import preemption
 preemption.arm()
-print("armed", flush=True)
-while True:
-    time.sleep(0.1)
+folder, where = Path(sys.argv[1]), sys.argv[2]
+with preemption.leaving(folder, (folder / "left").touch):
+    if where == "training":
+        preemption.wait_for_save()
+    print("armed", flush=True)
+    if where == "deep":
+        ctypes.CDLL(None).sleep(60), ctypes.CDLL(None).sleep(60)
+    time.sleep(60)
 """
 
 
@@ -48,15 +54,34 @@ def test_arming_does_not_import_torch():
     assert found.stdout == "False\n"
 
 
-def test_second_signal_leaves_at_once():
-    process = subprocess.Popen(
-        [sys.executable, "-c", ARM_AND_WAIT], stdout=subprocess.PIPE, text=True
-    )
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", ARM_AND_WAIT, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    with process.stdout as output:
-        assert output.readline() == "armed\n"
+    assert process.stdout.readline() == "armed\n"
+    return process
+
+
+def test_second_signal_leaves_at_once(tmp_path):
+    """R10. A launcher and a scheduler that both pass on one request are no second one."""
+    with start(tmp_path, "training") as process:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(preemption.ECHO_SECONDS)
         assert process.poll() is None
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=5) == 75
+    assert (tmp_path / "left").exists()
+
+
+@pytest.mark.parametrize(("request_stop", "where"), [("signal", "deep"), ("flag", "setup")])
+def test_process_with_nothing_to_save_leaves_by_itself(tmp_path, request_stop, where):
+    """R10: wherever it is, also deep in C, where Python's own handlers cannot run."""
+    with start(tmp_path, where) as process:
+        if request_stop == "signal":
+            process.send_signal(signal.SIGTERM)
+        else:
+            (tmp_path / "PREEMPT").touch()
+        assert process.wait(timeout=10) == 75
+    assert (tmp_path / "left").exists()

@@ -67,10 +67,29 @@ class World:
             self.gather((None, RuntimeError(f"rank {self.rank}: {failure!r}")), group)
             raise
         outcomes = self.gather((value, error), group)
-        for _, failure in outcomes:
+        for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
+                failure.rank = rank
                 raise failure
         return [value for value, _ in outcomes]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What `function` returned here; where it fails on one rank, all ranks raise. Costs one
+        small sum where none fails."""
+        value, error = None, None
+        try:
+            value = function()
+        except Exception as failure:
+            error = failure
+        if not self.any(error is not None):
+            return cast(T, value)
+
+        def fail() -> None:
+            if error is not None:
+                raise error
+
+        self.on_all(fail)
+        raise AssertionError("one rank has failed")
 
     def on_first(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """What `function` returned on rank 0, the only one to call it; its error is everyone's."""

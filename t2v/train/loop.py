@@ -16,20 +16,22 @@ from data_pipeline.errors import ConfigError, NumericError
 from data_pipeline.loader import Loader
 from t2v.config import RunConfig, dump_config
 from t2v.engine.compute import make_deterministic
-from t2v.engine.engine import Engine, build_engine
+from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
 from t2v.model.hpdm import build_model
 from t2v.train import preemption
+from t2v.train.attempt import begin_attempt
 from t2v.train.checkpoint import Checkpoints
 from t2v.train.contract import refuse_other_run
 from t2v.train.ema import Ema
+from t2v.train.faults import arm_faults, fault
 from t2v.train.held_out import HeldOut
 from t2v.train.objective import level_losses
 from t2v.train.report import Report
-from t2v.train.run_folder import StatusFile, locked
 from t2v.train.schedule import BASE, learning_rates
 from t2v.train.state import TrainState
 from t2v.train.warm_start import warm_start
+from t2v.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -37,29 +39,39 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
+def train(
+    config: RunConfig, *, stop_at_step: int | None = None, clear_failures: bool = False
+) -> int:
     """Train to `total_steps` and return 0, or to where it is told to stop and return 75."""
     preemption.arm()
+    arm_faults()
     make_deterministic()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as exits:
+        watchdog = exits.enter_context(Watchdog(config.watchdog))
         world = exits.enter_context(join_world(config.engine))
-        status = exits.enter_context(owned(run_dir, config, world))
+        attempt = exits.enter_context(
+            begin_attempt(config, world, watchdog, clear_failures=clear_failures)
+        )
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
         held_out = HeldOut(config, loader, world)
-        checkpoints = Checkpoints(run_dir, config.checkpoint, world)
+        checkpoints = Checkpoints(run_dir, config.checkpoint, world, attempt.may_commit)
         exits.callback(checkpoints.settle)
         state = begin(config, world, checkpoints, loader)
         recipe = dump_config(config).encode()
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
-        report = Report(run_dir, config, world, status, step=state.step)
+        report = Report(run_dir, config, world, attempt.status, step=state.step)
         exits.enter_context(contextlib.closing(report))
+        exits.push(attempt.on_exit)
         wait = Waiting()
         steps = wait(loader.steps(state.step, config.total_steps))
         stop = world.any(preemption.requested(run_dir))
         while state.step < config.total_steps and not stop:
             started = time.perf_counter()
-            losses = accumulate_gradients(state.engine, wait(next(steps)), config, report)
+            watchdog.enter("data", state.step)
+            micro_batches = world.together(lambda: read(steps, state))
+            watchdog.enter("step", state.step, (i for batch in micro_batches for i in batch.ids))
+            losses = accumulate_gradients(state, wait(micro_batches), config, report)
             rates = learning_rates(config, state.step, state.engine.updates)
             grad_norm = float(state.engine.gradient_norm())
             if math.isfinite(grad_norm):
@@ -72,24 +84,26 @@ def train(config: RunConfig, *, stop_at_step: int | None = None) -> int:
             )  # fmt: skip
             refuse_endless_skips(state, config)
             if held_out.due(state.step):
+                watchdog.enter("step", state.step)
                 report.held_out(held_out.measure(state))
-            stop = world.any(preemption.requested(run_dir) or state.step == stop_at_step)
+            fault("step", state.step)
+            preemption.wait_for_save()
+            told = preemption.requested(run_dir) or attempt.is_lost
+            stop = world.any(told or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
-                checkpoints.save(state.slices(), facts(state, config, loader))
+                watchdog.enter("checkpoint", state.step)
+                known = facts(state, config, loader)
+                checkpoints.save(state.slices(), known | {"attempt": attempt.number})
             report.saved(checkpoints.news())
+        watchdog.enter("checkpoint", state.step)
         checkpoints.finish()
         report.saved(checkpoints.news())
-        if state.step >= config.total_steps:
-            report.end("done")
-            return 0
-        if world.is_first:
-            preemption.acknowledge(run_dir)
-        report.end("preempted")
-        return preemption.EXIT_CODE
+        return attempt.finish(is_done=state.step >= config.total_steps)
 
 
 def begin(config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loader) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
+    fault("setup")
     with torch.device("meta"):
         model = build_model(config)
     engine = build_engine(model, config, world)
@@ -106,13 +120,21 @@ def begin(config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loa
     elif config.warm_start is not None:
         warm_start(config, engine)
         state.ema.restart()
+    checkpoints.reserve(state.slices())
     return state
 
 
+def read(steps: Iterator[list["Batch"]], state: TrainState) -> list["Batch"]:
+    """The micro-batches of the next step."""
+    fault("data", state.step + 1)
+    return next(steps)
+
+
 def accumulate_gradients(
-    engine: Engine, micro_batches: Iterable["Batch"], config: RunConfig, report: Report
+    state: TrainState, micro_batches: Iterable["Batch"], config: RunConfig, report: Report
 ) -> Tensor:
     """Gradients of a step's loss; returns this rank's mean loss of each level."""
+    engine = state.engine
     count = accumulation_steps(config, engine.world.world_size)
     device = engine.world.device
     losses = torch.zeros(config.pyramid.levels, device=device)
@@ -120,8 +142,11 @@ def accumulate_gradients(
         report.samples(batch)
         with engine.autocast():
             of_levels = level_losses(engine.model, batch, config, device) / count
+        if fault("forward", state.step + 1):
+            of_levels = of_levels * math.nan
         engine.backward(of_levels.sum(), final=number == count)
         losses += of_levels.detach()
+    fault("collective", state.step + 1)
     return losses
 
 
@@ -180,30 +205,6 @@ def open_loader(config: RunConfig, world: World) -> Loader:
 
     world.on_all(open_one)
     return loaders[0]
-
-
-@contextlib.contextmanager
-def owned(run_dir: Path, config: RunConfig, world: World) -> Iterator[StatusFile | None]:
-    """The run folder, locked; rank 0 gets its status file, in which a failure leaves its reason."""
-    with contextlib.ExitStack() as exits:
-        status = None
-        if world.is_first:
-            status = StatusFile(run_dir, step=0, total_steps=config.total_steps)
-
-        def enter() -> None:
-            exits.enter_context(locked(run_dir))
-            assert status is not None
-            status.write("starting")
-
-        world.on_first(enter)
-        try:
-            yield status
-        except BaseException as failure:
-            if status is not None:
-                # A full disk may be the very failure.
-                with contextlib.suppress(OSError):
-                    status.write("failed", reason=str(failure) or repr(failure))
-            raise
 
 
 class Waiting:

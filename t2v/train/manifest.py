@@ -42,6 +42,7 @@ class Manifest(Strict):
     model_signature: str = Field(description="digest of the model's names, shapes and dtypes")
     versions: dict[str, str]
     saved_at: str = Field(description="ISO 8601, UTC")
+    attempt: int = Field(default=0, ge=0, description="at this run; a later one fences it off")
     held_out_loss: float | None = Field(default=None, description="at this step, if it was taken")
     files: dict[str, FileRecord]
     proof: str = Field(default="", description="sha256 of all the other fields")

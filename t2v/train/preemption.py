@@ -1,37 +1,129 @@
 """Being told to stop: SIGTERM, SIGUSR1, SIGUSR2, or a file named PREEMPT in the run folder.
 
 Nothing here imports torch: handlers are armed before that long import, during which a signal would
-otherwise end the process at once.
+otherwise end the process at once. A thread hears of signals while the main thread is deep in C
+code, where Python's handlers cannot run.
 """
 
+import contextlib
 import os
+import select
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FLAG_FILE = "PREEMPT"
+# A launcher and its scheduler may both pass on the one request they got.
+ECHO_SECONDS = 1.0
+# A process with nothing to save has this long to notice a request by itself.
+NOTICE_SECONDS = 4.0
 
-_received: list[int] = []
+
+class _Ear:
+    """What this process has heard."""
+
+    def __init__(self) -> None:
+        self.heard = False
+        self.something_to_save = False
+        self.on_leaving: Callable[[], None] | None = None
+        self.flag_file: Path | None = None
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
+
+    def _listen(self) -> None:
+        first: float | None = None
+        since: float | None = None
+        while True:
+            ready, _, _ = select.select([self.read_end], [], [], 0.5)
+            now = time.monotonic()
+            numbers = os.read(self.read_end, 64) if ready else b""
+            if ready and not numbers:
+                os.close(self.read_end)
+                return
+            if set(numbers) & set(SIGNALS):
+                self.heard = True
+                if first is not None and now - first > ECHO_SECONDS:
+                    self._leave()
+                first = first or now
+            if self.something_to_save or not (self.heard or self._sees_flag()):
+                since = None
+            elif since is None:
+                since = now
+            elif now - since > NOTICE_SECONDS:
+                self._leave()
+
+    def _sees_flag(self) -> bool:
+        return self.flag_file is not None and self.flag_file.exists()
+
+    def _leave(self) -> None:
+        """End at once; what was committed stands."""
+        try:
+            if self.on_leaving is not None:
+                self.on_leaving()
+        finally:
+            os._exit(EXIT_CODE)
+
+
+_ear: _Ear | None = None
 
 
 def arm() -> None:
-    """From now on the first signal is a request, and the second ends the process at once."""
-    for number in SIGNALS:
-        signal.signal(number, _receive)
+    """From now on the first signal is a request, and a second one ends the process at once."""
+    global _ear
+    if _ear is None:
+        _ear = _Ear()
+        signal.set_wakeup_fd(_ear.write_end, warn_on_full_buffer=False)
+        _ear.thread.start()
+        for number in SIGNALS:
+            signal.signal(number, _receive)
 
 
 def disarm() -> None:
     """Signals do again what they do by default; an unanswered request is forgotten."""
+    global _ear
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    _received.clear()
+    if _ear is not None:
+        signal.set_wakeup_fd(-1)
+        os.close(_ear.write_end)
+        _ear.thread.join()
+        _ear = None
+
+
+def wait_for_save() -> None:
+    """From now on there is something to save: one request alone never ends the process."""
+    if _ear is not None:
+        _ear.something_to_save = True
+
+
+@contextlib.contextmanager
+def leaving(run_dir: Path, action: Callable[[], None]) -> Iterator[None]:
+    """Do something quick where a request ends the process at once."""
+    if _ear is not None:
+        _ear.something_to_save, _ear.on_leaving = False, action
+        _ear.flag_file = run_dir / FLAG_FILE
+    try:
+        yield
+    finally:
+        if _ear is not None:
+            # What is left to do is to close; a request must neither hurry it nor be recorded.
+            _ear.something_to_save, _ear.on_leaving = True, None
+
+
+def heard() -> bool:
+    """Whether this process was told to stop by a signal."""
+    return _ear is not None and _ear.heard
 
 
 def requested(run_dir: Path) -> bool:
     """Whether this process was told to stop; ranks must still agree on when."""
-    return bool(_received) or (run_dir / FLAG_FILE).exists()
+    return heard() or (run_dir / FLAG_FILE).exists()
 
 
 def acknowledge(run_dir: Path) -> None:
@@ -40,6 +132,5 @@ def acknowledge(run_dir: Path) -> None:
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
-    if _received:
-        os._exit(EXIT_CODE)
-    _received.append(number)
+    if _ear is not None:
+        _ear.heard = True

@@ -11,7 +11,7 @@ from t2v.engine.world import World
 from t2v.train.checkpoint import Saved
 from t2v.train.metrics import Metrics, StepSums
 from t2v.train.rates import Rates, first_start, peak_memory
-from t2v.train.run_folder import State, StatusFile
+from t2v.train.run_folder import StatusFile
 from t2v.train.side_job import SideJob
 from t2v.train.state import TrainState
 from t2v.train.views import Guarded, ProgressView
@@ -112,11 +112,6 @@ class Report:
                 self.status.write("running", last_checkpoint=saved.step)
             else:
                 print(f"step {saved.step} was not saved because {saved.problem}", flush=True)
-
-    def end(self, state: State) -> None:
-        """The last status of this attempt."""
-        if self.status is not None:
-            self.status.write(state)
 
     def close(self) -> None:
         if self.lines is not None:

@@ -165,7 +165,7 @@ class Watchdog:
                     os._exit(exit_code)
                 continue
             left = self.since + self._deadline() - now
-            faulthandler.dump_traceback_later(max(left, 0.0) + STUCK_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(max(left, 0.0) + STUCK_SECONDS, exit=True, file=2)
             alarm = heard_alarm(self.folder) if self.folder is not None else None
             if alarm is not None and alarm["rank"] != self.rank and not alarm["is_hang"]:
                 self._follow(alarm["exit_code"])
