@@ -1,0 +1,147 @@
+"""Profiles of clusters: strict, and never a place for a secret."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.profile import KubernetesProfile, SlurmProfile, load_profile, parse_profile
+from cluster.secrets import holds_secret, is_secret, secrets_in
+from data_pipeline.errors import ConfigError, InputMissing
+
+PROFILES = Path(__file__).parent.parent / "configs" / "cluster"
+
+SLURM = {
+    "kind": "slurm",
+    "nodes": 4,
+    "gpus_per_node": 2,
+    "gpu_memory_gib": 79.6,
+    "cpus_per_node": 16,
+    "memory_gib": 64,
+    "time_limit_minutes": 600,
+    "workdir": "/shared/t2v",
+}
+KUBERNETES = {
+    "kind": "kubernetes",
+    "namespace": "team",
+    "image": "registry.example/t2v@sha256:" + "ab" * 32,
+    "nodes": 4,
+    "gpus_per_node": 2,
+    "gpu_memory_gib": 79.6,
+    "cpus_per_node": 16,
+    "memory_gib": 64,
+    "workdir": "/shared/t2v",
+    "mounts": [{"claim": "shared", "path": "/shared"}],
+}
+# What real secrets look like; none of these opens anything.
+SECRETS = [
+    "AKIAIOSFODNN7EXAMPLE",
+    "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "hf_abcdefghijklmnopqrstuvwxyz",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    "https://user:password@example.org/x",
+    "https://bucket.example/x?X-Amz-Signature=0123456789abcdef",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abc",
+    "-----BEGIN RSA PRIVATE KEY-----",
+]
+
+
+def refusal(content: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_profile(content, "site.yaml")
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+def test_shipped_profiles_are_valid():
+    assert isinstance(load_profile(PROFILES / "slurm.yaml"), SlurmProfile)
+    assert isinstance(load_profile(PROFILES / "kubernetes.yaml"), KubernetesProfile)
+
+
+def test_missing_profile_and_broken_yaml_are_named(tmp_path):
+    with pytest.raises(InputMissing, match=r"nowhere\.yaml: no such profile"):
+        load_profile(tmp_path / "nowhere.yaml")
+    (tmp_path / "twice.yaml").write_text("kind: slurm\nkind: slurm\n")
+    with pytest.raises(ConfigError, match="'kind' is there twice"):
+        load_profile(tmp_path / "twice.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "said"),
+    [
+        (SLURM, {"kind": "lsf"}, "kind: value is wrong"),
+        (SLURM, {"patition": "gpu"}, "patition: unknown field"),
+        (SLURM, {"nodes": "4"}, "nodes: '4' is wrong because"),
+        (SLURM, {"nodes": True}, "nodes: True is wrong because"),
+        (SLURM, {"gpu_memory_gib": 0.0}, "gpu_memory_gib: missing although there are GPUs"),
+        (SLURM, {"partition": "gpu --wrap=x"}, "partition:"),
+        (SLURM, {"partition": "gpu\n#SBATCH --uid=0"}, "partition:"),
+        (SLURM, {"directives": {"nodes": "9"}}, "'nodes' is set by t2v launch"),
+        (SLURM, {"directives": {"x y": "9"}}, "no long option"),
+        (SLURM, {"setup": ["module load cuda\nrm -rf /"]}, "setup has the character"),
+        (SLURM, {"setup": ["#SBATCH --uid=0"]}, "is a comment"),
+        (SLURM, {"workdir": "shared"}, "workdir: 'shared' is wrong because"),
+        (
+            SLURM,
+            {"container": {"kind": "apptainer", "image": "docker://t2v:latest"}},
+            "may be another image tomorrow",
+        ),
+        (KUBERNETES, {"image": "registry.example/t2v:latest"}, "image:"),
+        (KUBERNETES, {"namespace": "Team A"}, "namespace:"),
+        (KUBERNETES, {"workdir": "/elsewhere"}, "on none of the mounts"),
+        (KUBERNETES, {"topology": "rack"}, "there is no queue"),
+        (KUBERNETES, {"environment": {"A B": "1"}}, "no name of a variable"),
+        (KUBERNETES, {"environment": {"A": "x\0y"}}, "which no job can hold"),
+        (KUBERNETES, {"environment": {"A": "\ud800"}}, "which no job can hold"),
+    ],
+)
+def test_refusals_name_the_field(base, change, said):
+    assert said in refusal({**base, **change})
+
+
+def test_every_mistake_is_told_at_once():
+    said = refusal({**SLURM, "nodes": 0, "colour": "red"})
+    assert "nodes:" in said
+    assert "colour:" in said
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("base", [SLURM, KUBERNETES], ids=["slurm", "kubernetes"])
+def test_secret_values_are_refused_and_not_repeated(base, secret):
+    said = refusal({**base, "environment": {"HARMLESS": secret}})
+    assert "looks like a secret" in said
+    assert secret not in said
+
+
+@pytest.mark.parametrize(
+    "name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "PRIVATE_KEY"]
+)
+def test_variables_that_would_hold_a_secret_are_refused(name):
+    said = refusal({**SLURM, "environment": {name: "1234"}})
+    assert "name where it is kept" in said
+    assert "1234" not in said
+
+
+def test_a_secret_among_unknown_fields_is_not_repeated():
+    said = refusal({**SLURM, "nodes": SECRETS[0]})
+    assert SECRETS[0] not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth0"),
+        ("NCCL_IB_HCA", "=mlx5_0:1,mlx5_1:1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/home/t2v/.aws/credentials"),
+        ("LD_LIBRARY_PATH", "/usr/local/cuda-13.0/lib64:/opt/amazon/efa/lib"),
+        ("HTTPS_PROXY", "http://proxy.example:3128"),
+    ],
+)
+def test_usual_settings_are_no_secrets(name, value):
+    assert not is_secret(name, value)
+
+
+def test_secrets_are_found_at_their_path():
+    content = {"a": [{"b": "harmless"}, {"c": f"x {SECRETS[0]} y"}], "d": 3}
+    assert list(secrets_in(content)) == ["a[1].c"]
+    assert not holds_secret("sha256:" + "ab" * 32)

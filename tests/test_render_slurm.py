@@ -1,0 +1,293 @@
+"""Batch scripts: sbatch reads the directives that were meant, and bash every word as it was given.
+
+The scripts run here in a real bash; `srun`, `scontrol`, `sbatch` and `t2v` are stand-ins that write
+down what they were called with. A real SLURM runs them in test_slurm.py.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.job import DataJob, Grace, SharedMemory, TrainingJob
+from cluster.profile import SlurmProfile, parse_profile
+from cluster.render import refuse_bad_shell, render
+from cluster.render_slurm import SCRIPT, array_script, directives_of, training_script
+from data_pipeline.errors import ConfigError
+from tests.test_profile import SLURM
+
+NASTY = [
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch forged)",
+    "`touch forged`",
+    "; touch forged;",
+    "x\n#SBATCH --uid=0\ntouch forged",
+    "'\n#SBATCH --nodes=999\n'",
+    "*",
+    "~",
+    "-n",
+    "\\",
+    "ünïcödé",
+    "a\tb",
+    "!$&|<>()[]{}",
+    "",
+]
+
+STAND_IN = f"""#!{sys.executable} -SE
+import json, os, sys, time
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+if name == "srun":
+    while words[0].startswith("-"):
+        del words[0]
+    os.execvp(words[0], words)
+with open(os.environ["CALLS"], "a") as calls:
+    told = {{key: os.environ.get(key) for key in os.environ.get("TELL", "").split()}}
+    print(json.dumps([name, words, told]), file=calls)
+if words[:1] == ["show"]:
+    print("n1\\nn2")
+if words[:1] == ["status"]:
+    print(os.environ["DECISION"])
+if words[:1] == ["preflight"]:
+    sys.exit(int(os.environ.get("PREFLIGHT", "0")))
+if words[:1] == ["node"]:
+    time.sleep(float(os.environ.get("SECONDS_OF_NODE", "0")))
+    sys.exit(int(os.environ.get("CODE", "0")))
+if words[:1] == ["requeue"]:
+    os.kill(os.getppid(), 9)  # as SLURM ends the script
+"""
+
+
+def site(tmp_path: Path, **changes) -> SlurmProfile:
+    profile = parse_profile({**SLURM, "workdir": str(tmp_path), **changes}, "site")
+    assert isinstance(profile, SlurmProfile)
+    return profile
+
+
+def job(**changes) -> TrainingJob:
+    plain = TrainingJob(
+        name="tiny",
+        run_dir="runs/tiny",
+        nodes=2,
+        ranks_per_node=2,
+        recipe="name: tiny\n",
+        record={"t2v": "1"},
+        grace=Grace(120, "because"),
+        shared_memory=SharedMemory(2, "because"),
+    )
+    return replace(plain, **changes)
+
+
+def run_script(script: str, tmp_path: Path, **environment: str) -> tuple[int, list]:
+    """Exit code of a script in bash, and the calls that it made."""
+    process, calls = start_script(script, tmp_path, **environment)
+    process.communicate(timeout=60)
+    return process.returncode, read_calls(calls)
+
+
+def start_script(script: str, tmp_path: Path, **environment: str) -> tuple:
+    programs, calls = tmp_path / "programs", tmp_path / "calls"
+    programs.mkdir(exist_ok=True)
+    for name in ("srun", "scontrol", "sbatch", "t2v"):
+        (programs / name).write_text(STAND_IN)
+        (programs / name).chmod(0o755)
+    (tmp_path / "job").write_text(script)
+    given = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": "0"}
+    given |= {"SLURMD_NODENAME": "n2", "CALLS": str(calls), "DECISION": "done", **environment}
+    given["PATH"] = f"{programs}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "job")], env=given, cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    return process, calls
+
+
+def read_calls(calls: Path) -> list:
+    return [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+def verbs(calls: list) -> list[str]:
+    return [words[0] for _, words, _ in calls]
+
+
+def test_directives_say_what_profile_and_job_say(tmp_path):
+    profile = site(tmp_path, partition="gpu", account="t2v", gpu_type="h100", exclude=["n9"],
+                   directives={"switches": "1@10:00"})  # fmt: skip
+    found = directives_of(training_script(job(bad_nodes=("n7",)), profile))
+    assert set(found) == {
+        "#SBATCH --account=t2v",
+        f"#SBATCH --chdir={tmp_path}",
+        "#SBATCH --cpus-per-task=16",
+        "#SBATCH --exclude=n9,n7",
+        "#SBATCH --exclusive",
+        "#SBATCH --export=HOME,LANG,PATH,USER",
+        "#SBATCH --gpus-per-node=h100:2",
+        "#SBATCH --job-name=tiny",
+        "#SBATCH --mem=0",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --output={tmp_path}/runs/tiny/slurm/%x-%j.out",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@150",
+        "#SBATCH --switches=1@10:00",
+        "#SBATCH --time=0-10:00:00",
+    }
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("container", ["none", "apptainer", "pyxis"])
+def test_scripts_are_bash(tmp_path, container):
+    digest = "registry.example/t2v@sha256:" + "0" * 64
+    kinds = {
+        "none": None,
+        "apptainer": {"kind": "apptainer", "image": f"docker://{digest}", "binds": ["/a b:/c"]},
+        "pyxis": {"kind": "pyxis", "image": digest, "mounts": ["/a b:/c", "/d"]},
+    }
+    profile = site(tmp_path, container=kinds[container])
+    refuse_bad_shell(training_script(job(), profile))
+    with pytest.raises(ConfigError, match="bash cannot read"):
+        refuse_bad_shell(training_script(job(), site(tmp_path, setup=["if true"])))
+
+
+def test_environment_and_arguments_reach_the_program_as_they_were_given(tmp_path):
+    environment = {f"NASTY_{number}": text for number, text in enumerate(NASTY)}
+    (tmp_path / "my secret").write_text("s3cret $(touch forged)\n")
+    profile = site(tmp_path, environment=environment,
+                   secrets=[{"variable": "KEY", "file": f"{tmp_path}/my secret"}])  # fmt: skip
+    data = DataJob("words", ("build", *NASTY), 3, 2, 4, 8, 0, {})
+    script = array_script(data, profile)
+    told = " ".join(["KEY", *environment])
+    code, calls = run_script(script, tmp_path, TELL=told, SLURM_ARRAY_TASK_ID="1")
+    assert code == 0
+    assert calls == [
+        [
+            "t2v",
+            ["data", "build", *NASTY, "--task", "1/3"],
+            {**environment, "KEY": "s3cret $(touch forged)"},
+        ]
+    ]
+    assert not (tmp_path / "forged").exists()
+    plain = array_script(replace(data, arguments=("build",)), site(tmp_path))
+    assert directives_of(script) == directives_of(plain)
+    last = script[script.index("data \\\n") :]
+    assert shlex.split(last.partition("\n")[2]) == ["build", *NASTY]
+    assert "s3cret" not in script
+
+
+@pytest.mark.parametrize("text", ["x\0y", "x\x1b[31my", "x\ud800y", "x\ry"])
+def test_what_no_job_can_hold_is_refused(tmp_path, text):
+    data = DataJob("words", ("build", text), 3, 2, 4, 8, 0, {})
+    with pytest.raises(ConfigError, match="no job can hold") as caught:
+        array_script(data, site(tmp_path))
+    assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize("text", [text for text in NASTY if text] + ["x\0y", "a%jb"])
+def test_directives_cannot_be_forged_by_paths(tmp_path, text):
+    if all(letter.isalnum() or letter in "-*[]" for letter in text) and text.isascii():
+        return  # sbatch reads these as they are
+    with pytest.raises(ConfigError) as caught:
+        render(job(run_dir=text), site(tmp_path / text.replace("\0", "")))
+    assert caught.value.exit_code == 78
+
+
+def test_a_run_is_told_where_and_what(tmp_path):
+    script = training_script(job(), site(tmp_path))
+    code, calls = run_script(script, tmp_path, SLURM_RESTART_COUNT="3", SLURM_NODEID="1")
+    assert code == 0
+    assert verbs(calls) == ["show", "preflight", "node", "status"]
+    folder = tmp_path / "runs" / "tiny"
+    recipe = f"{folder}/launch/{job().snapshot}/config.yaml"
+    assert calls[2][1] == [
+        *("node", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
+        *("--rdzv-endpoint", "n1:20017", "--rdzv-id", "17-3"),
+        *("--run-dir", str(folder), "--grace-seconds", "120", "--", recipe),
+    ]
+
+
+def test_an_old_request_to_stop_is_not_for_this_attempt(tmp_path):
+    flag = tmp_path / "runs" / "tiny" / "PREEMPT"
+    flag.parent.mkdir(parents=True)
+    flag.touch()
+    run_script(training_script(job(), site(tmp_path)), tmp_path)
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("decision", "restarts", "code", "exit_code", "asked"),
+    [
+        ("done", "0", "0", 0, False),
+        ("stop", "0", "65", 65, False),
+        ("stop", "0", "0", 1, False),  # never a success that was none
+        ("requeue", "0", "75", -9, True),
+        ("requeue", "49", "1", -9, True),
+        ("requeue", "50", "75", 75, False),
+        ("nonsense", "0", "1", 1, False),
+    ],
+)
+def test_the_run_folder_decides(tmp_path, decision, restarts, code, exit_code, asked):
+    script = training_script(job(), site(tmp_path))
+    returned, calls = run_script(
+        script, tmp_path, DECISION=decision, SLURM_RESTART_COUNT=restarts, CODE=code
+    )
+    assert returned == exit_code
+    assert ("requeue" in verbs(calls)) == asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_becomes_the_flag_file_while_the_run_goes_on(tmp_path, number):
+    script = training_script(job(), site(tmp_path))
+    process, calls = start_script(script, tmp_path, SECONDS_OF_NODE="1.5", CODE="75",
+                                  DECISION="stop")  # fmt: skip
+    while not calls.exists() or "node" not in verbs(read_calls(calls)):
+        time.sleep(0.05)
+    process.send_signal(number)
+    flag = tmp_path / "runs" / "tiny" / "PREEMPT"
+    while not flag.exists():
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(number)  # SLURM sends more than one
+    process.communicate(timeout=30)
+    assert process.returncode == 75  # of the nodes, not of the interrupted wait
+    assert verbs(read_calls(calls))[-1] == "status"
+
+
+def test_a_bad_node_is_avoided_by_the_job_that_takes_over(tmp_path):
+    profile = site(tmp_path, exclude=["n9"])
+    script = training_script(job(), profile)
+    code, calls = run_script(script, tmp_path, PREFLIGHT="69")
+    assert code == 69
+    again = f"{tmp_path}/runs/tiny/launch/{job().snapshot}/{SCRIPT}"
+    assert verbs(calls) == ["show", "preflight", "--exclude=n9,n2"]
+    assert calls[-1][:2] == ["sbatch", ["--exclude=n9,n2", again]]
+    assert (tmp_path / "runs/tiny/bad_nodes").read_text() == "n2\n"
+
+
+@pytest.mark.parametrize("code", ["66", "78", "1"])
+def test_a_bad_recipe_is_no_bad_node(tmp_path, code):
+    bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
+    bad_nodes.parent.mkdir(parents=True)
+    bad_nodes.write_text("n7\n")  # of an earlier attempt
+    script = training_script(job(), site(tmp_path))
+    returned, calls = run_script(script, tmp_path, PREFLIGHT=code)
+    assert returned == int(code)
+    assert verbs(calls) == ["show", "preflight"]
+
+
+def test_more_bad_nodes_than_the_job_has_end_it(tmp_path):
+    bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
+    bad_nodes.parent.mkdir(parents=True)
+    bad_nodes.write_text("n5\nn6\nn6\n")
+    script = training_script(job(), site(tmp_path))
+    code, calls = run_script(script, tmp_path, PREFLIGHT="69")
+    assert code == 69
+    assert "sbatch" not in [name for name, _, _ in calls]
