@@ -23,6 +23,7 @@ from data_pipeline.errors import NumericError, StorageError, UserError
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
 from t2v.train.contract import WEIGHTS, model_signature
+from t2v.train.faults import fault
 from t2v.train.finding import list_checkpoints, newest_valid, step_folder
 from t2v.train.manifest import (
     MANIFEST,
@@ -242,7 +243,9 @@ class Checkpoints:
             raise StorageError(
                 f"{problems[0]} as rank 0 sees it; use a run folder that all nodes share."
             )
+        fault("checkpoint.manifest")
         storage.write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        fault("checkpoint.rename")
         self.may_commit()
         staging.rename(folder)
         storage.sync_folder(folder.parent)
@@ -251,6 +254,7 @@ class Checkpoints:
     def _retire(self) -> None:
         """Delete old checkpoints; only finished ones count, and milestones and the one with the
         lowest held-out loss stay."""
+        fault("checkpoint.retire")
         every = self.config.milestone_every_steps
         finished = [info for info in list_checkpoints(self.folder) if info.problem is None]
         losses = [info.held_out_loss for info in finished if info.held_out_loss is not None]

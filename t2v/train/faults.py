@@ -17,7 +17,7 @@ from data_pipeline.errors import ConfigError
 
 STEP_SITES = ("data", "forward", "collective", "step")
 COUNTED_SITES = (
-    *("setup", "checkpoint.write", "checkpoint.prove", "checkpoint.manifest"),
+    *("setup", "checkpoint.write", "checkpoint.manifest"),
     *("checkpoint.rename", "checkpoint.retire"),
 )
 ACTIONS = ("kill", "term", "hang", "crash", "nan", "enospc", "eio")

@@ -24,6 +24,7 @@ from data_pipeline.errors import StorageError
 from data_pipeline.strict import Strict
 from t2v.engine.place import Place
 from t2v.engine.world import storage_error
+from t2v.train.faults import fault
 
 INDEX = "tensors.json"
 SAFETENSORS_TYPES = {
@@ -119,6 +120,7 @@ def write_slices(folder: Path, slices: dict[str, Slice], rank: int) -> WrittenFi
         for content in (header, *(_bytes(piece.part) for piece in kept.values())):
             hasher.update(content)
             size_bytes += file.write(content)
+        fault("checkpoint.write")
         file.flush()
         os.fsync(file.fileno())
     entries = {
