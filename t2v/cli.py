@@ -54,7 +54,13 @@ def train(options: argparse.Namespace) -> int:
     from t2v.config import load_config
     from t2v.train.loop import train as run
 
-    return run(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    try:
+        return run(config, clear_failures=options.clear_failures)
+    except UserError as error:
+        if error.rank in (None, int(os.environ.get("RANK", "0"))):
+            raise
+        return error.exit_code  # its own rank tells it
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -91,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
                     " total_steps=1000")  # fmt: skip
     add_config(verb)
+    verb.add_argument(
+        "--clear-failures", action="store_true", help="start again although attempts kept failing"
+    )
 
     verb = add_verb(verbs, "plan", plan, "what a recipe needs, before it queues",
                     "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
