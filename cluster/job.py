@@ -147,4 +147,4 @@ def record_text(record: dict[str, Any]) -> str:
 
 def digest_of(text: str) -> str:
     """Eight letters that tell texts apart."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]

@@ -21,6 +21,11 @@ SHAPES = (
     re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s:]*:[^/@\s]+@"),  # user:password in an address
 )
 BARE_KEY = re.compile(r"[A-Za-z0-9/+]{40}")  # AWS secret keys, wandb keys
+# The former also in the midst of text: unlike a digest or a path, of all kinds of letters.
+AWS_SECRET = re.compile(
+    r"(?<![\w/+=.-])(?=[a-z0-9/+]*([A-Z][a-z0-9/+]*){4})(?=\D{0,39}\d)(?=[A-Z0-9/+]*[a-z])"
+    r"[A-Za-z0-9+][A-Za-z0-9/+]{39}(?![\w/+.-])"
+)
 
 
 def names_secret(name: str) -> bool:
@@ -30,7 +35,7 @@ def names_secret(name: str) -> bool:
 
 def holds_secret(text: str) -> bool:
     """Whether text contains what only secrets look like."""
-    return any(shape.search(text) for shape in SHAPES)
+    return any(shape.search(text) for shape in (*SHAPES, AWS_SECRET))
 
 
 def is_secret(name: str, value: str) -> bool:

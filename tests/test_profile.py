@@ -145,3 +145,6 @@ def test_secrets_are_found_at_their_path():
     content = {"a": [{"b": "harmless"}, {"c": f"x {SECRETS[0]} y"}], "d": 3}
     assert list(secrets_in(content)) == ["a[1].c"]
     assert not holds_secret("sha256:" + "ab" * 32)
+    assert not holds_secret("commit 0123456789abcdef0123456789abcdef01234567")
+    assert not holds_secret("/shared/UCF101/Videos/HD/Train/Part1/AbCD")
+    assert all(holds_secret(f"before {secret} after") for secret in SECRETS)

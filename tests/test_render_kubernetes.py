@@ -1,0 +1,371 @@
+"""Kubernetes objects: valid to every schema there is, and to the rules that no schema states."""
+
+import copy
+import functools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+
+from cluster.job import DataJob
+from cluster.pod import literal
+from cluster.profile import KubernetesProfile, parse_profile
+from cluster.render import render
+from cluster.render_kubernetes import data_objects, object_name, to_yaml, training_objects
+from cluster.rules import faults
+from data_pipeline.errors import ConfigError
+from tests.test_profile import KUBERNETES, SECRETS
+from tests.test_render_slurm import NASTY, job
+
+FLAVOURS = ("jobset", "trainjob", "job")
+CRDS = Path(__file__).parent / "crds"
+CORE_KINDS = ("ConfigMap", "Service", "Job")
+KUBERNETES_VERSION = "1.37"
+EVERYTHING = {
+    "queue": "team-a",
+    "queue_priority": "research",
+    "priority_class": "high",
+    "topology": "example.org/rack",
+    "node_selector": {"example.org/gpu": "h100"},
+    "tolerations": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"key": "a", "value": "b"}],
+    "image_pull_secret": "registry",
+    "s3_endpoint": "https://s3.example:9000",
+    "environment": {"NCCL_DEBUG": "WARN"},
+    "secrets": [{"variable": "WANDB_API_KEY", "secret": "wandb", "key": "api-key"}],
+}
+
+
+def site(**changes) -> KubernetesProfile:
+    profile = parse_profile({**KUBERNETES, **changes}, "site")
+    assert isinstance(profile, KubernetesProfile)
+    return profile
+
+
+def objects_of(flavour: str, **changes) -> list[dict]:
+    """The objects of a run, with every setting of a profile in use."""
+    return training_objects(job(), site(flavour=flavour, **EVERYTHING, **changes))
+
+
+def data_job() -> DataJob:
+    return DataJob("data-embed", ("embed", "data/videos", "--name", "t5"), 8, 4, 2, 16, 1, {})
+
+
+def strict(schema: Any) -> Any:
+    """A schema that also refuses unknown fields, as the API server would warn of them."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    closed = "additionalProperties" in made or "x-kubernetes-preserve-unknown-fields" in made
+    if "properties" in made and isinstance(made["properties"], dict) and not closed:
+        made["additionalProperties"] = False
+    if made.pop("x-kubernetes-int-or-string", False):
+        made.pop("type", None)
+        made.pop("anyOf", None)
+        made["type"] = ["integer", "string"]
+    return made
+
+
+@functools.cache
+def crd(name: str, part: str | None = None) -> jsonschema.Draft202012Validator:
+    """A validator of a custom resource, or of one part of it."""
+    schema = json.loads((CRDS / f"{name}.json").read_text())
+    # The custom resource's own head is the API server's to know.
+    schema["properties"]["metadata"] = {"type": "object", "additionalProperties": True}
+    schema = strict(schema)
+    return jsonschema.Draft202012Validator(schema["properties"][part] if part else schema)
+
+
+def round_trip(model: Any, described: dict) -> None:
+    """Fields that the client library does not know do not come back."""
+    assert model.from_dict(copy.deepcopy(described)).to_dict() == described
+
+
+def validate(objects: list[dict]) -> None:
+    """Ask every validator there is."""
+    for described in objects:
+        kind = described["kind"]
+        if kind in CORE_KINDS:
+            kubernetes_validate.validate(described, KUBERNETES_VERSION, strict=True)
+        elif kind == "JobSet":
+            crd("jobset").validate(described)
+            round_trip(models.JobsetV1alpha2JobSet, described)
+        elif kind == "TrainJob":
+            crd("trainjob").validate(described)
+            round_trip(models.TrainerV1alpha1TrainJob, described)
+        elif kind == "TrainingRuntime":
+            round_trip(models.TrainerV1alpha1TrainingRuntime, described)
+            spec = described["spec"]["template"]["spec"]
+            crd("jobset", "spec").validate(spec)
+        else:
+            raise AssertionError(f"nothing validates {kind}")
+    assert faults(objects) == []
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_flavour_is_valid(flavour):
+    validate(objects_of(flavour))
+    validate(training_objects(job(), site(flavour=flavour)))
+    cpus = {"gpus_per_node": 0, "gpu_memory_gib": 0.0}
+    validate(training_objects(replace(job(), ranks_per_node=1), site(flavour=flavour, **cpus)))
+
+
+def test_data_jobs_are_valid():
+    validate(data_objects(data_job(), site(**EVERYTHING)))
+    validate(data_objects(replace(data_job(), gpus=0), site()))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_yaml_reads_back_as_the_same_objects(flavour):
+    objects = objects_of(flavour)
+    assert list(yaml.safe_load_all(to_yaml(objects))) == objects
+
+
+def container_of(objects: list[dict]) -> dict:
+    """What the pods of the last object run, wherever it is written."""
+    last = objects[-1]
+    if last["kind"] == "TrainJob":
+        return last["spec"]["trainer"]
+    spec = last["spec"]
+    if last["kind"] == "JobSet":
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    return spec["template"]["spec"]["containers"][0]
+
+
+def handed_on(text: str, environment: dict[str, str]) -> str:
+    """What a container is given for a text, by Kubernetes' rules for `$(NAME)` and `$$`.
+
+    https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/ (command)
+    """
+
+    def replaced(match: re.Match) -> str:
+        if match[0] == "$$":
+            return "$"
+        return environment.get(match[1], match[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", replaced, text)
+
+
+@pytest.mark.parametrize("text", [*NASTY, "$(HOME)", "$$(HOME)", "$$$", "$HOME"])
+def test_arguments_and_values_reach_the_program_as_they_were_given(text):
+    assert handed_on(literal(text), {"HOME": "/tmp"}) == text
+    data = replace(data_job(), arguments=("build", text))
+    objects = data_objects(data, site(environment={"NASTY": text}))
+    read = list(yaml.safe_load_all(to_yaml(objects)))
+    container = container_of(read)
+    assert handed_on(container["args"][1], {"HOME": "/tmp"}) == text
+    values = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert handed_on(values["NASTY"], {"HOME": "/tmp"}) == text
+    plain = data_objects(replace(data, arguments=("build", "x")), site(environment={"NASTY": "x"}))
+    assert len(read) == len(plain)
+    assert read[-1]["spec"].keys() == plain[-1]["spec"].keys()
+
+
+@pytest.mark.parametrize("text", ["x\0y", "x\x1b[31my", "x\ud800y"])
+def test_what_no_job_can_hold_is_refused(text):
+    with pytest.raises(ConfigError, match="no job can hold") as caught:
+        data_objects(replace(data_job(), arguments=("build", text)), site())
+    assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("base_36x64", "base-36x64"), ("UCF101.S", "ucf101-s"), ("36x64_", "t2v-36x64")],
+)
+def test_names_of_runs_become_dns_labels(name, label):
+    assert object_name(name, room=10) == label
+
+
+def test_names_too_long_for_their_pods_are_refused():
+    long = replace(job(), name="x" * 60)
+    for flavour in FLAVOURS:
+        with pytest.raises(ConfigError, match="too long") as caught:
+            training_objects(long, site(flavour=flavour))
+        assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_no_secret_is_written(flavour):
+    text = to_yaml(objects_of(flavour))
+    assert "secretKeyRef" in text
+    for secret in SECRETS:
+        with pytest.raises(ConfigError, match="secret") as caught:
+            render(replace(job(), recipe=f"name: tiny\n# {secret} #\n"), site(flavour=flavour))
+        assert secret not in str(caught.value)
+
+
+def test_exit_codes_mean_the_same_everywhere():
+    """75 and lost nodes restart for free; what would fail again ends the job."""
+    jobset = objects_of("jobset")[-1]["spec"]
+    pods = jobset["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    rules = jobset["failurePolicy"]["rules"]
+    for code in range(1, 256):
+        matched = [n for n, rule in enumerate(pods)
+                   if code in rule.get("onExitCodes", {}).get("values", [])]  # fmt: skip
+        action = "RestartJobSet"  # JobSet's own, counted
+        if matched:
+            # https://kubernetes.io/docs/tasks/job/pod-failure-policy/
+            message = (
+                f"Container node for pod team/tiny-node-0-1-x2x failed with exit code {code} "
+                f"matching FailJob rule at index {matched[0]}"
+            )
+            action = next(
+                rule["action"]
+                for rule in rules
+                if all(re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", []))
+            )
+        wanted = "RestartJobSet"
+        if code in (2, 65, 66, 70, 73, 78):
+            wanted = "FailJobSet"
+        elif code == 75:
+            wanted = "RestartJobSetAndIgnoreMaxRestarts"
+        assert action == wanted, code
+    bare = objects_of("job")[-1]["spec"]["podFailurePolicy"]["rules"]
+    assert [rule["action"] for rule in bare] == ["FailJob", "Ignore", "Ignore"]
+    assert bare[0]["onExitCodes"]["values"] == [2, 65, 66, 70, 73, 78]
+    assert bare[1]["onExitCodes"]["values"] == [75]
+
+
+PLACES = {
+    "container": lambda objects: container_of(objects),
+    "pod": lambda objects: objects[-1]["spec"]["template"]["spec"],
+    "job": lambda objects: objects[-1]["spec"],
+    "meta": lambda objects: objects[-1]["metadata"],
+    "service": lambda objects: objects[-2],
+    "config": lambda objects: objects[0]["data"],
+}
+
+
+def planted(flavour: str, place: str, path: str, value: Any) -> list[dict]:
+    """Valid objects but for one value; `...` takes it away."""
+    objects = copy.deepcopy(objects_of(flavour))
+    node, (*parents, last) = PLACES[place](objects), path.split("/")
+    for parent in parents:
+        node = node[int(parent) if parent.isdecimal() else parent]
+    if value is ...:
+        del node[last]
+    elif isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+    return objects
+
+
+# What each validator of a kind catches that is not valid to it.
+@pytest.mark.parametrize(
+    ("flavour", "place", "path", "value"),
+    [
+        ("job", "job", "backofLimit", 3),
+        ("job", "job", "completions", "two"),
+        ("job", "pod", "containers/0/imagePullPolice", "Always"),
+        ("job", "service", "spec/clusterIp", "None"),
+        ("jobset", "job", "failurePolicy/rules/0/action", "FailEverything"),
+        ("jobset", "job", "failurePolicy/rules/0/name", ...),
+        ("jobset", "job", "failurePolicy/restartStrategie", "Recreate"),
+        ("jobset", "container", "securityContext/runAsRoot", True),
+        ("jobset", "job", "replicatedJobs/0/replicas", "one"),
+        ("trainjob", "job", "trainer/numNode", 2),
+        ("trainjob", "job", "runtimeRef/name", ...),
+        ("trainjob", "job", "trainer/numNodes", "two"),
+    ],
+)
+def test_schemas_catch_planted_faults(flavour, place, path, value):
+    objects = planted(flavour, place, path, value)
+    with pytest.raises(
+        (
+            jsonschema.ValidationError,
+            kubernetes_validate.ValidationError,
+            AssertionError,
+            ValueError,
+        )
+    ):
+        validate(objects)
+
+
+def test_a_typo_in_a_runtime_does_not_come_back():
+    objects = objects_of("trainjob")
+    objects[1]["spec"]["mlPolicie"] = {}
+    with pytest.raises(AssertionError):
+        round_trip(models.TrainerV1alpha1TrainingRuntime, objects[1])
+    train_job = objects_of("trainjob")[2]
+    train_job["spec"]["trainer"]["imagee"] = "x"
+    with pytest.raises(AssertionError):
+        round_trip(models.TrainerV1alpha1TrainJob, train_job)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "place", "path", "value", "said"),
+    [
+        ("job", "meta", "name", "Bad_Name", "no DNS name"),
+        ("job", "service", "metadata/name", "1name", "begin with a letter"),
+        ("job", "meta", "labels/a b", "x", "no label"),
+        ("job", "meta", "labels/a", "x y", "no label"),
+        ("job", "meta", "annotations", {"a": 3}, "no annotation"),
+        ("job", "container", "resources/limits/memory", "64 GB", "no quantity"),
+        ("job", "pod", "volumes/3/emptyDir/sizeLimit", "2gigs", "no quantity"),
+        ("job", "pod", "restartPolicy", "OnFailure", "none of ['Never']"),
+        ("job", "job", "completionMode", "Indexd", "none of ['Indexed']"),
+        ("job", "job", "podFailurePolicy/rules/0/action", "Fail", "action 'Fail'"),
+        ("job", "job", "completions", 3, "not the 2 nodes"),
+        ("job", "job", "parallelism", 1, "not the 2 nodes"),
+        ("jobset", "container", "resources/requests/cpu", "1", "requests are not limits"),
+        ("trainjob", "job", "trainer/numNodes", 3, "not the 2 nodes"),
+        ("trainjob", "container", "resourcesPerNode/limits/nvidia.com~gpu", "1", "GPUs"),
+        ("job", "container", "image", "registry.example/t2v:latest", "not given by digest"),
+        ("trainjob", "container", "image", "t2v", "not given by digest"),
+        ("job", "pod", "securityContext/runAsNonRoot", False, "may run as root"),
+        ("job", "pod", "securityContext/runAsUser", 0, "may run as root"),
+        ("job", "pod", "securityContext/seccompProfile", ..., "no seccompProfile"),
+        ("jobset", "container", "securityContext/allowPrivilegeEscalation", ..., "may grow"),
+        ("jobset", "container", "securityContext/privileged", True, "may grow"),
+        ("jobset", "container", "securityContext/readOnlyRootFilesystem", False, "written to"),
+        ("jobset", "container", "securityContext/capabilities/add", ["SYS_ADMIN"], "too many"),
+        ("jobset", "container", "securityContext/capabilities/drop", ..., "too many"),
+        ("job", "pod", "hostNetwork", True, "the host's is used"),
+        ("job", "pod", "volumes/0", {"name": "config", "hostPath": {"path": "/"}}, "of the host"),
+        ("job", "pod", "automountServiceAccountToken", ..., "API server"),
+        ("job", "pod", "terminationGracePeriodSeconds", 120, "too short"),
+        ("job", "pod", "terminationGracePeriodSeconds", ..., "too short"),
+        ("job", "pod", "volumes/3", {"name": "shared-memory", "emptyDir": {}}, "/dev/shm"),
+        ("job", "container", "volumeMounts/0/name", "other", "has no volume"),
+        ("job", "container", "args/7", "elsewhere-0.tiny:29500", "name of the first pod"),
+        ("jobset", "container", "args/7", "tiny-0.tiny:29500", "name of the first pod"),
+        ("job", "service", "spec/selector", {"app": "x"}, "no Service"),
+        ("job", "pod", "subdomain", "other", "name of the Service"),
+        ("job", "config", "config.yaml", f"a: {SECRETS[0]}", "holds a secret"),
+        ("jobset", "container", "env/0", {"name": "HF_TOKEN", "value": "x"}, "written out"),
+        ("jobset", "container", "env/0", {"name": "A B", "value": "x"}, "no name of a variable"),
+        ("jobset", "container", "workingDir", f"/x/{SECRETS[2]}", "holds a secret"),
+    ],
+)
+def test_our_own_rules_catch_planted_faults(flavour, place, path, value, said):
+    if "~" in path:  # a key with a slash in it
+        objects = copy.deepcopy(objects_of(flavour))
+        limits = container_of(objects)["resourcesPerNode"]
+        for part in ("requests", "limits"):
+            limits[part]["nvidia.com/gpu"] = value
+    else:
+        objects = planted(flavour, place, path, value)
+    found = faults(objects)
+    assert any(said in fault for fault in found), found
+    assert not any(secret in fault for fault in found for secret in SECRETS)
+
+
+def test_rdma_adds_one_capability_and_the_rules_know_it():
+    objects = objects_of("jobset", rdma_resource="rdma/ib")
+    validate(objects)
+    assert container_of(objects)["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+
+
+def test_without_a_queue_nothing_waits_suspended():
+    for flavour in FLAVOURS:
+        assert "suspend" not in training_objects(job(), site(flavour=flavour))[-1]["spec"]
+        assert objects_of(flavour)[-1]["spec"]["suspend"] is True
