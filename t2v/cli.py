@@ -10,6 +10,7 @@ from t2v.cli_checkpoint import add_checkpoint_verbs
 from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
+from t2v.cli_report import add_report_verbs
 from t2v.cli_sample import add_sample_verb
 
 
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_sample_verb(verbs)
     add_checkpoint_verbs(verbs)
+    add_report_verbs(verbs)
     return parser
 
 

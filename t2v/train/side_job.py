@@ -38,6 +38,7 @@ class SamplesConfig(Strict):
     every_steps: int = Field(ge=1, description="of the committed checkpoints, those so far apart")
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     labels: list[Annotated[int, Field(ge=0)]] = Field(default=[], description="classes")
+    count: int = Field(default=0, ge=0, description="clips of a recipe with neither")
     encoder: str | None = Field(default=None, description="text encoder: a folder or hub id")
     seed: int = Field(default=0, ge=0)
     settings: list[str] = Field(default=[], description="KEY=VALUE as in `t2v sample --set`")
@@ -48,8 +49,8 @@ class SamplesConfig(Strict):
 
     @model_validator(mode="after")
     def _refuse_nothing(self) -> "SamplesConfig":
-        if bool(self.prompts) == bool(self.labels):
-            raise ValueError("give either prompts or labels")
+        if sum(map(bool, (self.prompts, self.labels, self.count))) != 1:
+            raise ValueError("give prompts, labels or, for a recipe with neither, a count")
         return self
 
 
@@ -145,6 +146,7 @@ def sample_command(
     command = [sys.executable, "-m", "t2v.cli", "sample", str(checkpoint), f"--out={out}"]
     command += [f"--prompt={prompt}" for prompt in config.prompts]
     command += [f"--label={label}" for label in config.labels]
+    command += [f"--count={config.count}"] if config.count else []
     command += [f"--set={setting}" for setting in config.settings]
     encoder = encoder or config.encoder
     command += [f"--encoder={encoder}"] if encoder else []
@@ -152,13 +154,13 @@ def sample_command(
 
 
 def due_steps(run_dir: Path, every_steps: int) -> list[int]:
-    """Committed steps to sample, newest first: each at least `every_steps` after the one before."""
+    """Committed steps to sample, newest first: each at least `every_steps` from the next."""
     taken = committed_steps(run_dir / "samples", "samples.json")
-    chosen = set(taken)
+    chosen = {0, *taken}
     for step in committed_steps(run_dir / "checkpoints", "manifest.json"):
         if all(abs(step - other) >= every_steps for other in chosen):
             chosen.add(step)
-    return sorted(chosen - set(taken), reverse=True)
+    return sorted(chosen - {0, *taken}, reverse=True)
 
 
 def committed_steps(folder: Path, proof: str) -> list[int]:
