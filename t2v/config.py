@@ -148,7 +148,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
     content = read_mapping(path)
     for override in overrides:
-        _apply_override(content, override)
+        apply_override(content, override)
     return parse_config(content, str(path))
 
 
@@ -195,7 +195,7 @@ def text_shape(conditioning: Conditioning) -> tuple[int, int] | None:
     return None
 
 
-def _apply_override(content: dict, override: str) -> None:
+def apply_override(content: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override}: is not an override; write dotted.key=value.")
