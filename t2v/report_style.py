@@ -18,8 +18,8 @@ h2 { font-size: 18px; margin: 0 0 12px; }
 .pill.preempted { background: #fbeccf; color: #6f4c00; }
 .bar { height: 6px; border-radius: 3px; background: var(--line); margin: 14px 0 18px; }
 .bar i { display: block; height: 100%; border-radius: 3px; background: var(--accent); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); gap: 10px;
-  margin: 0 0 22px; padding: 0; }
+.tiles { display: grid; gap: 10px; margin: 0 0 22px; padding: 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
 .tiles div { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
   padding: 10px 14px; }
 .tiles dt { color: var(--soft); font-size: 13px; }

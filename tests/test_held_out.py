@@ -213,3 +213,24 @@ def test_a_split_that_cannot_be_is_refused_in_one_line(dataset, tmp_path):
     config = many.model_copy(update={"data": many.data.model_copy(update={"held_out_share": 1.0})})
     with pytest.raises(ConfigError, match="leaves no sample"):
         train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_measures_and_trains_on_undisturbed(dataset, tmp_path, stage):
+    engine = {"kind": "zero", "zero_stage": stage}
+    held_out = {"every_steps": 2, "samples": 5, "bins": 3}
+    changes = {"engine": engine, "optimizer": {"eps": 1.0e-2}}
+    two = split_config(dataset, tmp_path / "two", held_out=held_out, **changes)
+    bare = split_config(dataset, tmp_path / "bare", held_out=None, **changes)
+    one = split_config(dataset, tmp_path / "one", held_out=held_out, optimizer={"eps": 1.0e-2})
+    for config in (two, bare):  # DeepSpeed joins one world in the life of a process
+        assert run_distributed(train, 2, config) == [0, 0]
+    assert train(one) == 0
+    assert_same_tensors(tensors_at(tmp_path / "two", STEPS), tensors_at(tmp_path / "bare", STEPS))
+    found, wanted = (
+        torch.tensor([line["held_out_loss"] for line in lines_of(tmp_path / run, "held_out_loss")])
+        for run in ("two", "one")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
