@@ -1,0 +1,228 @@
+"""Nodes that check each other before a run: what is found, who is at fault, and who is named."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from cluster.fabric import measure, pairings, slow_members
+from cluster.node_checks import (
+    Check,
+    check_data,
+    check_disk,
+    check_gpus,
+    check_node,
+    check_run_folder,
+    failed,
+    loader_bytes,
+    parse_gpus,
+    skew_verdict,
+)
+from cluster.preflight import (
+    Judgement,
+    Meeting,
+    NodeReport,
+    check_alone,
+    check_together,
+    judge,
+    own_exit_code,
+    refuse_other_shape,
+)
+from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from t2v.config import dump_config
+from tests.distributed import run_distributed
+from tests.test_loop import config_of, dataset
+from tests.tiny import tiny_config
+
+__all__ = ["dataset"]  # a fixture
+
+GOOD = Check("GPUs", "ok", "8 x H100")
+BUSY = Check("GPUs", "failed", "GPU 3 holds 70000 of 81559 MiB")
+NO_DATA = Check("data", "failed", "s3://bucket/videos: no such dataset", 66)
+SMI = """\
+0, NVIDIA H100 80GB HBM3, 81559, 1, 0, 570.86.15, 0
+1, NVIDIA H100 80GB HBM3, 81559, {used}, {busy}, 570.86.15, {errors}
+"""
+
+
+def report(node: str, *checks: Check, clock: float = 0.0, rates=None) -> NodeReport:
+    versions = Check("versions", "ok", "t2v 0.1.0")
+    return NodeReport(node, [versions, *checks], clock, rates or {})
+
+
+@pytest.mark.parametrize("count", range(3, 12))
+def test_every_node_has_two_partners_and_one_pair_at_a_time(count):
+    rounds = pairings(count)
+    partners: dict[int, set[int]] = {node: set() for node in range(count)}
+    for pairs in rounds:
+        members = [node for pair in pairs for node in pair]
+        assert len(members) == len(set(members))
+        for first, second in pairs:
+            partners[first].add(second)
+            partners[second].add(first)
+    assert all(len(met) == 2 for met in partners.values())
+    assert len(rounds) <= 3
+
+
+def test_a_slow_node_is_told_from_its_partners():
+    for count in range(3, 9):
+        for slow in range(count):
+            rates = {
+                pair: 1.0 if slow in pair else 10.0 for pairs in pairings(count) for pair in pairs
+            }
+            assert slow_members(rates) == [slow]
+    assert slow_members({(0, 1): 1.0}) == []
+
+
+def measured(port: int) -> dict[str, float]:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    return measure(store, int(os.environ["RANK"]), 3, ranks_per_node=1, timeout_seconds=60)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_three_ranks_measure_all_together_and_each_pair():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second, third = run_distributed(measured, 3, store.port)
+    assert set(first) == {"all", "0-1", "2-0"}
+    assert set(second) == {"all", "0-1", "1-2"}
+    assert set(third) == {"all", "1-2", "2-0"}
+    assert all(rate > 0 for rates in (first, second, third) for rate in rates.values())
+
+
+def test_what_fails_on_every_node_is_the_jobs_fault():
+    judgement = judge([report("n1", NO_DATA), report("n2", NO_DATA)])
+    assert (judgement.exit_code, judgement.bad_nodes) == (66, [])
+    assert judgement.problems == ["every node: data: s3://bucket/videos: no such dataset"]
+    assert own_exit_code(judgement, "n1") == own_exit_code(judgement, "n2") == 66
+
+
+def test_what_fails_on_some_nodes_is_theirs():
+    judgement = judge([report("n1", GOOD), report("n2", NO_DATA), report("n3", BUSY)])
+    assert judgement.exit_code == 69
+    assert judgement.bad_nodes == ["n2", "n3"]
+    assert [own_exit_code(judgement, node) for node in ("n1", "n2", "n3")] == [0, 69, 69]
+    assert "n3: GPUs: GPU 3 holds 70000 of 81559 MiB" in judgement.problems
+
+
+def test_busy_gpus_on_every_node_are_every_nodes_fault():
+    assert judge([report("n1", BUSY), report("n2", BUSY)]).bad_nodes == ["n1", "n2"]
+
+
+def test_another_version_or_clock_or_a_slow_link_only_shows_between_nodes():
+    def fabric(*names: str, rate: float) -> dict[str, float]:
+        return {"on_gpu": 1.0, "all": rate} | dict.fromkeys(names, rate)
+
+    reports = [
+        report("n1", rates=fabric("0-1", "2-0", rate=9e9)),
+        report("n2", rates=fabric("0-1", "1-2", rate=9e9)),
+        report("n3", clock=99.0, rates=fabric("1-2", "2-0", rate=1e9)),
+    ]
+    other = NodeReport("n2", [Check("versions", "ok", "t2v 0.0.9")], 0.0, reports[1].rates)
+    judgement = judge([reports[0], other, reports[2]])
+    assert judgement.bad_nodes == ["n2", "n3"]
+    text = "\n".join(judgement.problems)
+    assert "n2: has t2v 0.0.9, the others t2v 0.1.0" in text
+    assert "n3: its clock differs by +99.0 s" in text
+    assert "n3: slow: 1.00 GB/s with its best partner" in text
+
+
+def test_a_gpu_in_use_or_with_memory_errors_is_named():
+    idle = parse_gpus(SMI.format(used=1, busy=0, errors=0))
+    assert [gpu["index"] for gpu in idle] == ["0", "1"]
+    assert idle[0]["driver_version"] == "570.86.15"
+    for line in ((70000, 0, 0), (1, 95, 0), (1, 0, 2)):
+        gpus = parse_gpus(SMI.format(used=line[0], busy=line[1], errors=line[2]))
+        assert [check.verdict for check in check_gpus(gpus, ranks=0)] == ["failed"]
+        assert "GPU 1" in check_gpus(gpus, ranks=0)[0].found
+    assert check_gpus(idle, ranks=0)[0].verdict == "ok"
+    assert check_gpus(parse_gpus(SMI.format(used=1, busy=0, errors="[N/A]")), ranks=0)[0].found
+
+
+def test_gpus_that_are_missing_or_silent_fail():
+    assert check_gpus([], ranks=8)[0].verdict == "failed"
+    assert check_gpus(None, ranks=8)[0].verdict == "ok"  # no driver: a CPU node
+
+
+def test_a_clock_may_differ_a_little():
+    assert [skew_verdict(s) for s in (0.2, -3.0, 60.0)] == ["ok", "warning", "failed"]
+
+
+def test_a_run_folder_is_probed_without_a_trace(tmp_path):
+    assert check_run_folder(tmp_path / "run").verdict == "ok"
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_disk_too_small_for_the_checkpoints_fails(tmp_path):
+    assert check_disk(tmp_path, needed_bytes=1).verdict == "ok"
+    assert check_disk(tmp_path, needed_bytes=1 << 60).verdict == "failed"
+
+
+def test_the_loader_may_hold_all_prefetched_patches():
+    data = {"num_workers": 3, "prefetch_batches": 2}
+    config = tiny_config(data=data, micro_batch_size=2)
+    patches = 2 * 2 * 6 * 8 * 3
+    assert loader_bytes(config, ranks=4) == 4 * 3 * 2 * 2 * patches
+
+
+def test_a_recipe_without_its_data_is_missing_input(dataset, tmp_path):
+    good = config_of(dataset, tmp_path / "run")
+    assert check_data(good).verdict == "ok"
+    report, judgement = check_alone(good, ranks=1)
+    assert failed(report.checks) == []
+    assert judgement == Judgement(0, [], [])
+    bad = config_of(tmp_path / "none", tmp_path / "run")
+    assert check_alone(bad, ranks=1)[1].exit_code == InputMissing.exit_code
+    assert [check.name for check in failed(check_node(bad, ranks=1))] == ["data"]
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ConfigError, match="3 nodes of 1 ranks"):
+        refuse_other_shape(tiny_config(), ranks=1, nnodes=3)
+
+
+def test_a_node_that_does_not_come_is_told_by_its_number(dataset, tmp_path):
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+    meeting = Meeting(3, 1, "127.0.0.1", store.port, timeout_seconds=0.5)
+    with pytest.raises(StorageError, match="of 3 nodes, number 0, 2 did not come"):
+        check_together(config_of(dataset, tmp_path / "run"), meeting, ranks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_node_without_the_data_is_named_and_only_it_fails(dataset, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config_of(dataset, tmp_path / "run")))
+    answers: dict[int, subprocess.CompletedProcess] = {}
+
+    def preflight(rank: int) -> None:
+        command = [
+            *(sys.executable, "-m", "t2v.cli", "preflight", str(recipe)),
+            *([f"data.sources=[{{path: {tmp_path}/none}}]"] if rank == 1 else []),
+            *("--nnodes", "2", "--node-rank", str(rank), "--json"),
+            *("--rdzv-endpoint", f"localhost:{port}"),
+        ]
+        environment = os.environ | {"SLURMD_NODENAME": f"n{rank + 1}"}
+        answers[rank] = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    threads = [threading.Thread(target=preflight, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[rank].returncode for rank in range(2)] == [0, 69], answers
+    found = json.loads(answers[0].stdout)
+    assert found["bad_nodes"] == ["n2"]
+    assert f"n2: data: {Path(tmp_path)}/none" in answers[1].stderr
