@@ -35,7 +35,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.2
 # How long ranks may take to follow one that is gone: by then every collective has failed.
 FOLLOW_SECONDS = 120.0
-ROOT_CAUSE = re.compile(r"Root Cause.*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+ROOT_CAUSE = re.compile(
+    r"Root Cause.*?rank\s*:\s*(?P<rank>\d+).*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL
+)
 ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>\d{1,5})")
 
 
@@ -209,14 +211,15 @@ def exit_code_of(
     if returned == PREEMPTED:
         return PREEMPTED, "told to stop before the ranks began"
     seen = ROOT_CAUSE.search(launcher_log(job, log_dir))
-    code = int(seen[1]) if seen else returned
+    if seen is None:
+        if asked:
+            return PREEMPTED, "told to stop; nothing newer was saved"
+        return 1, f"the launcher ended with {returned}: {last_words(job, log_dir)}"
+    code = int(seen["code"])
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return 128 - code, f"a rank was killed by {name}"
-    if not seen and asked:
-        return PREEMPTED, "told to stop; nothing newer was saved"
-    why = f"a rank ended with {code}" if seen else f"the launcher ended with {code}"
-    return code if 0 < code < 126 else 1, f"{why}; {last_words(job, log_dir)}"
+        return 128 - code, f"rank {seen['rank']} was killed by {name}"
+    return code, f"rank {seen['rank']} ended with {code}; its log says why"
 
 
 def launcher_log(job: NodeJob, log_dir: Path) -> str:
@@ -226,7 +229,7 @@ def launcher_log(job: NodeJob, log_dir: Path) -> str:
 
 def last_words(job: NodeJob, log_dir: Path) -> str:
     """The launcher's last error in one line, or where to look."""
-    lines = [line for line in launcher_log(job, log_dir).splitlines() if "Error:" in line]
+    lines = [line for line in launcher_log(job, log_dir).splitlines() if "Error: " in line]
     return lines[-1].strip()[-300:] if lines else "its log says why"
 
 
