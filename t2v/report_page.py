@@ -3,15 +3,12 @@
 import base64
 import hashlib
 import io
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -21,9 +18,19 @@ from data_pipeline.errors import DataError, InputMissing, UserError
 from data_pipeline.video import decode_clip
 from t2v.charts import COLOURS, Series, line_chart, shade, short
 from t2v.config import load_config
+from t2v.report_files import (
+    entry,
+    mean,
+    number,
+    points,
+    read_list,
+    read_mapping,
+    read_metrics,
+    read_records,
+    spread,
+)
 from t2v.report_style import SCRIPT, STYLE
 from t2v.train.held_out import sigma_at
-from t2v.train.metrics import read_lines
 from t2v.train.side_job import committed_steps, read_state
 
 MOST_CLIP_BYTES = 40 * 2**20  # of mp4 files in a page; base64 adds a third
@@ -42,9 +49,8 @@ def write_report(run_dir: Path, out: Path) -> Path:
 
 def page(run_dir: Path) -> str:
     """The whole page; whatever the run's files say stays text."""
-    lines = list(read_lines(run_dir / "metrics.jsonl"))
-    steps = [line for line in lines if "loss" in line]
-    held_out = [line for line in lines if "held_out_loss" in line]
+    told = read_metrics(run_dir / "metrics.jsonl")
+    steps = told.steps
     status = read_mapping(run_dir / "status.json")
     attempts = read_records(run_dir / "attempts.jsonl")
     restarts = [
@@ -53,11 +59,11 @@ def page(run_dir: Path) -> str:
     marks = [step for step in restarts if isinstance(step, int)]
     body = [
         header(run_dir, status, steps, attempts),
-        training_section(steps, marks),
-        held_out_section(held_out, run_dir),
+        training_section(steps, marks, told.skipped),
+        held_out_section(told.held_out, run_dir),
         samples_section(run_dir),
         rates_section(steps, marks),
-        health_section(read_records(run_dir / "quarantine.jsonl"), steps),
+        health_section(read_records(run_dir / "quarantine.jsonl")),
         restarts_section(attempts),
         recipe_section(run_dir),
     ]
@@ -109,7 +115,7 @@ def header(run_dir: Path, status: dict, steps: list[dict], attempts: list[dict])
     )
 
 
-def training_section(steps: list[dict], marks: list[int]) -> str:
+def training_section(steps: list[dict], marks: list[int], skipped: int) -> str:
     """Training loss of each level, gradient norm and learning rate."""
     levels = sorted(name for name in (steps[-1] if steps else {}) if name.startswith("loss_level_"))
     losses = [
@@ -129,7 +135,6 @@ def training_section(steps: list[dict], marks: list[int]) -> str:
             marks=marks,
         ),
     ]
-    skipped = sum("skipped_samples" in line for line in steps)
     note = f'<p class="note">{skipped} steps without a finite gradient were skipped.</p>'
     dotted = '<p class="soft">Dotted lines are restarts.</p>' if marks else ""
     return section("Training", (note if skipped else "") + pair(charts) + dotted)
@@ -264,7 +269,7 @@ def rates_section(steps: list[dict], marks: list[int]) -> str:
     return section("Rates", pair(charts))
 
 
-def health_section(records: list[dict], steps: list[dict]) -> str:
+def health_section(records: list[dict]) -> str:
     """Samples that could not be used, by reason."""
     if not records:
         return section("Data", '<p class="none">No sample had to be replaced.</p>')
@@ -321,31 +326,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{top}</tr>{body}</table>"
 
 
-def points(lines: list[dict], key: str) -> list[tuple[float, float | None]]:
-    """(step, value) of the lines that have a key."""
-    return [(line["step"], number(line, key)) for line in lines if key in line]
-
-
-def number(mapping: dict, key: str) -> float | None:
-    """A finite number, or None."""
-    value = mapping.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
-
-
-def entry(values: Any, place: int) -> float | None:
-    """One number of a list, if there is such a list."""
-    if not isinstance(values, list) or place >= len(values):
-        return None
-    return number({"value": values[place]}, "value")
-
-
-def mean(lines: list[dict], key: str) -> float | None:
-    """Mean of a key's finite values."""
-    values = [value for line in lines if (value := number(line, key)) is not None]
-    return sum(values) / len(values) if values else None
-
-
 def mean_text(lines: list[dict], key: str) -> str:
     value = mean(lines, key)
     return "-" if value is None else short(value)
@@ -353,49 +333,3 @@ def mean_text(lines: list[dict], key: str) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def spread(steps: list[int], most: int) -> list[int]:
-    """At most so many of the steps, evenly, first and last among them."""
-    if len(steps) <= most:
-        return steps
-    return [steps[round(n * (len(steps) - 1) / (most - 1))] for n in range(most)]
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON object of a file that may be missing or half written."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_list(path: Path) -> list[dict]:
-    """The objects of a JSON list; empty where it cannot be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return []
-    return (
-        [record for record in content if isinstance(record, dict)]
-        if isinstance(content, list)
-        else []
-    )
-
-
-def read_records(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; damaged lines are passed over."""
-    records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records

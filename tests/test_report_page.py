@@ -12,7 +12,8 @@ import pytest
 from data_pipeline.errors import InputMissing
 from data_pipeline.video import encode_clip
 from t2v.config import dump_config
-from t2v.report_page import page, spread, video, write_report
+from t2v.report_files import condensed, spread
+from t2v.report_page import page, video, write_report
 from tests.tiny import tiny_config
 
 EVIL = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
@@ -123,6 +124,20 @@ def test_a_run_that_has_only_begun_has_a_page_and_no_run_is_refused(tmp_path):
     (tmp_path / "run" / "status.json").write_text("{")
     written = write_report(tmp_path / "run", tmp_path / "deep" / "x.html")
     assert "no values yet" in written.read_text()
+
+
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 1000, 12_345])
+def test_very_many_lines_become_means_of_neighbours(count):
+    lines = [{"step": n, "loss": float(n % 5), "name": "x"} for n in range(1, count + 1)]
+    few = condensed(iter(lines), 100)
+    assert len(few) <= 101
+    assert (few[-1]["step"], few == lines) == (count, count < 100)
+    gaps = [line["step"] for line in few]
+    before = [0, *gaps[:-1]]
+    weighted = sum(
+        line["loss"] * (end - start) for line, start, end in zip(few, before, gaps, strict=True)
+    )
+    assert weighted == pytest.approx(sum(line["loss"] for line in lines))
 
 
 def test_steps_shown_are_spread_from_first_to_last():
