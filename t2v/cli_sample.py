@@ -11,7 +11,7 @@ def add_sample_verb(verbs) -> None:
     verb = add_verb(verbs, "sample", sample, "prompts to video; alone or under torchrun",
                     "t2v sample runs/t2v_64x288x512 --prompt 'a panda eating bamboo' --out samples"
                     " --encoder google-t5/t5-11b")  # fmt: skip
-    verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
+    verb.add_argument("checkpoint", help="a run folder, a step folder, or an export")
     verb.add_argument("--prompt", action="append", help="a text prompt; may be repeated")
     verb.add_argument("--prompts", help="a file with one prompt per line")
     verb.add_argument("--negative-prompt", help="what guidance leads away from, for every clip")

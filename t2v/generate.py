@@ -40,8 +40,7 @@ from t2v.sampling_memory import LevelRoom, plan_memory
 from t2v.sampling_store import Store
 from t2v.sampling_subjects import Conditions, Request, Subject, subjects_of
 from t2v.sampling_tiles import Team
-from t2v.train.finding import load_weights, resolve_checkpoint
-from t2v.train.manifest import MANIFEST, Manifest, read_manifest
+from t2v.source import Source, open_source
 
 GIB = 2**30
 # Processes wait for the slowest one's last clip, which may take hours.
@@ -63,15 +62,14 @@ class Means:
 class Recipe:
     """All that a clip follows from but its subject."""
 
-    checkpoint: Path
-    manifest: Manifest
+    source: Source
     config: RunConfig
     request: Request
 
     def key(self, subject: Subject) -> str:
         """A digest of all that decides what a clip looks like."""
         facts = {
-            "manifest": sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest(),
+            "source": self.source.digest,
             "shows": subject.shows,
             "seed": subject.seed,
             "negative_prompt": self.request.negative_prompt,
@@ -94,10 +92,9 @@ def sample_checkpoint(
     """
     out, means = Path(out), means or Means()
     with sampling_world() as world:
-        folder = resolve_checkpoint(checkpoint, world)
-        manifest = read_manifest(folder)
-        config = with_sampling(parse_config(manifest.config, str(folder)), overrides)
-        recipe = Recipe(folder, manifest, config, request)
+        source = open_source(checkpoint, world)
+        config = with_sampling(source.config, overrides)
+        recipe = Recipe(source, config, request)
         subjects = subjects_of(config, request)
         pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
         if pending:
@@ -113,8 +110,8 @@ def sample_pending(
 ) -> None:
     """Sample what is not there yet: clips go around the processes, and the rest of the division is
     shared by teams."""
-    config, manifest = recipe.config, recipe.manifest
-    conditions = Conditions(config, recipe.request, manifest.text_encoder, world.device)
+    config, source = recipe.config, recipe.source
+    conditions = Conditions(config, recipe.request, source.text_encoder, world.device)
     # Before hours of sampling: is it a folder?
     out.mkdir(parents=True, exist_ok=True)
     whole_rounds = len(pending) // world.world_size * world.world_size
@@ -123,7 +120,7 @@ def sample_pending(
     conditions.read([*own, *shared])
     set_matmul_precision(config.engine)
     model = build_model(config)
-    load_weights(recipe.checkpoint, model, weights=config.sampling.weights)
+    source.load(model, config.sampling.weights)
     model.to(world.device).eval()
     # Whatever moves the budget: the program and its weights are in memory now.
     sizes = memory_left(world.device, means.memory_gib)
@@ -265,8 +262,8 @@ def write_sample(out: Path, recipe: Recipe, subject: Subject, clip: Clip) -> Non
         "negative_prompt": recipe.request.negative_prompt,
         "file": file,
         "seed": subject.seed,
-        "checkpoint": str(recipe.checkpoint),
-        "step": recipe.manifest.step,
+        "checkpoint": str(recipe.source.folder),
+        "step": recipe.source.step,
         "settings": settings.model_dump(mode="json"),
         "sha256": sha256(media).hexdigest(),
         "key": recipe.key(subject),

@@ -113,3 +113,21 @@ def test_export_is_one_command(checkpoint, tmp_path, capsys):
     assert main(arguments) == 78
     assert main([*arguments[:3], str(tmp_path / "new"), "--file-gib", "nan"]) == 78
     assert main(["checkpoint", "export", str(tmp_path / "none"), str(tmp_path / "new")]) == 66
+
+
+def test_an_export_samples_the_same_video(checkpoint, tmp_path, capsys):
+    for weights in ("ema", "raw"):
+        export_checkpoint(checkpoint, tmp_path / weights, weights=weights)
+        out = {name: tmp_path / f"{weights}-{name}" for name in ("checkpoint", "export")}
+        asked = ["--label=1", "--seed=3"]
+        chosen = f"--set=weights={weights}"
+        run = str(tmp_path / "run")
+        assert main(["sample", run, *asked, chosen, "--out", str(out["checkpoint"])]) == 0
+        export = str(tmp_path / weights)
+        assert main(["sample", export, *asked, chosen, "--out", str(out["export"])]) == 0
+        first, second = (sorted(folder.glob("*.mp4")) for folder in out.values())
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+        assert len(first) == 1
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "raw"), *asked, "--out", str(tmp_path / "x")]) == 78
+    assert "holds the raw weights only; set weights=raw" in capsys.readouterr().err
