@@ -67,6 +67,8 @@ class SlurmCluster:
         while (job := self.job(job_id))["JobState"] not in states:
             assert time.monotonic() < deadline, f"{job_id} is {job['JobState']}\n{self.logs()}"
             if job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
+                # A daemon refuses what it was told to kill within the same second.
+                time.sleep(2.5)
                 with contextlib.suppress(AssertionError):  # it may have begun just now
                     self.run("scontrol", "update", f"job={job_id}", "StartTime=now")
             time.sleep(0.3)
@@ -179,7 +181,7 @@ KillWait=5
 SlurmdTimeout=10
 SlurmctldTimeout=10
 MpiDefault=none
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2 RealMemory=4000
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2 RealMemory=16000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:2
 """
 

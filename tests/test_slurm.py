@@ -19,7 +19,7 @@ from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, 
 __all__ = ["dataset"]  # a fixture
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 100
+STEPS = 60
 # Reading it takes long enough to ask only once.
 REASON = missing()
 pytestmark = [
@@ -45,7 +45,7 @@ def launch(cluster: SlurmCluster, dataset: Path, home: Path, **profile) -> tuple
         run_dir,
         total_steps=STEPS,
         engine={"kind": "fsdp"},
-        checkpoint={"every_steps": 20},
+        checkpoint={"every_steps": 10},
     )
     recipe.write_text(dump_config(config))
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -55,7 +55,7 @@ def launch(cluster: SlurmCluster, dataset: Path, home: Path, **profile) -> tuple
         "nodes": 2,
         "gpus_per_node": 0,
         "cpus_per_node": 1,
-        "memory_gib": 1,
+        "memory_gib": 8,
         "exclusive": False,
         "time_limit_minutes": 30,
         "workdir": str(home),
@@ -144,7 +144,7 @@ def test_a_job_whose_rank_is_killed_is_requeued_and_ends_as_the_undisturbed_one(
     cluster, dataset, undisturbed, tmp_path
 ):
     job_id, run_dir = launch(cluster, dataset, tmp_path)
-    wait_for_step(cluster, job_id, run_dir, 25)
+    wait_for_step(cluster, job_id, run_dir, 15)
     ranks_of(run_dir)[-1].kill()
     cluster.wait_for(job_id, "PENDING", seconds=90)
     job = wait_for_end(cluster, job_id, run_dir, "COMPLETED")
@@ -166,7 +166,7 @@ def test_a_job_whose_node_daemon_dies_is_requeued_and_ends_as_the_undisturbed_on
     cluster, dataset, undisturbed, tmp_path
 ):
     job_id, run_dir = launch(cluster, dataset, tmp_path)
-    wait_for_step(cluster, job_id, run_dir, 25)
+    wait_for_step(cluster, job_id, run_dir, 15)
     cluster.kill_node("n2")
     cluster.wait_for(job_id, "PENDING", seconds=90)
     cluster.start_daemon("n2")
