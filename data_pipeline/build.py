@@ -15,11 +15,12 @@ from data_pipeline.contact_sheet import write_contact_sheet
 from data_pipeline.cutting import Cut
 from data_pipeline.dataset import MANIFEST, Dataset, commit_dataset, digest_json, open_dataset
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.listing import Item, Kind, list_media
+from data_pipeline.listing import Collection, Item, Kind, list_media
 from data_pipeline.making import Filters, Made, Members, Target, make_samples, refuse_bad_target
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
 from data_pipeline.shards import index_tar, write_index, write_tar
+from data_pipeline.ucf101 import is_ucf101, list_ucf101
 
 PLAN = "build.json"
 
@@ -67,6 +68,7 @@ def build(
     width: int,
     fps: float | None = None,
     kind: Kind | None = None,
+    split: str | None = None,
     cut: Cut = "none",
     filters: Filters | None = None,
     shard_samples: int = 1000,
@@ -83,7 +85,7 @@ def build(
     """
     out = str(out)
     _refuse_bad_counts(fps, shard_samples, task, workers)
-    collection = list_media(source, kind)
+    collection = list_source(source, kind, split)
     items, is_video = collection.items, collection.kind == "video"
     target = Target(
         collection.kind,
@@ -132,7 +134,7 @@ def build(
         clip=target.size,
         fps=target.fps,
         rejected=left_out.counts(),
-        notes=notes or {},
+        notes=collection.notes | (notes or {}),
     )
     return _with_contact_sheet(dataset)
 
@@ -165,6 +167,18 @@ def index(
         rejected={},
         notes=notes or {},
     )
+
+
+def list_source(source: str | Path, kind: Kind | None, split: str | None) -> Collection:
+    """The captioned files of a source; `split` chooses some of UCF-101's."""
+    if is_ucf101(str(source)):
+        return list_ucf101(str(source), split)
+    if split is not None:
+        raise ConfigError(
+            f"split: value '{split}' is wrong because {source} is not UCF-101 with its folders "
+            "UCF-101 and ucfTrainTestlist; leave it out."
+        )
+    return list_media(source, kind)
 
 
 def _write_shard(

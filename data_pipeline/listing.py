@@ -36,6 +36,7 @@ class Collection:
     folder: str
     kind: Kind
     items: list[Item]
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def list_media(source: str | Path, kind: Kind | None = None) -> Collection:

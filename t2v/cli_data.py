@@ -44,6 +44,7 @@ def data_build(options: argparse.Namespace) -> None:
             width=width,
             fps=options.fps,
             kind=options.kind,
+            split=options.split,
             cut=options.cut,
             filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
             shard_samples=options.shard_samples,
@@ -185,6 +186,7 @@ def add_data_verbs(verbs) -> None:
     )
     verb.add_argument("--fps", type=float, help="frame rate to resample to; none: as it is")
     verb.add_argument("--kind", choices=("video", "image"), help="where a folder holds both")
+    verb.add_argument("--split", help="of UCF-101 as its authors pack it: train01, test01, ... all")
     verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
                       help="long videos into as many clips as fit")  # fmt: skip
     for name, help in FILTERS.items():
