@@ -205,8 +205,9 @@ def samples_section(run_dir: Path) -> str:
     for step in steps:
         of_step = folder / f"step-{step:08d}"
         for record in read_list(of_step / "samples.json"):
-            subject, file = str(record.get("prompt")), Path(str(record.get("file"))).name
-            rows.setdefault(subject, {}).setdefault(step, of_step / file)
+            subject, file = record.get("prompt"), Path(str(record.get("file"))).name
+            name = f"class {subject}" if isinstance(subject, int) else str(subject)
+            rows.setdefault(name, {}).setdefault(step, of_step / file)
     budget, left_out, cells = MOST_CLIP_BYTES, max(len(rows) - MOST_PROMPTS, 0), []
     for subject, of_steps in list(rows.items())[:MOST_PROMPTS]:
         row = [f"<td>{escape(subject)}</td>"]
