@@ -9,6 +9,7 @@ from data_pipeline.errors import UserError
 from t2v.cli_checkpoint import add_checkpoint_verbs
 from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
+from t2v.cli_launch import add_launch_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
 from t2v.cli_report import add_report_verbs
 from t2v.cli_sample import add_sample_verb
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_verbs(verbs)
     add_cluster_verbs(verbs)
+    add_launch_verbs(verbs)
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
