@@ -26,6 +26,9 @@ def add_sample_verb(verbs) -> None:
         help="memory of each process: of its GPU, or all of its main memory on a CPU",
     )
     verb.add_argument("--scratch", help="folder for features that fit in no memory")
+    verb.add_argument(
+        "--levels", action="store_true", help="write the clips of coarser levels as well"
+    )
     verb.add_argument("--clips-at-once", type=int, default=8, help="most clips sampled together")
     verb.add_argument(
         "--set",
@@ -51,13 +54,14 @@ def sample(options: argparse.Namespace) -> None:
             negative_prompt=options.negative_prompt,
             encoder=options.encoder,
             seed=options.seed,
+            levels=options.levels,
         ),
         out=options.out,
         overrides=options.set or [],
         means=Means(
             memory_gib=options.memory_gib,
             scratch=Path(options.scratch) if options.scratch else None,
-            clips_at_once=max(1, options.clips_at_once),
+            clips_at_once=options.clips_at_once,
         ),
     )
     print(f"{written}: written.")

@@ -91,18 +91,24 @@ def sample_checkpoint(
     Clip number i has seed `request.seed + i`.
     """
     out, means = Path(out), means or Means()
+    if means.clips_at_once < 1:
+        raise ConfigError(f"--clips-at-once: {means.clips_at_once} is wrong; give 1 or more.")
     with sampling_world() as world:
         source = open_source(checkpoint, world)
-        config = with_sampling(source.config, overrides)
-        recipe = Recipe(source, config, request)
-        subjects = subjects_of(config, request)
-        pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
-        if pending:
-            sample_pending(recipe, pending, out, means, world)
-        world.gather(None)  # every clip is written
-        if world.is_first:
-            summarise(out, len(subjects))
+        recipe = Recipe(source, with_sampling(source.config, overrides), request)
+        sample_recipe(recipe, out, means, world)
     return out
+
+
+def sample_recipe(recipe: Recipe, out: Path, means: Means, world: World) -> None:
+    """`sample_checkpoint` of processes that have met and know what is asked for."""
+    subjects = subjects_of(recipe.config, recipe.request)
+    pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
+    if pending:
+        sample_pending(recipe, pending, out, means, world)
+    world.gather(None)  # every clip is written
+    if world.is_first:
+        summarise(out, len(subjects))
 
 
 def sample_pending(
@@ -137,7 +143,7 @@ def sample_pending(
                 chosen = subjects[first : first + many]
                 condition, null = conditions.of(chosen)
                 with autocast(config.engine, world.device):
-                    clips = generate(
+                    levels = generate(
                         model,
                         condition=condition,
                         null=null,
@@ -148,10 +154,11 @@ def sample_pending(
                         store=store,
                         team=mates,
                         progress=lambda tiles: bars.advance(bar, tiles),
-                    ).pop()
+                    )[0 if recipe.request.levels else -1 :]
                 if mates.rank == 0:
-                    for subject, clip in zip(chosen, clips, strict=True):
-                        write_sample(out, recipe, subject, to_bytes(clip))
+                    for row, subject in enumerate(chosen):
+                        clips = [to_bytes(level[row]) for level in levels]
+                        write_sample(out, recipe, subject, clips)
 
 
 def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:
@@ -252,14 +259,25 @@ def to_bytes(clip: Float[Tensor, "channels frames height width"]) -> Clip:
     return rearrange(torch.stack(frames), "t c h w -> t h w c").contiguous().numpy()
 
 
-def write_sample(out: Path, recipe: Recipe, subject: Subject, clip: Clip) -> None:
-    """The mp4 file and then its record, without which the clip does not count."""
-    file, settings = f"{subject.number:04d}.mp4", recipe.config.sampling
-    media = encode_clip(clip, settings.fps or 1.0)
+def write_sample(out: Path, recipe: Recipe, subject: Subject, clips: list[Clip]) -> None:
+    """The mp4 files, the finest level last, and then their record, without which they do not
+    count."""
+    settings, pyramid = recipe.config.sampling, recipe.config.pyramid
+    coarsest = pyramid.levels - len(clips)
+    levels = {}
+    for level, clip in enumerate(clips[:-1], coarsest):
+        file = f"{subject.number:04d}.level-{level}.mp4"
+        media = encode_clip(clip, (settings.fps or 1.0) / pyramid.stride(level)[0])
+        storage.write_atomic(str(out / file), media)
+        levels[str(level)] = {"file": file, "sha256": sha256(media).hexdigest()}
+    file = f"{subject.number:04d}.mp4"
+    media = encode_clip(clips[-1], settings.fps or 1.0)
     storage.write_atomic(str(out / file), media)
     record = {
         "prompt": subject.shows,
         "negative_prompt": recipe.request.negative_prompt,
+        "pyramid": pyramid.model_dump(mode="json"),
+        "levels": levels,
         "file": file,
         "seed": subject.seed,
         "checkpoint": str(recipe.source.folder),
@@ -281,8 +299,17 @@ def is_done(out: Path, recipe: Recipe, subject: Subject) -> bool:
     record = read_record(out, subject.number)
     if record is None or record.get("key") != recipe.key(subject):
         return False
-    media = out / f"{subject.number:04d}.mp4"
-    return media.is_file() and sha256(media.read_bytes()).hexdigest() == record.get("sha256")
+    entries = [record]
+    if recipe.request.levels:
+        levels = record.get("levels") or {}
+        if len(levels) < recipe.config.pyramid.levels - 1:
+            return False
+        entries += levels.values()
+    return all(
+        (out / entry["file"]).is_file()
+        and sha256((out / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+        for entry in entries
+    )
 
 
 def read_record(out: Path, number: int) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ class Request:
     negative_prompt: str | None = None
     encoder: str | None = None
     seed: int = 0
+    levels: bool = False  # the clips of coarser levels too
 
 
 @dataclass(frozen=True)
