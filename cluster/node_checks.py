@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from data_pipeline.errors import DataError, InputMissing, StorageError, UserError
+from data_pipeline.errors import DataError, StorageError, UserError
 from data_pipeline.loader import open_sources
 from t2v.config import RunConfig, text_shape
 from t2v.model.hpdm import build_model
@@ -48,7 +48,7 @@ def check_node(config: RunConfig, *, ranks: int) -> list[Check]:
         *check_gpus(query_gpus(), ranks=ranks),
         check_shared_memory(config, ranks=ranks),
         _guarded("run folder", lambda: check_run_folder(run_dir)),
-        _guarded("disk", lambda: check_disk(run_dir, needed_bytes=checkpoint_bytes(config))),
+        _guarded("disk", lambda: check_disk(run_dir, needed_bytes=missing_bytes(config))),
         _guarded("data", lambda: check_data(config)),
     ]
 
@@ -175,23 +175,31 @@ def check_disk(run_dir: Path, *, needed_bytes: int) -> Check:
     return Check("disk", verdict, found, StorageError.exit_code)
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of the checkpoints that a run keeps, and of one more."""
+def missing_bytes(config: RunConfig) -> int:
+    """Bytes that a run will add: the checkpoints it keeps and one more, less those it has."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config).parameters())
-    return parameters * BYTES_PER_PARAMETER * (config.checkpoint.keep_last + 1)
+    one = parameters * BYTES_PER_PARAMETER
+    folder = Path(config.run_dir) / "checkpoints"
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(one * (config.checkpoint.keep_last + 1) - held, one)
 
 
 def check_data(config: RunConfig) -> Check:
-    """Every dataset answers, its embeddings belong to it, and one sample of each can be read."""
+    """Every dataset answers, its embeddings belong to it, and one sample of each can be read.
+
+    A damaged sample is no reason to stop: training replaces it, and counts how many.
+    """
     started = time.perf_counter()
     sources = open_sources(config.data, config.pyramid, config.conditioning)
-    samples = 0
-    for source in sources:
-        samples += source.dataset.info.samples
-        source.dataset.read(0, 0)
-        if source.embeddings is not None:
-            source.embeddings.read(0, 0)
+    samples = sum(source.dataset.info.samples for source in sources)
+    try:
+        for source in sources:
+            source.dataset.read(0, 0)
+            if source.embeddings is not None:
+                source.embeddings.read(0, 0)
+    except DataError as damage:
+        return Check("data", "warning", str(damage), damage.exit_code)
     seconds = time.perf_counter() - started
     found = f"{len(sources)} datasets, {samples} samples, first ones read in {seconds:.1f} s"
     return Check("data", "ok", found)
@@ -210,7 +218,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     """A check whose own failure is a finding."""
     try:
         return check()
-    except (InputMissing, DataError, UserError) as failure:
+    except UserError as failure:
         return Check(name, "failed", str(failure), failure.exit_code)
     except OSError as failure:
         reason = f"{failure.filename or name}: {failure.strerror or failure}"

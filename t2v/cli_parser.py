@@ -4,8 +4,8 @@ import argparse
 
 EXIT_CODES = """\
 exit codes:
-  0 done   2 usage   65 too much bad data   66 input missing   70 numeric failure
-  71 hang   73 run locked   74 storage   75 preempted: requeue me
+  0 done   2 usage   65 too much bad data   66 input missing   69 this node is bad
+  70 numeric failure   71 hang   73 run locked   74 storage   75 preempted: requeue me
   78 recipe or inputs do not fit together
 """
 

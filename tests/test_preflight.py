@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from cluster.node_checks import (
     check_run_folder,
     failed,
     loader_bytes,
+    missing_bytes,
     parse_gpus,
     skew_verdict,
 )
@@ -36,6 +38,7 @@ from cluster.preflight import (
     refuse_other_shape,
 )
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from data_pipeline.loader import NoConditioning
 from t2v.config import dump_config
 from tests.distributed import run_distributed
 from tests.test_loop import config_of, dataset
@@ -163,6 +166,27 @@ def test_a_run_folder_is_probed_without_a_trace(tmp_path):
 def test_a_disk_too_small_for_the_checkpoints_fails(tmp_path):
     assert check_disk(tmp_path, needed_bytes=1).verdict == "ok"
     assert check_disk(tmp_path, needed_bytes=1 << 60).verdict == "failed"
+
+
+def test_checkpoints_that_are_there_need_no_more_room(tmp_path):
+    config = tiny_config(run_dir=str(tmp_path), checkpoint={"keep_last": 2})
+    whole = missing_bytes(config)
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000005" / "part").write_bytes(bytes(whole // 3))
+    assert missing_bytes(config) == whole - whole // 3
+    (tmp_path / "checkpoints" / "step-00000005" / "part").write_bytes(bytes(whole))
+    assert missing_bytes(config) == whole // 3  # one more is always being written
+
+
+def test_a_damaged_sample_is_a_warning(dataset, tmp_path):
+    own = Path(shutil.copytree(dataset, tmp_path / "videos"))
+    shard = next((own / "shards").glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[512:640] = bytes(128)
+    shard.write_bytes(content)
+    config = config_of(own, tmp_path / "run")
+    config = config.model_copy(update={"conditioning": NoConditioning(kind="none")})
+    assert check_data(config).verdict == "warning"
 
 
 def test_the_loader_may_hold_all_prefetched_patches():
