@@ -43,8 +43,8 @@ def prepare_run(
     """The job of a recipe; ConfigError for one that cannot run on these nodes."""
     profile, config = load_profile(profile_path), load_config(config_path, overrides)
     nodes = _nodes(nodes, profile, profile_path)
-    forecast = _forecast(config, profile, nodes, profile_path)
     refuse_secrets_in(config_path, config.model_dump(mode="json"))
+    forecast = _forecast(config, profile, nodes, profile_path)
     job = training_job(config, profile, forecast, nodes=nodes, code=code_version())
     return Launch(job, profile, render(job, profile), forecast)
 

@@ -109,7 +109,8 @@ class Report:
             if self.lines is not None:
                 self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
-                self.status.write("running", last_checkpoint=saved.step)
+                seconds = saved.stall_seconds + saved.write_seconds
+                    self.status.write("running", last_checkpoint=saved.step, save_seconds=seconds)
             else:
                 print(f"step {saved.step} was not saved because {saved.problem}", flush=True)
 
