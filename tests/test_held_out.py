@@ -226,7 +226,7 @@ def test_zero_measures_and_trains_on_undisturbed(dataset, tmp_path, stage):
     bare = split_config(dataset, tmp_path / "bare", held_out=None, **changes)
     one = split_config(dataset, tmp_path / "one", held_out=held_out, optimizer={"eps": 1.0e-2})
     for config in (two, bare):  # DeepSpeed joins one world in the life of a process
-        assert run_distributed(train, 2, config) == [0, 0]
+        assert run_distributed(train, 2, config, timeout_seconds=270) == [0, 0]
     assert train(one) == 0
     assert_same_tensors(tensors_at(tmp_path / "two", STEPS), tensors_at(tmp_path / "bare", STEPS))
     found, wanted = (

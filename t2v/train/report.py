@@ -1,5 +1,6 @@
 """What a run tells while it goes: lines of metrics, a progress view, and its status."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from t2v.train.rates import Rates, first_start, peak_memory
 from t2v.train.run_folder import StatusFile
 from t2v.train.side_job import SideJob
 from t2v.train.state import TrainState
-from t2v.train.views import Guarded, ProgressView
+from t2v.train.views import Guarded, ProgressView, say
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -81,7 +82,8 @@ class Report:
         if self.lines is not None and self.status is not None:
             self.lines.step(values)
             rate = values["samples_per_second"]
-            self.status.refresh(step=step, samples_per_second=rate, **self.lines.side_job())
+            with contextlib.suppress(OSError):  # a full disk takes the status, not the run
+                self.status.refresh(step=step, samples_per_second=rate, **self.lines.side_job())
 
     def held_out(self, values: dict[str, Any]) -> None:
         """Losses on held-out samples, a line of their own."""
@@ -109,10 +111,11 @@ class Report:
             if self.lines is not None:
                 self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
-                seconds = saved.stall_seconds + saved.write_seconds
+                with contextlib.suppress(OSError):
+                    seconds = saved.stall_seconds + saved.write_seconds
                     self.status.write("running", last_checkpoint=saved.step, save_seconds=seconds)
             else:
-                print(f"step {saved.step} was not saved because {saved.problem}", flush=True)
+                say(f"step {saved.step} was not saved because {saved.problem}")
 
     def close(self) -> None:
         if self.lines is not None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from data_pipeline.strict import Strict
 
 COMMITTED = re.compile(r"step-(\d{8,})")
 POLL_SECONDS = 5.0
+TRIES = 2
 STATE_SECONDS = 10.0  # between two looks of the run at its side job
 NICEST = 19
 
@@ -107,16 +109,19 @@ def sample_run(run_dir: Path, *, follow: bool, parent: int | None, encoder: str 
         os.nice(NICEST)
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
-    failed: dict[int, int] = {}
+    failed: Counter[int] = Counter()
     with alone(folder):
         while True:
             ended = parent is None and run_ended(run_dir)
-            for step in due_steps(run_dir, config.every_steps):
-                if failed.get(step, 0) < 2 and not sample_step(run_dir, step, config, encoder):
-                    failed[step] = failed.get(step, 0) + 1
-            if not follow or ended or (parent is not None and os.getppid() != parent):
+            due = due_steps(run_dir, config.every_steps)
+            pending = [step for step in due if failed[step] < TRIES]
+            for step in pending:
+                failed[step] += not sample_step(run_dir, step, config, encoder)
+            is_alone = parent is not None and os.getppid() != parent
+            if not follow or is_alone or (ended and not pending):
                 return
-            time.sleep(POLL_SECONDS)
+            if not pending:
+                time.sleep(POLL_SECONDS)
 
 
 def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | None) -> bool:
@@ -128,7 +133,8 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
     command = sample_command(run_dir / "checkpoints" / name, staging, config, encoder)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][-500:]
+        otherwise = f"t2v sample ended with code {done.returncode} and said nothing"
+        reason = (done.stderr.strip().splitlines() or [otherwise])[-1][-500:]
         shutil.rmtree(staging, ignore_errors=True)
         write_state(run_dir, state="failed", step=step, reason=reason)
         print(f"step {step}: not sampled because {reason}", flush=True)
