@@ -67,6 +67,7 @@ _times: Counter[str] = Counter()
 def arm_faults() -> None:
     """Take the faults of the environment, which a run does once as it begins."""
     global _faults
+    _times.clear()
     _faults = parse_faults(os.environ.get("T2V_FAULT", ""))
 
 

@@ -1,0 +1,409 @@
+"""What is promised of a run that breaks, shown by breaking it: by faults, signals and kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.soak import Job
+from data_pipeline.errors import ConfigError, InputMissing, NumericError, StorageError
+from t2v.config import RunConfig, dump_config
+from t2v.train import preemption
+from t2v.train.attempts import read_attempts
+from t2v.train.finding import list_checkpoints
+from t2v.train.loop import train
+from tests.test_loop import (
+    assert_same_tensors,
+    config_of,
+    dataset,
+    status_of,
+    tensors_at,
+    wait_for_step,
+)
+
+__all__ = ["dataset"]
+TIMES = {"setup_seconds": 100.0, "data_seconds": 6.0, "step_seconds": 6.0}
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(monkeypatch):
+    yield
+    preemption.disarm()
+    torch.use_deterministic_algorithms(False)
+
+
+def recipe_of(config: RunConfig) -> Path:
+    path = Path(config.run_dir).with_suffix(".yaml")
+    path.write_text(dump_config(config))
+    return path
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [info.step for info in list_checkpoints(run_dir) if info.problem is None]
+
+
+def train_with(monkeypatch, faults: str, config: RunConfig, **arguments) -> int:
+    monkeypatch.setenv("T2V_FAULT", faults)
+    try:
+        return train(config, **arguments)
+    finally:
+        monkeypatch.setenv("T2V_FAULT", "")
+
+
+def run_job(config: RunConfig, faults: str = "", ranks: int = 2) -> tuple[Job, str]:
+    """A job of some ranks that has ended, and all that they printed."""
+    log = Path(config.run_dir).with_suffix(".log")
+    job = Job(recipe_of(config), ranks=ranks, faults=faults, log=log)
+    deadline = time.monotonic() + 150
+    while not job.is_over:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return job, log.read_text()
+
+
+def ends_of(run_dir: Path) -> list[tuple]:
+    lines = read_attempts(run_dir)
+    return [(line["attempt"], line["exit_code"]) for line in lines if line["event"] == "end"]
+
+
+def test_disk_that_is_full_once_costs_one_checkpoint(dataset, tmp_path, monkeypatch, capsys):
+    """R18: old checkpoints stay, training goes on."""
+    config = config_of(dataset, tmp_path / "run")
+    assert train_with(monkeypatch, "checkpoint.write:0:2:enospc", config) == 0
+    assert steps_of(tmp_path / "run") == [2, 6]
+    assert "step 4 was not saved because" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000002", "step-00000006"}
+
+
+@pytest.mark.parametrize("site", ["checkpoint.write", "checkpoint.manifest", "checkpoint.rename"])
+def test_disk_that_stays_full_ends_the_run_with_74(dataset, tmp_path, monkeypatch, site):
+    """R18, R19: three saves in a row; what was committed before them stays valid."""
+    config = config_of(dataset, tmp_path / "run", total_steps=12, checkpoint={"every_steps": 1})
+    faults = ";".join(f"{site}:0:{n}:{'enospc' if n % 2 else 'eio'}" for n in range(3, 13))
+    with pytest.raises(StorageError, match="3 saves in a row failed") as failure:
+        train_with(monkeypatch, faults, config)
+    assert failure.value.exit_code == 74
+    assert steps_of(tmp_path / "run") == [1, 2]
+    assert status_of(tmp_path / "run")["exit_code"] == 74
+    page = (tmp_path / "run" / "failure.md").read_text()
+    assert "Free space" in page
+    assert train(config) == 0
+
+
+def test_third_crash_in_a_row_is_not_started_again(dataset, tmp_path, monkeypatch):
+    """R28: the refusal names step and cause; counting begins anew on request."""
+    config = config_of(dataset, tmp_path / "run", checkpoint={"every_steps": 5})
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="a fault was asked for"):
+            train_with(monkeypatch, "step:0:3:crash", config)
+    assert ends_of(tmp_path / "run") == [(1, 1), (2, 1), (3, 1)]
+    with pytest.raises(ConfigError, match="step 3: RuntimeError: a fault was asked for") as failure:
+        train(config)
+    assert failure.value.exit_code == 78
+    assert status_of(tmp_path / "run")["exit_code"] == 78
+    assert "crash" in (tmp_path / "run" / "failure.md").read_text()
+    assert train(config, clear_failures=True) == 0
+    assert not (tmp_path / "run" / "failure.md").exists()
+
+
+def test_crashes_after_progress_are_started_again(dataset, tmp_path, monkeypatch):
+    """R28: a newer checkpoint each time is progress."""
+    config = config_of(dataset, tmp_path / "run", checkpoint={"every_steps": 1})
+    for step in (2, 3, 4, 5):
+        with pytest.raises(RuntimeError, match="a fault was asked for"):
+            train_with(monkeypatch, f"data:0:{step}:crash", config)
+    assert train(config) == 0
+
+
+def test_signal_while_a_checkpoint_is_written_ends_in_order(dataset, tmp_path, monkeypatch):
+    """R10: during a save."""
+    config = config_of(dataset, tmp_path / "run", total_steps=60)
+    assert train_with(monkeypatch, "checkpoint.manifest:0:2:term", config) == 75
+    steps = steps_of(tmp_path / "run")
+    assert steps[:2] == [2, 4]
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert status["last_checkpoint"] == steps[-1]
+
+
+def test_leftovers_of_dead_attempts_are_removed_and_good_steps_kept(dataset, tmp_path):
+    """R29: staging of killed saves, half-retired steps, a stale lock, records that were cut."""
+    config = config_of(dataset, tmp_path / "run", total_steps=8)
+    assert train(config, stop_at_step=4) == 75
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in (".staging-step-00000006-dead", ".staging-step-00000001-retired"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "rank-00000.safetensors").write_bytes(b"half")
+    (checkpoints / "step-00000005").mkdir()  # never finished: no manifest
+    (tmp_path / "run" / "run.lock").write_text('{"host": "' + os.uname().nodename + '", "pid": 1}')
+    with (tmp_path / "run" / "attempts.jsonl").open("a") as record:
+        record.write('{"attempt": 2, "event": "start", "config_fingerprint": "x"}\n{"att')
+    assert train(config) == 0
+    names = {path.name for path in checkpoints.iterdir()}
+    assert {"step-00000004", "step-00000006", "step-00000008"} <= names
+    assert not {name for name in names if name.startswith(".staging")}
+    assert ends_of(tmp_path / "run") == [(1, 75), (2, None), (3, 0)]
+
+
+def test_damaged_newest_checkpoint_is_passed_over(dataset, tmp_path, capsys):
+    """R03: a flipped bit is found before training, by name; the one before it is resumed."""
+    whole, broken = (config_of(dataset, tmp_path / name) for name in ("whole", "broken"))
+    assert train(whole) == 0
+    assert train(broken, stop_at_step=4) == 75
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000004"
+    path = next(newest.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert train(broken) == 0
+    output = capsys.readouterr().out
+    assert f"{path}: its bytes have changed" in output
+    assert "resumed from" in output
+    assert "step-00000002" in output
+    assert_same_tensors(tensors_at(tmp_path / "broken", 6), tensors_at(tmp_path / "whole", 6))
+
+
+def test_start_that_is_refused_leaves_no_run_folder(dataset, tmp_path):
+    config = config_of(dataset, tmp_path / "run")
+    missing = config.data.sources[0].model_copy(update={"path": str(tmp_path / "nothing")})
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"sources": [missing]})}
+    )
+    with pytest.raises(InputMissing, match="nothing"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_fault_ends_training_with_one_line(dataset, tmp_path):
+    config = config_of(dataset, tmp_path / "run")
+    command = [sys.executable, "-m", "t2v.cli", "train", str(recipe_of(config))]
+    environment = os.environ | {"T2V_FAULT": "nowhere:0:1:kill"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+SECTIONS = {"data": "data", "forward": "step", "collective": "step"}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "site",
+    [
+        "forward",
+        pytest.param("data", marks=pytest.mark.slow),
+        pytest.param("collective", marks=pytest.mark.slow),
+    ],
+)
+def test_rank_that_hangs_is_named_and_all_end(dataset, tmp_path, site):
+    """R11: the report names the rank that hangs, not those that wait for it."""
+    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"}, watchdog=TIMES)
+    job, output = run_job(config, f"{site}:1:3:hang")
+    (struck,) = job.fault_times()
+    assert time.time() - struck < TIMES["step_seconds"] + 20
+    assert [rank.returncode for rank in job.ranks] == [71, 71]
+    assert (
+        f"rank 1 on {os.uname().nodename} hangs in section '{SECTIONS[site]}' of step 3" in output
+    )
+    assert "rank 0 on" not in output
+    assert "in _break" in output
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 71)
+    assert status["reason"].startswith("rank 1 on")
+    assert "| 1 on" in (tmp_path / "run" / "failure.md").read_text()
+    assert run_job(config)[0].exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_rank_that_fails_to_read_ends_all_with_its_error(dataset, tmp_path):
+    """A failure of one rank is everyone's: one line, one code, the right rank on the page."""
+    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"}, watchdog=TIMES)
+    job, _ = run_job(config, "data:1:3:eio")
+    assert {rank.returncode for rank in job.ranks} <= {1, 74}
+    assert status_of(tmp_path / "run")["state"] == "failed"
+    page = (tmp_path / "run" / "failure.md").read_text()
+    assert "| 1 on" in page
+    assert "Input/output error" in page
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_rank_killed_in_a_save_ends_all_without_that_step(dataset, tmp_path, asynchronous):
+    """R02."""
+    config = config_of(
+        dataset,
+        tmp_path / "run",
+        engine={"kind": "fsdp"},
+        checkpoint={"every_steps": 2, "asynchronous": asynchronous},
+    )
+    job, _ = run_job(config, "checkpoint.write:1:2:kill")
+    (struck,) = job.fault_times()
+    assert time.time() - struck < 15
+    assert steps_of(tmp_path / "run") == [2]
+    assert job.ranks[1].returncode == -signal.SIGKILL
+    assert run_job(config)[0].exit_code == 0
+    assert steps_of(tmp_path / "run") == [2, 4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(dataset, tmp_path):
+    """R20: once: no moment changes; for ever: exit 70, and nothing bad is kept."""
+    config = config_of(
+        dataset,
+        tmp_path / "run",
+        engine={"kind": "fsdp"},
+        checkpoint={"every_steps": 1, "keep_last": 9},
+        optimizer={"max_skips_in_a_row": 3},
+        total_steps=9,
+    )
+    nan = ";".join(f"forward:1:{step}:nan" for step in (3, 6, 7, 8))
+    job, output = run_job(config, nan)
+    assert job.exit_code == NumericError.exit_code
+    assert output.count("no finite gradient in 3 steps in a row up to step 8") == 1
+    assert_same_tensors(tensors_at(tmp_path / "run", 3), tensors_at(tmp_path / "run", 2))
+    assert max(steps_of(tmp_path / "run")) == 7
+    assert_same_tensors(tensors_at(tmp_path / "run", 7), tensors_at(tmp_path / "run", 5))
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines[2]["skipped_samples"]) == config.global_batch_size
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_sigterm_to_torchrun_saves_and_is_told_by_status(dataset, tmp_path):
+    """R08."""
+    config = config_of(
+        dataset, tmp_path / "run", engine={"kind": "fsdp"}, total_steps=5000,
+        checkpoint={"every_steps": 5000},
+    )  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "t2v.cli", "train", str(recipe_of(config))),
+    ]
+    process = subprocess.Popen(command)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    status = status_of(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert steps_of(tmp_path / "run") == [status["step"]]
+    assert ends_of(tmp_path / "run") == [(1, 75)]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("when", ["import", "setup", "rendezvous"])
+def test_signal_before_training_leaves_quickly_and_quietly(dataset, tmp_path, when):
+    """R10: no traceback, no half state, at most 10 s."""
+    engine = {"kind": "fsdp"} if when == "rendezvous" else {"kind": "single"}
+    config = config_of(dataset, tmp_path / "run", engine=engine)
+    job = Job(
+        recipe_of(config),
+        ranks=2 if when == "rendezvous" else 1,
+        faults="setup:0:1:hang" if when == "setup" else "",
+        log=tmp_path / "log",
+    )
+    if when == "rendezvous":
+        job.ranks[1].kill()  # so that rank 0 waits for it
+        time.sleep(12)
+    elif when == "setup":
+        while not job.fault_times():
+            time.sleep(0.1)
+    else:
+        time.sleep(1.0)
+    started = time.monotonic()
+    job.ranks[0].send_signal(signal.SIGTERM)
+    assert job.ranks[0].wait(timeout=30) == 75
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    if when == "setup":
+        assert status_of(tmp_path / "run")["state"] == "preempted"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_zombie_that_was_taken_for_dead_may_not_commit(dataset, tmp_path):
+    """R23: start together, second later, first zombie revives."""
+    run_dir = tmp_path / "run"
+    config = config_of(dataset, run_dir, total_steps=60, checkpoint={"every_steps": 5})
+    recipe = recipe_of(config)
+    zombie = Job(recipe, ranks=1, log=tmp_path / "zombie.log")
+    wait_for_step(run_dir, 7, zombie.ranks[0])
+    second = Job(recipe, ranks=1, log=tmp_path / "second.log")
+    assert second.ranks[0].wait(timeout=60) == 73
+    assert "is in use by process" in (tmp_path / "second.log").read_text()
+    zombie.kill(signal.SIGSTOP)
+    (run_dir / "run.lock").unlink()  # as on a disk that passes no locks on
+    heir = Job(recipe, ranks=1, log=tmp_path / "heir.log")
+    assert heir.ranks[0].wait(timeout=120) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
+    told = (run_dir / "metrics.jsonl").read_bytes()
+    zombie.kill(signal.SIGCONT)
+    assert zombie.ranks[0].wait(timeout=60) == 73
+    after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
+    assert {n: t for n, t in after.items() if not n.startswith(".")} == before
+    assert (run_dir / "metrics.jsonl").read_bytes() == told
+    assert status_of(run_dir)["state"] == "done"
+    assert "may not commit because attempt 2" in (tmp_path / "zombie.log").read_text()
+    together = [Job(recipe, ranks=1, log=tmp_path / f"{n}.log") for n in range(2)]
+    codes = sorted(job.ranks[0].wait(timeout=60) for job in together)
+    assert codes in ([0, 73], [0, 0])  # the loser may come when the winner is done
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1500)
+def test_run_killed_at_any_instant_resumes(dataset, tmp_path):
+    """R01: 50 times, in steps and in saves; at most the steps since a save are lost."""
+    every, repeats = 3, 50
+    chance = random.Random(0)
+    run_dir = tmp_path / "killed"
+    changes = {"checkpoint": {"every_steps": every}, "total_steps": 100_000}
+    recipe = recipe_of(config_of(dataset, run_dir, **changes))
+    reached = 0
+    for number in range(repeats):
+        job = Job(recipe, ranks=1, log=tmp_path / "log")
+        wait_for_new_step(run_dir, reached, job)
+        time.sleep(chance.uniform(0.0, 0.5))
+        job.kill()
+        job.ranks[0].wait()
+        resumed = steps_of(run_dir)[-1] if steps_of(run_dir) else 0
+        reached = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        assert reached - resumed <= 2 * every, number
+    assert ends_of(run_dir)[0] == (1, None)
+
+
+def wait_for_new_step(run_dir: Path, step: int, job: Job) -> None:
+    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while not path.exists() or path.stat().st_mtime_ns == before:
+        assert job.ranks[0].poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_soak_ends_with_the_weights_of_the_undisturbed_run(tmp_path):
+    """R30, short."""
+    command = [sys.executable, "benchmarks/soak.py", "--steps", "200", "--gap", "15"]
+    done = subprocess.run(
+        [*command, "--workdir", str(tmp_path / "soak"), "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(next(tmp_path.glob("soak-200-*.json")).read_text())
+    assert result["bit_identical"]
+    assert result["left_behind"] == 0
