@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from data_pipeline.embed import TextEncoder
 from data_pipeline.errors import ConfigError, StorageError
 from data_pipeline.loader import NoConditioning, TextConditioning
 from data_pipeline.video import decode_clip
@@ -22,7 +23,7 @@ from t2v.generate import Means, rooms_for
 from t2v.sampling import generate
 from t2v.sampling_memory import LevelRoom, canvas_bytes, plan_memory, row_bytes, volume_bytes
 from t2v.sampling_store import Store
-from t2v.sampling_subjects import Request, read_prompts, subjects_of
+from t2v.sampling_subjects import Conditions, Request, read_prompts, subjects_of
 from t2v.sampling_tiles import Team
 from tests.distributed import next_world, run_distributed
 from tests.tiny import RECIPE, THREE_LEVELS, class_condition, stirred_model, tiny_config
@@ -139,6 +140,7 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
     ("more", "words"),
     [
         (["--memory-gib=0.1"], "--memory-gib: leaves -"),
+        (["--clips-at-once=0"], "--clips-at-once: 0 is wrong"),
         (["--memory-gib=-1"], "--memory-gib: -1 is wrong"),
         (["--label=1"], "--label: [1] is wrong because the checkpoint has no classes"),
         (["--count=0"], "--count: 0 is wrong"),
@@ -201,6 +203,30 @@ def test_kinds_of_recipes_take_their_own_subjects():
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):
             subjects_of(config, request)
+
+
+def test_conditions_carry_text_frame_rate_and_size(datasets):
+    encoder = str(datasets / "encoder")
+    embeddings = TextConditioning(kind="text", encoder="tiny", width=8, max_tokens=8)
+    config = tiny_config(sampling={"fps": 12.0, "original_size": [240, 320]})
+    config = config.model_copy(update={"conditioning": embeddings})
+    trained_with = TextEncoder(encoder, max_tokens=8).provenance
+    told = {}
+    for negative in (None, "a red circle"):
+        request = Request(("a red circle", "a blue square"), encoder=encoder,
+                          negative_prompt=negative)  # fmt: skip
+        conditions = Conditions(config, request, trained_with, torch.device("cpu"))
+        subjects = subjects_of(config, request)
+        conditions.read(subjects)
+        told[negative] = conditions.of(subjects)
+    (prompt, empty), (same, negative) = told[None], told["a red circle"]
+    for condition in (prompt, empty, negative):
+        assert condition.fps.tolist() == [12.0] * 2
+        assert condition.original_size.tolist() == [[240.0, 320.0]] * 2
+    assert torch.equal(prompt.text_tokens, same.text_tokens)
+    assert torch.equal(negative.text_tokens[0], prompt.text_tokens[0])
+    assert torch.equal(negative.text_tokens[0], negative.text_tokens[1])
+    assert not torch.equal(empty.text_tokens[0], prompt.text_tokens[0])
 
 
 def taken(model, config, rooms: list[LevelRoom], clips: int) -> list[int]:

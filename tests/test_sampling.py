@@ -112,6 +112,23 @@ def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order
         torch.testing.assert_close(canvas, clips[level][[2, 0]], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("overlap", ["", "hw", "fhw"])
+def test_a_pyramid_that_grows_in_space_alone_is_sampled_too(overlap):
+    """The geometry of the 16x576x1024 variant: an axis of one tile does not overlap."""
+    config = tiny_config(
+        **THREE_LEVELS | {"pyramid": {"levels": 3, "clip_size": [2, 24, 32]}},
+    )
+    config = config.model_copy(
+        update={"sampling": config.sampling.model_copy(update={"overlap": overlap})}
+    )
+    clips = random_clips(config, 1)
+    found = sample(Painter(config, clips), config, labels=[0], seeds=[5])
+    for level, canvas in enumerate(found):
+        torch.testing.assert_close(canvas, clips[level], rtol=0, atol=1e-4)
+    tiles = {"": [1, 4, 16], "hw": [1, 9, 49], "fhw": [1, 9, 49]}[overlap]
+    assert network_calls(config.sampling, config.pyramid) == [5, 2 * tiles[1], tiles[2]]
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 2.0])
 def test_guidance_goes_from_the_null_answer_through_the_conditional_one(guidance_scale):
     config = three_levels(guidance_scale=guidance_scale)

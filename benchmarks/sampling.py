@@ -1,0 +1,425 @@
+"""Coarse-to-fine sampling with its features kept, against computing them anew: seconds and memory.
+
+`per tile` is the plain way: every call on a tile first runs the network on the windows around it at
+all coarser levels, as a training pass does. `per step` reads the finished levels again at each
+step. `kept` is what `t2v sample` does; `on disk` keeps everything in files. Networks are small and
+the geometries of UCF-101 and text-to-video are scaled to a CPU; schedules of blocks, levels, tokens
+and steps are the paper's shape. Each job is a process of its own with one thread. All ways run side
+by side, so that whatever disturbs the machine disturbs all, and CPU seconds are what is compared.
+
+`--full` samples one 64x288x512 clip of a small four-level network, with all memory and, beside it,
+within a budget for the whole process, and compares the two.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from t2v.config import RunConfig, load_config, parse_config
+from t2v.generate import memory_left, to_bytes
+from t2v.model.conditioning import Condition
+from t2v.model.hpdm import HPDM, build_model
+from t2v.sampling import ALONE, generate, sample_level
+from t2v.sampling_config import level_tilings, network_calls
+from t2v.sampling_memory import plan_memory
+from t2v.sampling_store import Fetched, Kept, Store
+from t2v.sampling_tiles import Batch, LevelNetwork, read_level
+from t2v.tiling import Tiling
+
+ROOT = Path(__file__).parent.parent
+PER_TILE, PER_STEP, KEPT, ON_DISK = "per tile", "per step", "kept", "on disk"
+WAYS = (PER_TILE, PER_STEP, KEPT, ON_DISK)
+SMALL = {"token_dim": 64, "num_latents": 32, "latent_dim": 64, "latent_layers": 2,
+         "token_head_dim": 32, "latent_head_dim": 32, "conditioning_dim": 64}  # fmt: skip
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "ucf": {
+        "recipe": "ucf101_s",
+        "pyramid": {"levels": 3, "patch_size": [4, 16, 16], "clip_size": [16, 64, 64]},
+        "model": SMALL,
+        "sampling": {"steps": [16, 8, 4], "overlap": "hw", "guidance_scale": 1.0},
+    },
+    "t2v": {
+        "recipe": "t2v_64x288x512",
+        "pyramid": {"levels": 4, "patch_size": [2, 12, 16], "clip_size": [16, 96, 128]},
+        "model": SMALL,
+        "sampling": {"steps": [8, 4, 2, 1], "overlap": "hw", "guidance_scale": 6.0},
+    },
+    "full": {
+        "recipe": "t2v_64x288x512",
+        "pyramid": {},
+        "model": SMALL,
+        "sampling": {"steps": [2, 1, 1, 1], "overlap": ["", "", "", "hw"], "tile_batch": 256,
+                     "guidance_scale": [2.0, 2.0, 2.0, 1.0]},
+    },
+}  # fmt: skip
+
+
+def small_recipe(name: str) -> RunConfig:
+    """A shipped recipe with a small network, without text, in a scaled geometry."""
+    changes = GEOMETRIES[name]
+    content = load_config(ROOT / "configs" / f"{changes['recipe']}.yaml").model_dump(mode="json")
+    for section in ("pyramid", "model", "sampling"):
+        content[section] |= changes[section]
+    content |= {"conditioning": {"kind": "class", "num_classes": 4}, "warm_start": None}
+    return parse_config(content, name)
+
+
+def small_network(config: RunConfig) -> HPDM:
+    """A network with noise on every parameter, whose answers are tame."""
+    model = build_model(config)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        model.detokenizer.weight.mul_(0.1)
+    return model.eval()
+
+
+class Anew(LevelNetwork):
+    """Features of coarser levels computed for every call, from windows that contain the tile."""
+
+    finished: list[Tensor]
+
+    def _fetched(
+        self, batches: list[Batch], tiling: Tiling, latents: Kept | None
+    ) -> Iterator[Fetched]:
+        for batch in batches:
+            yield self._context(batch, tiling, latents)
+
+    def _context(self, batch: Batch, tiling: Tiling, latents: Kept | None) -> Fetched:
+        fetched = super()._context(batch, tiling, latents)
+        return fetched | self.computed(batch, tiling.offsets[batch.tiles])
+
+    def computed(self, batch: Batch, offsets: Tensor) -> Fetched:
+        """The boxes that the tiles look at, each from its own coarse windows."""
+        model, pyramid = self.model, self.model.pyramid
+        patch, growth = torch.tensor(pyramid.patch_size), torch.tensor(pyramid.growth)
+        token = torch.tensor(model.config.token_size)
+        windows = {self.level: offsets}
+        for level in reversed(range(self.level)):
+            last = torch.tensor(pyramid.size(level)) - patch
+            low = (windows[level + 1] + patch // 2) // growth - patch // 2
+            windows[level] = torch.minimum(low.clamp(min=0), last) // token * token
+        clips = torch.tensor(batch.clips)
+        rows = torch.cat([clips + branch * self.clips for branch in range(self.branches)])
+        known: dict[tuple[int, int], Tensor] = {}
+
+        def boxes(block: int, coarser: int, low: Tensor, shape: tuple[int, int, int]) -> Tensor:
+            tokens = known[block, coarser]
+            first = (windows[coarser] // token).repeat(self.branches, 1)
+            index = [
+                (low[:, axis, None] + torch.arange(shape[axis]) - first[:, axis, None]).clamp(
+                    0, model.grid.shape[axis] - 1
+                )
+                for axis in range(3)
+            ]
+            row = torch.arange(len(tokens))[:, None, None, None]
+            t, h, w = (
+                index[0][:, :, None, None],
+                index[1][:, None, :, None],
+                index[2][:, None, None],
+            )
+            return tokens[row, t, h, w]
+
+        for level in range(self.level):
+            scale = self.scales[level]
+            tiles = torch.stack([
+                self.finished[level][clip][
+                    :, t : t + patch[0], h : h + patch[1], w : w + patch[2]
+                ]
+                for clip, (t, h, w) in zip(batch.clips, windows[level].tolist(), strict=True)
+            ]).repeat(self.branches, 1, 1, 1, 1) / scale  # fmt: skip
+            factor = (scale**-2 + self.sigma_min**2) ** -0.5
+            noise = torch.full((len(tiles), 1), self.sigma_min).log() / 4
+            inputs = model.forward_level(
+                level, (factor * tiles)[:, None], noise,
+                windows[level].repeat(self.branches, 1), self.condition.rows(rows), boxes,
+                wanted=model.context_blocks(level),
+            )[2]  # fmt: skip
+            for block, tokens in inputs.items():
+                known[block, level] = tokens[:, 0].unflatten(1, model.grid.shape)
+        fetched: Fetched = {}
+        for coarser in model.context_levels(self.level):
+            low, shape = model.grid.support(self.level, offsets, coarser)
+            low = low.repeat(self.branches, 1)
+            for block in range(len(model.config.levels_per_block)):
+                if self.level in model.fused_levels(block):
+                    fetched[block, coarser] = boxes(block, coarser, low, shape)
+        return fetched
+
+
+def condition_of(label: int) -> Condition:
+    return Condition(
+        fps=torch.tensor([24.0]),
+        original_size=torch.tensor([[720.0, 1280.0]]),
+        label=torch.tensor([label]),
+    )
+
+
+def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[Tensor]:
+    """All levels of a clip, with features computed per tile or per step."""
+    sampling, pyramid = config.sampling, config.pyramid
+    rooms = plan_memory(model, sampling, clips=1, device_bytes=1 << 62)
+    branches = [condition_of(0), condition_of(4)]
+    levels: list[Tensor] = []
+
+    def network(kind: type[LevelNetwork], level: int, count: int, volumes: dict) -> LevelNetwork:
+        return kind(
+            model, level, branches=branches[:count], volumes=volumes,
+            diffusion=config.diffusion, room=rooms[level], store=store, team=ALONE,
+        )  # fmt: skip
+
+    def read(upto: int) -> dict:
+        volumes: dict = {}
+        for level in range(upto):
+            reader = network(LevelNetwork, level, sampling.read_branches(level), volumes)
+            tiling = level_tilings(sampling, pyramid, level)[0]
+            volumes |= read_level(reader, tiling, levels[level])
+        return volumes
+
+    for level in range(pyramid.levels):
+        count = len(sampling.branches(level))
+        if way == PER_TILE:
+            nothing: Any = _Absent()
+            maker = network(Anew, level, count, nothing)
+            assert isinstance(maker, Anew)
+            maker.volumes, maker.finished = {}, levels
+            maker.scales = [config.diffusion.level_input_scale(n) for n in range(level)]
+        else:
+            maker = network(LevelNetwork, level, count, read(level))
+            denoise = maker.denoise
+
+            def renewed(
+                *args: Any, of: int = level, net: LevelNetwork = maker, call: Any = denoise,
+                **named: Any,
+            ) -> Any:  # fmt: skip
+                fresh = read(of)
+                net.volumes = {key: fresh[key] for key in net.volumes}
+                return call(*args, **named)
+
+            maker.denoise = renewed
+        levels.append(sample_level(maker, [1], sampling, config.diffusion, lambda tiles: None))
+    return levels
+
+
+class _Absent(dict):
+    """Volumes that nobody keeps."""
+
+    def __missing__(self, key: tuple[int, int]) -> None:
+        return None
+
+
+class Clocks:
+    """Seconds inside functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, owner: Any, name: str, label: str) -> None:
+        """Time every call of a method from now on."""
+        call = getattr(owner, name)
+
+        def timed(*args: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **named)
+            finally:
+                spent = time.perf_counter() - begin
+                self.seconds[label] = self.seconds.get(label, 0.0) + spent
+
+        setattr(owner, name, timed)
+
+
+@torch.no_grad()
+def job(name: str, way: str, memory_gib: float | None, out: str | None) -> dict[str, Any]:
+    """Sample one clip in one way; what it took."""
+    torch.set_num_threads(1)
+    config = small_recipe(name)
+    model = small_network(config)
+    clocks = Clocks()
+    clocks.time(model, "forward_level", "network")
+    clocks.time(model, "context", "of that, sampling of coarse features")
+    clocks.time(LevelNetwork, "_context", "fetching of features and latents, ahead")
+    before = psutil.Process().memory_info().rss
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store(torch.device("cpu"), Path(scratch))
+        with closing(store):
+            if way in (PER_TILE, PER_STEP):
+                clip = sample_anew(model, config, way, store)[-1]
+            else:
+                rooms = plan_memory(
+                    model, config.sampling, clips=1,
+                    device_bytes=memory_left(torch.device("cpu"), memory_gib)[0],
+                )  # fmt: skip
+                if way == ON_DISK:
+                    rooms = [replace(room, volumes="disk", latents="disk") for room in rooms]
+                clip = generate(
+                    model, condition=condition_of(0), null=condition_of(4), seeds=[1],
+                    sampling=config.sampling, diffusion=config.diffusion, rooms=rooms,
+                    store=store,
+                ).pop()  # fmt: skip
+    result = {
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - begin_cpu,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "before_gib": before / 2**30,
+        "network_calls": sum(network_calls(config.sampling, config.pyramid)),
+        "parts": clocks.seconds,
+    }
+    if way in (KEPT, ON_DISK):
+        result["rooms"] = [
+            {"tile_batch": r.tile_batch, "slabs": len(r.slabs), "features": r.volumes,
+             "latents": r.latents}
+            for r in rooms
+        ]  # fmt: skip
+    if out:
+        np.save(out, to_bytes(clip[0]))
+    return result
+
+
+def run_job(name: str, way: str, out: Path, memory_gib: float | None = None) -> dict[str, Any]:
+    """A job in a fresh process, whose memory is its own."""
+    asked = json.dumps({"name": name, "way": way, "memory_gib": memory_gib, "out": str(out)})
+    done = subprocess.run(
+        [sys.executable, __file__, "--job", asked],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def median_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run in the middle, by CPU time."""
+    middle = statistics.median_low([result["cpu_seconds"] for result in results])
+    return next(result for result in results if result["cpu_seconds"] == middle)
+
+
+def compare_ways(name: str, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Every way of sampling one geometry, in turns."""
+    taken: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+
+    def file_of(way: str) -> Path:
+        return scratch / f"{name}-{way.replace(' ', '-')}.npy"
+
+    for _ in track(range(rounds), name, console=Console(stderr=True)):
+        with ThreadPoolExecutor() as pool:
+            started = {way: pool.submit(run_job, name, way, file_of(way)) for way in WAYS}
+        for way, running in started.items():
+            taken[way].append(running.result())
+    clips = {way: np.load(file_of(way)) for way in WAYS}
+    return {
+        way: median_of(taken[way])
+        | {
+            "rounds": rounds,
+            "largest_pixel_difference": int(abs(clips[way].astype(int) - clips[KEPT]).max()),
+        }
+        for way in WAYS
+    }
+
+
+def compare_budgets(budget_gib: float, scratch: Path) -> dict[str, Any]:
+    """The full-size clip with all memory and within a budget."""
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_job, "full", KEPT, scratch / "free.npy")
+        second = pool.submit(run_job, "full", KEPT, scratch / "bound.npy", budget_gib)
+    free, bound = first.result(), second.result()
+    clips = [np.load(scratch / f"{kind}.npy").astype(np.int16) for kind in ("free", "bound")]
+    difference = abs(clips[0] - clips[1])
+    return {
+        "shape": list(clips[0].shape),
+        "budget_gib": budget_gib,
+        "free": free,
+        "bound": bound,
+        "largest_pixel_difference": int(difference.max()),
+        "share_of_pixels_that_differ": float((difference > 0).mean()),
+    }
+
+
+def print_ways(name: str, results: dict[str, Any]) -> None:
+    config = small_recipe(name)
+    size = "x".join(map(str, config.pyramid.clip_size))
+    title = f"{name} scaled to {size}, {results[KEPT]['network_calls']} calls per clip"
+    if len(config.sampling.branches(0)) == 2:
+        title += ", each a guidance pair"
+    table = Table(title=title)
+    for column in ("features", "CPU s", "wall s", "calls/CPU s", "speed", "peak GiB", "pixels"):
+        table.add_column(column, justify="left" if column == "features" else "right")
+    for way, result in results.items():
+        table.add_row(
+            way,
+            f"{result['cpu_seconds']:.1f}",
+            f"{result['seconds']:.1f}",
+            f"{result['network_calls'] / result['cpu_seconds']:.0f}",
+            f"{results[PER_TILE]['cpu_seconds'] / result['cpu_seconds']:.2f}x",
+            f"{result['peak_gib']:.2f}",
+            f"{result['largest_pixel_difference']}",
+        )
+    Console().print(table)
+    parts = ", ".join(f"{k}: {v:.1f} s" for k, v in results[KEPT]["parts"].items())
+    print(f"where the wall time of '{KEPT}' goes: {parts}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="only the 64x288x512 clip")
+    parser.add_argument("--budget-gib", type=float, default=2.0, help="of the bounded full clip")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print(json.dumps(job(**json.loads(options.job))))
+        return
+    machine = re.sub(r"[^a-z0-9]+", "-", f"{platform.machine()}-{os.cpu_count()}cpu".lower())
+    result: dict[str, Any] = {"machine": machine}
+    kind = "sampling-full" if options.full else "sampling"
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if options.full:
+            result |= compare_budgets(options.budget_gib, scratch)
+            for name in ("free", "bound"):
+                taken = result[name]
+                print(f"{name}: {taken['seconds']:.0f} s, {taken['cpu_seconds']:.0f} CPU s, peak "
+                      f"{taken['peak_gib']:.2f} GiB; {taken['rooms']}")  # fmt: skip
+            print(f"pixels of {result['shape']} differ by at most "
+                  f"{result['largest_pixel_difference']} of 255")  # fmt: skip
+        else:
+            for name in ("ucf", "t2v"):
+                result[name] = compare_ways(name, options.rounds, scratch)
+                print_ways(name, result[name])
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{kind}-{machine}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{path}: written.")
+
+
+if __name__ == "__main__":
+    main()
