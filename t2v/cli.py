@@ -18,7 +18,12 @@ from t2v.cli_sample import add_sample_verb
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; what a user, a file or the cluster caused ends as one line and an exit code."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may also stand after options.
+    if rest and not (hasattr(options, "overrides") and all("=" in item for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         return options.run(options) or 0
     except UserError as error:

@@ -5,17 +5,22 @@ attention keeps as little as a GPU's fused kernels do.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.loader import ClassConditioning
 from t2v.config import RunConfig, text_shape
+from t2v.engine.compute import PRODUCTS
 from t2v.model.conditioning import Condition
 from t2v.model.hpdm import CHANNELS, HPDM, build_model
 
@@ -30,6 +35,7 @@ class Footprint:
     kept_bytes: int
     kept_between_blocks_bytes: int
     kept_by_largest_block_bytes: int
+    kept_products_bytes: int
     largest_tensor_bytes: int
 
 
@@ -39,6 +45,7 @@ def measure(config: RunConfig) -> Footprint:
         model = build_model(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     kept = kept_storages(config)
+    products = kept.pop("products")
     outside, inputs = kept.pop("outside"), kept.pop("inputs")
     between = outside | inputs
     every = outside | {key: size for block in kept.values() for key, size in block.items()}
@@ -52,6 +59,7 @@ def measure(config: RunConfig) -> Footprint:
         kept_bytes=sum(every.values()),
         kept_between_blocks_bytes=sum(between.values()),
         kept_by_largest_block_bytes=max(by_block),
+        kept_products_bytes=sum(size for key, size in products.items() if key not in between),
         largest_tensor_bytes=max(every.values()),
     )
 
@@ -108,10 +116,10 @@ def _inputs(config: RunConfig) -> dict[str, Tensor | Condition]:
 
 class KeptStorages:
     """Bytes of each storage kept for backward: by each block, outside of blocks, and, whether kept
-    or not, of the blocks' inputs. Parameters do not count."""
+    or not, of the blocks' inputs and of the products in them. Parameters do not count."""
 
     def __init__(self, model: HPDM) -> None:
-        self.bytes: dict[str, dict[int, int]] = {"outside": {}, "inputs": {}}
+        self.bytes: dict[str, dict[int, int]] = {"outside": {}, "inputs": {}, "products": {}}
         self._place = "outside"
         self._own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._alive: list[Tensor] = []  # a storage's address names it only as long as it lives
@@ -123,6 +131,11 @@ class KeptStorages:
         """Autograd keeps a tensor."""
         self._note(tensor, self._place)
         return tensor
+
+    def product(self, tensor: Tensor) -> None:
+        """An operation that selective recomputation does not repeat has made a tensor."""
+        if self._place != "outside":
+            self._note(tensor, "products")
 
     def _note(self, tensor: Tensor, place: str) -> None:
         storage = tensor.untyped_storage()
@@ -141,6 +154,22 @@ class KeptStorages:
         self._place = "outside"
 
 
+class Products(TorchDispatchMode):
+    """Tells of everything that the operations kept by selective recomputation make."""
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            for tensor in tree_iter(made):
+                if isinstance(tensor, Tensor):
+                    self.tell(tensor)
+        return made
+
+
 def kept_storages(config: RunConfig) -> dict[str, dict[int, int]]:
     """What a recipe's forward pass keeps of one sample, in the precision it computes in."""
     halved = config.engine.precision == "bf16"
@@ -153,6 +182,7 @@ def kept_storages(config: RunConfig) -> dict[str, dict[int, int]]:
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=halved),
             saved_tensors_hooks(kept.keep, lambda tensor: tensor),
+            Products(kept.product),
         ):
             model(**_inputs(config))
     return kept.bytes

@@ -140,6 +140,21 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "engine: dp_replicate 2 is wrong because engine.kind 'single' has no replicas; use 1, "
             "or kind fsdp",
         ),
+        (
+            "engine={kind: zero, zero_stage: 3, activation_checkpointing: selective}",
+            "engine: activation_checkpointing 'selective' is wrong because ZeRO stage 3 gathers "
+            "weights inside of blocks; use blocks, or zero_stage 2",
+        ),
+        (
+            "engine={kind: zero, zero_stage: 3, compile: true}",
+            "engine: compile is wrong because ZeRO stage 3 gathers weights inside of blocks; use "
+            "false, zero_stage 2, or kind fsdp",
+        ),
+        (
+            "engine.offload_optimizer=true",
+            "engine: offload_optimizer is wrong because engine.kind 'single' steps where its "
+            "weights are; use false, or kind zero",
+        ),
         ("foo", "foo: is not an override; write dotted.key=value."),
         ("seed=[", "seed=[: the value is not valid YAML; quote it."),
         (

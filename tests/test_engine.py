@@ -1,86 +1,41 @@
 """Every engine trains the same numbers."""
 
-from dataclasses import dataclass
-from math import prod
-
 import numpy as np
 import pytest
-import torch
 
 from t2v.config import RunConfig
-from t2v.engine.engine import Engine, build_engine
-from t2v.engine.world import World, join_world
-from t2v.model.hpdm import build_model
-from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
-from t2v.train.schedule import learning_rates
 from tests.distributed import run_distributed
-from tests.tiny import noise_batch, tiny_config
+from tests.tiny import tiny_config
+from tests.training import Outcome, train_all
 
-STEPS = 6
+STEPS = 20
 # Adam divides by |g| + eps: with a usual eps, rounding of near-zero gradients becomes whole steps.
-OPTIMIZERS = [{"name": name, "eps": 1.0e-2} for name in ("adamw", "lamb")]
+ADAMW, LAMB = ({"name": name, "eps": 1.0e-2} for name in ("adamw", "lamb"))
+WARM = {
+    "checkpoint": "none",
+    "freeze_base_steps": 4,
+    "new_learning_rate_scale": 2.0,
+    "new_warmup_steps": 3,
+}
+ZERO = [
+    {"kind": "zero", "zero_stage": stage, "offload_optimizer": offload}
+    for stage in (1, 2, 3)
+    for offload in (False, True)
+]
 
 
-@dataclass
-class Outcome:
-    """A short training: [losses per level..., gradient norm] of each step, and whole tensors."""
-
-    history: np.ndarray
-    start: dict[str, np.ndarray]
-    weights: dict[str, np.ndarray]
-    averages: dict[str, np.ndarray]
-
-
-def train(config: RunConfig, world: World, steps: int) -> Outcome:
-    """Plain steps; every rank takes its share of each global batch."""
-    with torch.device("meta"):
-        model = build_model(config)
-    engine = build_engine(model, config, world)
-    start = whole(engine, engine.parameters())
-    ema = Ema(engine.parameters(), config.ema_half_life_steps)
-    size, share = config.micro_batch_size, config.global_batch_size // world.world_size
-    history = []
-    for step in range(steps):
-        first = step * config.global_batch_size + world.rank * share
-        losses = torch.zeros(config.pyramid.levels)
-        for number in range(first, first + share, size):
-            batch = noise_batch(config, list(range(number, number + size)))
-            with engine.autocast():
-                loss = level_losses(engine.model, batch, config, world.device) * size / share
-            engine.backward(loss.sum(), final=number + size == first + share)
-            losses += loss.detach()
-        norm = float(engine.gradient_norm())
-        engine.update(learning_rates(config, step, engine.updates), norm)
-        ema.update(engine.updates)
-        history.append([*(world.total(losses) / world.world_size).tolist(), norm])
-    weights, averages = whole(engine, engine.parameters()), whole(engine, ema.averages)
-    return Outcome(np.array(history), start, weights, averages)
-
-
-def whole(engine: Engine, parts: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Every tensor put together from all ranks' parts."""
-    places = engine.places()
-    mine = {name: (places[name], part.flatten().numpy()) for name, part in parts.items()}
-    tensors = {name: np.empty(prod(place.shape), np.float32) for name, (place, _) in mine.items()}
-    for theirs in engine.world.gather(mine):
-        for name, (place, part) in theirs.items():
-            tensors[name][place.offset :][: len(part)] = part
-    return {name: tensor.reshape(places[name].shape) for name, tensor in tensors.items()}
-
-
-def train_all(configs: list[RunConfig], steps: int) -> list[Outcome]:
-    with join_world(configs[0].engine) as world:
-        return [train(config, world, steps) for config in configs]
-
-
-def cases(**engine) -> list[RunConfig]:
-    return [tiny_config(optimizer=optimizer, engine=engine) for optimizer in OPTIMIZERS]
+def recipe(optimizer: dict, engine: dict, **changes) -> RunConfig:
+    return tiny_config(optimizer=optimizer, engine=engine, **changes)
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[Outcome]:
-    return train_all(cases(kind="single"), STEPS)
+def adamw() -> Outcome:
+    return train_all([recipe(ADAMW, {})], STEPS)[0]
+
+
+@pytest.fixture(scope="module")
+def lamb() -> Outcome:
+    return train_all([recipe(LAMB, {})], STEPS)[0]
 
 
 def assert_same_training(found: Outcome, wanted: Outcome) -> None:
@@ -93,68 +48,132 @@ def assert_same_training(found: Outcome, wanted: Outcome) -> None:
             np.testing.assert_allclose(
                 getattr(found, kind)[name], values, rtol=1e-4, atol=1e-5, err_msg=f"{kind} {name}"
             )
+    for name, values in found.unsplit_averages.items():
+        assert np.array_equal(found.averages[name], values), f"average {name}"
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "world_size",
-    # Three ranks cut tensors unevenly, and leave some ranks without a slice of small ones.
-    [2, pytest.param(3, marks=pytest.mark.slow)],
-)
-def test_fsdp_processes_train_what_one_process_trains(alone, world_size):
+def test_two_processes_train_what_one_trains(adamw, lamb):
     configs = [
-        config.model_copy(update={"global_batch_size": 12 if world_size == 3 else 4})
-        for config in cases(kind="fsdp")
+        recipe(ADAMW, {"kind": "fsdp"}),
+        recipe(LAMB, {"kind": "fsdp"}),
+        *(recipe(ADAMW, engine) for engine in ZERO if not engine["offload_optimizer"]),
     ]
-    if world_size == 3:
-        alone = train_all(
-            [c.model_copy(update={"global_batch_size": 12}) for c in cases(kind="single")], STEPS
-        )
-    for outcomes in run_distributed(train_all, world_size, configs, STEPS):
-        for found, wanted in zip(outcomes, alone, strict=True):
+    for outcomes in run_distributed(train_all, 2, configs, STEPS):
+        for found, wanted in zip(outcomes, [adamw, lamb, adamw, adamw, adamw], strict=True):
             assert_same_training(found, wanted)
 
 
-def test_every_parameter_and_every_average_moves(alone):
-    for outcome in alone:
+@pytest.mark.slow
+@pytest.mark.dist
+def test_four_processes_and_two_replicas_of_two_train_what_one_trains(adamw, lamb):
+    configs = [
+        recipe(optimizer, {"kind": "fsdp", "dp_replicate": replicas})
+        for replicas in (1, 2)
+        for optimizer in (ADAMW, LAMB)
+    ]
+    configs += [recipe(ADAMW, engine) for engine in ZERO]
+    wanted = [adamw, lamb, adamw, lamb] + [adamw] * len(ZERO)
+    for outcomes in run_distributed(train_all, 4, configs, STEPS, timeout_seconds=400):
+        for found, each in zip(outcomes, wanted, strict=True):
+            assert_same_training(found, each)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_three_processes_cut_tensors_unevenly(adamw):
+    # Some ranks are left without a slice of small tensors.
+    twelve = {"global_batch_size": 12}
+    wanted = {
+        name: train_all([recipe(optimizer, {}, **twelve)], 6)[0]
+        for name, optimizer in (("adamw", ADAMW), ("lamb", LAMB))
+    }
+    configs = [recipe(optimizer, {"kind": "fsdp"}, **twelve) for optimizer in (ADAMW, LAMB)]
+    configs += [recipe(ADAMW, engine, **twelve) for engine in ZERO]
+    for outcomes in run_distributed(train_all, 3, configs, 6, timeout_seconds=400):
+        for config, found in zip(configs, outcomes, strict=True):
+            assert_same_training(found, wanted[config.optimizer.name])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_groups_freeze_and_learn_at_their_own_rates_under_every_engine():
+    engines = [{"kind": "fsdp"}, *ZERO]
+    wanted = train_all([recipe(ADAMW, {}, warm_start=WARM)], 8)[0]
+    configs = [recipe(ADAMW, engine, warm_start=WARM) for engine in engines]
+    for outcomes in run_distributed(train_all, 2, configs, 8, timeout_seconds=400):
+        for found in outcomes:
+            assert_same_training(found, wanted)
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, LAMB], ids=["adamw", "lamb"])
+def test_a_frozen_base_does_not_move_a_bit(optimizer):
+    config = recipe(optimizer, {}, warm_start=WARM)
+    frozen, later = (train_all([config], steps)[0] for steps in (4, 12))
+    moved = {n for n, start in frozen.start.items() if not np.array_equal(frozen.weights[n], start)}
+    assert moved
+    assert all("fusion" in name for name in moved)
+    for name, start in later.start.items():
+        assert not np.array_equal(later.weights[name], start), name
+
+
+def test_every_parameter_and_every_average_moves(adamw, lamb):
+    for outcome in (adamw, lamb):
         for name, start in outcome.start.items():
             assert not np.array_equal(outcome.weights[name], start), name
             assert not np.array_equal(outcome.averages[name], start), name
 
 
-def test_recomputing_blocks_changes_no_bit(alone):
-    recomputed = train_all(cases(kind="single", activation_checkpointing="blocks"), STEPS)
-    for found, wanted in zip(recomputed, alone, strict=True):
-        assert np.array_equal(found.history, wanted.history)
-        for name, values in wanted.weights.items():
-            assert np.array_equal(found.weights[name], values), name
+@pytest.mark.parametrize("what", ["blocks", "selective"])
+def test_recomputing_changes_no_bit(adamw, what):
+    found = train_all([recipe(ADAMW, {"activation_checkpointing": what})], 6)[0]
+    assert np.array_equal(found.history, adamw.history[:6])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["single", "fsdp"])
-def test_bf16_stays_near_fp32_with_fp32_weights(alone, kind):
-    (config, _) = cases(kind=kind, precision="bf16", activation_checkpointing="blocks")
+def test_bf16_stays_near_fp32_with_fp32_weights(adamw, kind):
+    config = recipe(
+        ADAMW, {"kind": kind, "precision": "bf16", "activation_checkpointing": "blocks"}
+    )
     if kind == "single":
-        outcomes = [train_all([config], STEPS)]
+        outcomes = [train_all([config], 6)]
     else:
-        outcomes = run_distributed(train_all, 2, [config], STEPS)
+        outcomes = run_distributed(train_all, 2, [config], 6)
     for (outcome,) in outcomes:
         # bf16 has 8 bits: products are off by 0.4 %, losses by less.
-        np.testing.assert_allclose(outcome.history[:, :2], alone[0].history[:, :2], rtol=2e-2)
-        assert not np.array_equal(outcome.history, alone[0].history)
+        np.testing.assert_allclose(outcome.history[:, :2], adamw.history[:6, :2], rtol=2e-2)
+        assert not np.array_equal(outcome.history, adamw.history[:6])
         assert {values.dtype for values in outcome.weights.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_zero_recomputes_and_computes_in_bf16(adamw):
+    configs = [
+        recipe(ADAMW, {"kind": "zero", "zero_stage": stage, **changes})
+        for stage in (1, 3)
+        for changes in (
+            {"activation_checkpointing": "blocks" if stage == 3 else "selective"},
+            {"precision": "bf16", "activation_checkpointing": "blocks"},
+        )
+    ]
+    for outcomes in run_distributed(train_all, 2, configs, 6, timeout_seconds=400):
+        for config, found in zip(configs, outcomes, strict=True):
+            rtol = 2e-2 if config.engine.precision == "bf16" else 5e-6
+            np.testing.assert_allclose(found.history[:, :2], adamw.history[:6, :2], rtol=rtol)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["single", "fsdp"])
-def test_compiled_blocks_train_the_same_to_rounding(alone, kind):
-    configs = cases(kind=kind, compile=True)[:1]
+@pytest.mark.parametrize("kind", ["single", "fsdp", "zero"])
+def test_compiled_blocks_train_the_same_to_rounding(adamw, kind):
+    configs = [recipe(ADAMW, {"kind": kind, "compile": True})]
     if kind == "single":
         outcomes = [train_all(configs, STEPS)]
     else:
         outcomes = run_distributed(train_all, 2, configs, STEPS, timeout_seconds=400)
     for (outcome,) in outcomes:
-        assert_same_training(outcome, alone[0])
+        assert_same_training(outcome, adamw)

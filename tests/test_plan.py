@@ -3,15 +3,18 @@
 import io
 import json
 import re
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from benchmarks.memory import CASES, compare
 from data_pipeline.errors import ConfigError
 from t2v.config import RunConfig, load_config
 from t2v.footprint import Footprint, measure
-from t2v.plan import GIB, PEAK_TFLOPS, memory, plan, print_plan
+from t2v.memory import GIB, memory
+from t2v.plan import PEAK_TFLOPS, plan, print_plan
 from tests.tiny import tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -78,8 +81,10 @@ def test_shards_add_up_to_the_model_and_activations_follow_the_micro_batch(t2v_f
 
 def test_recomputation_trades_operations_for_memory():
     without, recomputing = (
-        plan(recipe("ucf101_l", f"engine.activation_checkpointing={on}"), gpus=8, gpu_memory_gib=80)
-        for on in ("false", "true")
+        plan(
+            recipe("ucf101_l", f"engine.activation_checkpointing={what}"), gpus=8, gpu_memory_gib=80
+        )
+        for what in ("none", "blocks")
     )
     assert recomputing.memory_gib.activations < 0.4 * without.memory_gib.activations
     assert recomputing.tflop_per_sample.spent > without.tflop_per_sample.spent
@@ -89,8 +94,8 @@ def test_recomputation_trades_operations_for_memory():
 @pytest.mark.parametrize(
     ("overrides", "gpus", "gib", "knob"),
     [
-        ([], 8, 40, r"set engine\.activation_checkpointing=true\.$"),
-        ([], 8, 14, r"set engine\.activation_checkpointing=true and micro_batch_size=\d\.$"),
+        ([], 8, 40, r"set engine\.activation_checkpointing=(selective|blocks)\.$"),
+        ([], 8, 14, r"set engine\.activation_checkpointing=blocks and micro_batch_size=\d\.$"),
         (["engine.kind=single", "model.latent_dim=3072"], 1, 60, r"use \d+ GPUs"),
     ],
 )
@@ -129,7 +134,7 @@ def test_one_process_does_not_use_two_gpus():
         plan(tiny_config(), gpus=2, gpu_memory_gib=80)
 
 
-@pytest.mark.parametrize(("gpus", "gib"), [(0, 80.0), (1, 0.0)])
+@pytest.mark.parametrize(("gpus", "gib"), [(0, 80.0), (1, 0.0), (1, nan), (1, inf)])
 def test_no_gpu_is_refused(gpus, gib):
     with pytest.raises(ConfigError, match="because nothing runs on that"):
         plan(tiny_config(), gpus=gpus, gpu_memory_gib=gib)
@@ -145,3 +150,54 @@ def test_the_tables_show_the_numbers_in_80_columns():
     assert f"{told.forecasts[0].hours:,.1f}" in text
     assert f"{told.pixel_share:.2%} of the clip" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_zero_splits_more_at_each_stage(t2v_footprint):
+    whole = 4 * sum(t2v_footprint.parameters.values()) / GIB
+
+    def needed(stage: int, *changes: str):
+        zero = ["optimizer.name=adamw", "engine.kind=zero", f"engine.zero_stage={stage}"]
+        return memory(recipe("t2v_64x288x512", *zero, *changes), t2v_footprint, 64)
+
+    once = "global_batch_size=256"
+    one, two, three = (needed(stage, once) for stage in (1, 2, 3))
+    assert one.optimizer == two.optimizer == three.optimizer == pytest.approx(2 * whole / 64)
+    assert one.summed_gradients - two.summed_gradients == pytest.approx(whole)
+    assert two.weights - three.weights == pytest.approx(whole - whole / 64)
+    assert one.total > two.total > three.total
+    assert needed(2).summed_gradients == one.summed_gradients  # summed over micro-batches
+    offloaded = needed(3, once, "engine.offload_optimizer=true")
+    assert offloaded.optimizer == offloaded.ema == offloaded.gradients == 0
+    assert offloaded.host == pytest.approx(6 * whole / 64)
+    assert offloaded.total < three.total
+
+
+def test_replicas_hold_as_much_as_fewer_gpus_do(t2v_footprint):
+    replicated = recipe("t2v_64x288x512", "engine.dp_replicate=4")
+    hybrid = memory(replicated, t2v_footprint, 64)
+    assert hybrid == memory(recipe("t2v_64x288x512"), t2v_footprint, 16)
+    with pytest.raises(ConfigError, match=r"engine\.dp_replicate: 4 is wrong because .* 6 GPUs"):
+        plan(recipe("ucf101_s", "engine.dp_replicate=4"), gpus=6, gpu_memory_gib=80)
+
+
+def test_selective_recomputation_lies_between_none_and_all(t2v_footprint):
+    none, selective, blocks = (
+        memory(
+            recipe("t2v_64x288x512", f"engine.activation_checkpointing={what}"), t2v_footprint, 64
+        ).activations
+        for what in ("none", "selective", "blocks")
+    )
+    assert blocks < selective < none
+
+
+def test_a_network_of_absurd_size_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"model\.latent_dim") as caught:
+        recipe("ucf101_s", "model.latent_dim=4294967296")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forecast_is_within_a_tenth_of_the_measured_peak(case):
+    assert compare(case)["forecast_over_measured"] == pytest.approx(1, abs=0.1)

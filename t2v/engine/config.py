@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from data_pipeline.strict import Strict
 
+# Elements that ranks exchange at once under ZeRO; DeepSpeed's own default takes 2 GB for it.
+BUCKET_ELEMENTS = 50_000_000
+
 
 class EngineConfig(Strict):
     """The engine and its precision; every engine trains the same numbers to rounding."""
@@ -45,4 +48,16 @@ class EngineConfig(Strict):
                 f"offload_optimizer is wrong because engine.kind '{self.kind}' steps where its "
                 "weights are; use false, or kind zero"
             )
+        if self.kind == "zero" and self.zero_stage == 3:
+            # DeepSpeed gathers weights in the middle of a block, which neither can follow.
+            if self.activation_checkpointing == "selective":
+                raise ValueError(
+                    "activation_checkpointing 'selective' is wrong because ZeRO stage 3 gathers "
+                    "weights inside of blocks; use blocks, or zero_stage 2"
+                )
+            if self.compile:
+                raise ValueError(
+                    "compile is wrong because ZeRO stage 3 gathers weights inside of blocks; use "
+                    "false, zero_stage 2, or kind fsdp"
+                )
         return self

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from t2v.engine.config import BUCKET_ELEMENTS
 from t2v.engine.native import MOMENTS
 from t2v.engine.place import Place
 from t2v.engine.whole_init import WholeInit
@@ -36,9 +37,6 @@ from t2v.train.schedule import frozen_updates
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
-
-# Elements that ranks exchange at once; DeepSpeed's own default takes 2 GB for it.
-BUCKET_ELEMENTS = 50_000_000
 
 
 class ZeroEngine:
@@ -173,8 +171,13 @@ def deepspeed_settings(config: "RunConfig", model: HPDM, world: World) -> dict[s
         "stage": config.engine.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": 2 * bucket,
-        "stage3_prefetch_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": min(bucket, largest_block(model)),
+        # Blocks are gathered as they are needed, and not kept for the backward pass.
+        "stage3_max_live_parameters": 2 * largest_block(model),
+        "stage3_max_reuse_distance": 0,
         "overlap_comm": on_gpu,
+        # Stage 3 would put a linear layer of its own in place of torch's, for the whole process.
+        "memory_efficient_linear": False,
     }
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
@@ -185,6 +188,11 @@ def deepspeed_settings(config: "RunConfig", model: HPDM, world: World) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+
+
+def largest_block(model: HPDM) -> int:
+    """Parameters of the largest block."""
+    return max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
 
 
 def partition_from_the_start(

@@ -33,22 +33,25 @@ Volumes = Callable[
     Float[Tensor, "batch frames height width dim"],
 ]
 CHANNELS = 3
+LARGEST_WIDTH = 65536  # far more than any GPU holds; more digits are a slip
 
 
 class ModelConfig(Strict):
     """Sizes of the network (paper, Table 8) and the ablation switches of Table 3."""
 
     token_size: Size = Field(description="pixels per token: (frames, height, width)")
-    token_dim: int = Field(ge=8, description="channels of a data token")
-    num_latents: int = Field(ge=1)
-    latent_dim: int = Field(ge=8, description="channels of a latent")
-    latent_layers: int = Field(ge=1, description="self-attention layers per block")
+    token_dim: int = Field(ge=8, le=LARGEST_WIDTH, description="channels of a data token")
+    num_latents: int = Field(ge=1, le=LARGEST_WIDTH)
+    latent_dim: int = Field(ge=8, le=LARGEST_WIDTH, description="channels of a latent")
+    latent_layers: int = Field(ge=1, le=1024, description="self-attention layers per block")
     token_head_dim: int = Field(ge=4, description="channels per head, read and write attention")
     latent_head_dim: int = Field(ge=4, description="channels per head, latent self-attention")
     levels_per_block: list[int] = Field(
         min_length=1, description="how many coarse levels each block processes; its length is depth"
     )
-    conditioning_dim: int = Field(ge=8, description="channels of the modulation vector")
+    conditioning_dim: int = Field(
+        ge=8, le=LARGEST_WIDTH, description="channels of the modulation vector"
+    )
     self_conditioning_rate: Share = Field(
         description="share of training samples that see their own previous latents; 0: none"
     )
