@@ -164,8 +164,15 @@ class Fate:
         self.random, self.gap, self.ranks = random.Random(seed), gap, ranks
         self.deck: list[str] = []
 
-    def draw(self, step: int) -> tuple[str, str, int]:
-        """(kind, T2V_FAULT, step) of what is next after a step; every kind comes equally often."""
+    def draw(self, step: int) -> list[tuple[str, str, int]]:
+        """(kind, T2V_FAULT, step) of what is next after a step, up to what ends the job; every kind
+        comes equally often."""
+        drawn = [self._draw(step)]
+        while drawn[-1][0] == "full disk":
+            drawn.append(self._draw(drawn[-1][2]))
+        return drawn
+
+    def _draw(self, step: int) -> tuple[str, str, int]:
         if not self.deck:
             self.deck = self.random.sample(self.KINDS, len(self.KINDS))
         kind, rank = self.deck.pop(), self.random.randrange(self.ranks)
@@ -245,22 +252,25 @@ def soak(recipe: Path, *, steps: int, ranks: int, nan: str, fate: Fate) -> Tally
     console = Console()
     while True:
         resumes_at = saved_step(run_dir)
-        kind, planned, at = fate.draw(resumes_at)
-        if at >= steps:
-            kind, planned = "nothing", ""
-        job = Job(recipe, ranks=ranks, faults=f"{nan};{planned}", log=log)
+        drawn = [fault for fault in fate.draw(resumes_at) if fault[2] < steps]
+        kind, _, at = drawn[-1] if drawn else ("nothing", "", 0)
+        planned = ";".join([nan, *(fault[1] for fault in drawn)])
+        job = Job(recipe, ranks=ranks, faults=planned, log=log)
         tally.attempts += 1
         struck_at = follow(job, run_dir, kind, at, tally, resumes_at)
         over, reached = time.time(), max(last_step(run_dir), resumes_at)
-        struck_at = struck_at or min(job.fault_times(), default=None)
+        times = job.fault_times()
+        full = sum(fault[0] == "full disk" for fault in drawn[: len(times)])
+        tally.struck["full disk"] += full
         tally.codes[str(job.exit_code)] += 1
+        if struck_at is None and job.exit_code:
+            struck_at = max(times, default=None)
         if struck_at is not None:
-            tally.struck[kind] += 1
-            if job.exit_code:
-                tally.detection_seconds.setdefault(kind, []).append(over - struck_at)
+            tally.struck[kind] += kind != "full disk"
+            tally.detection_seconds.setdefault(kind, []).append(over - struck_at)
         console.print(
             f"{over - began:6.0f} s  attempt {tally.attempts}: step {resumes_at} -> {reached}, "
-            f"{kind if struck_at else 'nothing'}, exit {job.exit_code}",
+            f"{'full disk, ' * full}{kind if struck_at else 'nothing'}, exit {job.exit_code}",
             highlight=False,
         )
         if job.exit_code == 0:

@@ -12,26 +12,23 @@ from t2v.train.failure import Failure, advice, failure_page, first_failure, reco
 from t2v.train.watchdog import Position, culprit
 
 
-def at(
-    rank: int, section: str, step: int, *, waits: bool = False, seconds: float = 9.0
-) -> Position:
+def at(rank: int, entered: int, *, waits: bool = False, seconds: float = 9.0) -> Position:
     return Position(
-        rank=rank, host="host", section=section, step=step, seconds=seconds, waits=waits,
-        memory_gib=1.0, samples=(), stack="",
+        rank=rank, host="host", section="step", step=4, entered=entered, seconds=seconds,
+        waits=waits, memory_gib=1.0, samples=(), stack="",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("positions", "expected"),
     [
-        ([at(0, "step", 4, waits=True), at(1, "data", 4)], 1),
-        ([at(0, "step", 4), at(1, "step", 3, waits=True)], 1),
-        ([at(0, "step", 4, waits=True), at(1, "step", 4), at(2, "step", 4, waits=True)], 1),
-        ([at(0, "checkpoint", 4, waits=True), at(1, "step", 4, waits=True)], 1),
-        ([at(0, "step", 4, seconds=8.0), at(1, "step", 4, seconds=9.0)], 1),
-        ([at(0, "data", 4), at(2, "step", 4, waits=True)], 1),
+        ([at(0, 9, waits=True), at(1, 8)], 1),
+        ([at(0, 9), at(1, 8, waits=True)], 1),
+        ([at(0, 9, waits=True), at(1, 9), at(2, 9, waits=True)], 1),
+        ([at(0, 9, seconds=8.0), at(1, 9, seconds=9.0)], 1),
+        ([at(0, 8), at(2, 9, waits=True)], 1),
     ],
-    ids=["section", "step", "waits", "save", "longest", "silent"],
+    ids=["behind", "behind though it waits", "waits", "longest", "silent"],
 )
 def test_culprit_is_behind_or_silent(positions, expected):
     """R11."""

@@ -31,7 +31,6 @@ from t2v.train.failure import (
 )
 from t2v.train.run_folder import timestamp
 
-SECTIONS = ("setup", "data", "step", "checkpoint")
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 4.0
 CLOSING_SECONDS = 90.0
@@ -65,6 +64,7 @@ class Position(Strict):
     host: str
     section: str
     step: int
+    entered: int  # sections so far: all ranks pass the same ones in the same order
     seconds: float
     waits: bool
     memory_gib: float
@@ -82,7 +82,7 @@ def culprit(positions: Iterable[Position], world_size: int) -> int:
 
     def order(rank: int) -> tuple:
         at = found[rank]
-        return at.step, SECTIONS.index(at.section), at.waits, -at.seconds
+        return at.entered, at.waits, -at.seconds
 
     return min(found, key=order)
 
@@ -92,7 +92,7 @@ class Watchdog:
 
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config
-        self.section, self.step = "setup", 0
+        self.section, self.step, self.entered = "setup", 0, 0
         self.samples: tuple[str, ...] = ()
         self.since = time.monotonic()
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), 1
@@ -129,6 +129,7 @@ class Watchdog:
             self._first_step = step
         self.samples = tuple(samples)
         self.section, self.step, self.since = section, step, time.monotonic()
+        self.entered += 1
 
     def close(self, exit_code: int, seconds: float = CLOSING_SECONDS) -> None:
         """The run is ending; it has some seconds to do so by itself."""
@@ -208,6 +209,7 @@ class Watchdog:
             host=hostname(),
             section=self.section,
             step=self.step,
+            entered=self.entered,
             seconds=time.monotonic() - self.since,
             waits=waits_for_others(),
             memory_gib=peak_memory_gib(),
@@ -236,9 +238,10 @@ class Watchdog:
         """One line and the stack on stderr, and the record of the rank that hangs."""
         rank = position.rank if rank is None else rank
         if rank == position.rank:
+            step = position.step + (position.section != "checkpoint")
             reason = (
                 f"rank {rank} on {position.host} hangs in section '{position.section}' of step "
-                f"{position.step + 1} since {position.seconds:.0f} s"
+                f"{step} since {position.seconds:.0f} s"
             )
             stack = position.stack
         else:
