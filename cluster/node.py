@@ -25,7 +25,7 @@ from typing import TextIO
 import psutil
 
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
-from cluster.status import PREEMPTED, NodeRecord, read_json, seconds_of
+from cluster.status import PREEMPTED, NodeRecord, last_nodes, read_json, seconds_of
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, StorageError
 from t2v.train.attempts import next_number, read_attempts
@@ -71,15 +71,15 @@ def run_node(job: NodeJob) -> int:
     split_endpoint(job.rdzv_endpoint)
     requests = Requests()
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    since = last_word(job.run_dir)
     log_dir = next_log_dir(job.run_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     record = NodeRecord(node=job.name, host=socket.gethostname(), started=time.time())
     write_record(log_dir, record)
-    last_word = seconds_of(read_json(job.run_dir / "status.json").get("updated")) or 0.0
-    if job.hosts_rendezvous and not request_is_open(job.run_dir, since=last_word):
+    if job.hosts_rendezvous and not request_is_open(job.run_dir, since=since):
         (job.run_dir / FLAG_FILE).unlink(missing_ok=True)
     try:
-        code, reason = see_through(job, log_dir, record, requests, last_word)
+        code, reason = see_through(job, log_dir, record, requests, since)
     except StorageError as failure:
         code, reason = failure.exit_code, str(failure)
     write_record(log_dir, replace(record, ended=time.time(), exit_code=code, reason=reason))
@@ -88,7 +88,7 @@ def run_node(job: NodeJob) -> int:
 
 
 def see_through(
-    job: NodeJob, log_dir: Path, record: NodeRecord, requests: "Requests", last_word: float
+    job: NodeJob, log_dir: Path, record: NodeRecord, requests: "Requests", since: float
 ) -> tuple[int, str]:
     """(exit code, why) once the ranks have ended."""
     host, _ = split_endpoint(job.rdzv_endpoint)
@@ -97,7 +97,7 @@ def see_through(
         return PREEMPTED, "told to stop before the ranks began"
     with (log_dir / f"launcher-{job.name}.log").open("w", encoding="utf-8") as log:
         launcher = start_launcher(job, log_dir, log)
-        returned = watch(job, launcher, requests, last_word)
+        returned = watch(job, launcher, requests, since)
     return exit_code_of(job, log_dir, record, returned, asked=requests.heard())
 
 
@@ -147,10 +147,10 @@ def launcher_command(job: NodeJob, log_dir: Path) -> list[str]:
     ]
 
 
-def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, last_word: float) -> int:
+def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: float) -> int:
     """See the launcher through: pass requests on, beat, and bound how long anything may linger.
 
-    `last_word` is when an earlier attempt was last heard of; older requests were for it.
+    `since` is when an earlier attempt was last heard of; older requests were for it.
     """
     heartbeat, next_beat = heartbeat_file(), 0.0
     first_gone: float | None = None
@@ -163,7 +163,7 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, last_wor
         if requests.heard() and not (passed_on and most):
             request_stop(job.run_dir)
             passed_on = True
-        if not most and request_is_open(job.run_dir, since=last_word):
+        if not most and request_is_open(job.run_dir, since=since):
             end_group(launcher, signal.SIGTERM)  # no rank here has begun: none can answer
             launcher.wait()
             return PREEMPTED
@@ -247,6 +247,12 @@ def write_record(log_dir: Path, record: NodeRecord) -> None:
 def request_stop(run_dir: Path) -> None:
     """Ask all ranks of all nodes to save and stop."""
     (run_dir / FLAG_FILE).touch()
+
+
+def last_word(run_dir: Path) -> float:
+    """When an earlier attempt, its ranks or its wrappers, was last heard of; 0: never."""
+    told = seconds_of(read_json(run_dir / "status.json").get("updated")) or 0.0
+    return max([told, *(node.ended or 0.0 for node in last_nodes(run_dir))])
 
 
 def request_is_open(run_dir: Path, *, since: float) -> bool:

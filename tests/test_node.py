@@ -16,6 +16,7 @@ from cluster.heartbeat import NoHeartbeat, beat, check_health
 from cluster.node import (
     NodeJob,
     exit_code_of,
+    last_word,
     launcher_command,
     next_log_dir,
     request_is_open,
@@ -149,7 +150,9 @@ def test_health_is_the_age_of_the_last_heartbeat(tmp_path):
         check_health(file, max_age_seconds=60)
 
 
-def start_node(config, tmp_path: Path, *, ranks: int = 2, **environment: str) -> subprocess.Popen:
+def start_node(
+    config, tmp_path: Path, *, ranks: int = 2, nnodes: int = 1, **environment: str
+) -> subprocess.Popen:
     recipe = Path(config.run_dir).with_suffix(".yaml")
     recipe.write_text(dump_config(config))
     with socket.socket() as free:
@@ -157,6 +160,7 @@ def start_node(config, tmp_path: Path, *, ranks: int = 2, **environment: str) ->
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "t2v.cli", "node", "--nproc-per-node", str(ranks)),
+        *("--nnodes", str(nnodes)),
         *("--rdzv-endpoint", f"localhost:{port}", "--run-dir", config.run_dir, "--is-host"),
         *("--grace-seconds", "60", "--", str(recipe)),
     ]
@@ -214,6 +218,25 @@ def test_sigterm_to_the_wrapper_saves_and_the_next_attempt_is_bitwise_the_same_r
     logs = tmp_path / "parts" / "logs"
     assert sorted(path.name for path in logs.iterdir()) == ["attempt-0001", "attempt-0002"]
     assert (logs / "attempt-0001" / "rank-00001.log").exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_waits_for_the_others_stops_at_once(dataset, tmp_path):
+    """R10: a signal during rendezvous."""
+    node = start_node(config_of(dataset, tmp_path / "run"), tmp_path, ranks=1, nnodes=2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "heartbeat").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    node.send_signal(signal.SIGTERM)
+    code, output = end_of(node)
+    assert code == 75
+    assert "before the ranks began" in output
+    assert "Traceback" not in output
+    # The next attempt is not stopped by what was asked of this one.
+    run_dir = tmp_path / "run"
+    assert (run_dir / "PREEMPT").exists()
+    assert not request_is_open(run_dir, since=last_word(run_dir))
 
 
 @pytest.mark.slow
