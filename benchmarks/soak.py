@@ -167,28 +167,28 @@ class Fate:
     def draw(self, step: int) -> list[tuple[str, str, int]]:
         """(kind, T2V_FAULT, step) of what is next after a step, up to what ends the job; every kind
         comes equally often."""
-        drawn = [self._draw(step)]
+        drawn = [self._draw(step, step)]
         while drawn[-1][0] == "full disk":
-            drawn.append(self._draw(drawn[-1][2]))
+            drawn.append(self._draw(drawn[-1][2], step))
         return drawn
 
-    def _draw(self, step: int) -> tuple[str, str, int]:
+    def _draw(self, step: int, resumes_at: int) -> tuple[str, str, int]:
         if not self.deck:
             self.deck = self.random.sample(self.KINDS, len(self.KINDS))
         kind, rank = self.deck.pop(), self.random.randrange(self.ranks)
         at = step + SAVE_EVERY + self.random.randint(self.gap // 2, self.gap * 3 // 2)
-        planned = ""
+        planned, save = "", (at - resumes_at) // SAVE_EVERY + 1
         match kind:
             case "kill one rank":
                 planned = f"{self.random.choice(['data', 'forward', 'step'])}:{rank}:{at}:kill"
             case "kill in a save":
                 site = self.random.choice(["manifest", "rename", "retire", "write", "write"])
                 rank = rank if site == "write" else 0
-                planned = f"checkpoint.{site}:{rank}:2:kill"
+                planned = f"checkpoint.{site}:{rank}:{save}:kill"
             case "full disk":
                 site = self.random.choice(["write", "manifest"])
                 rank = rank if site == "write" else 0
-                planned = f"checkpoint.{site}:{rank}:2:enospc"
+                planned = f"checkpoint.{site}:{rank}:{save}:enospc"
             case "hang":
                 planned = (
                     f"{self.random.choice(['data', 'forward', 'collective'])}:{rank}:{at}:hang"

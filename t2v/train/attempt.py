@@ -116,14 +116,15 @@ class Attempt:
         self._failed = True
         exit_code = exit_code_of(error)
         rank = getattr(error, "rank", None)
-        is_ours = rank in (None, self.world.rank)
+        is_ours, reason = rank in (None, self.world.rank), reason_of(error)
         if rank is None and from_a_collective(error):
             # Its peers are gone: the first to go has rung, or was killed.
             is_ours = not wait_until(lambda: heard_alarm(self.logs) is not None, FOLLOW_SECONDS)
+            reason = f"another rank is gone without a word, killed or cut off: {reason}"
         if is_ours:
             at = ring(self.logs, rank=self.world.rank, is_hang=False, exit_code=exit_code)
             stack = "".join(traceback.format_exception(error))
-            record(self.logs, self.watchdog.failure(exit_code, reason_of(error), stack, at))
+            record(self.logs, self.watchdog.failure(exit_code, reason, stack, at))
             self.watchdog.close(exit_code)
             self.conclude(first_failure(self.logs), exit_code)
             return

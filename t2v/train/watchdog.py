@@ -41,15 +41,16 @@ POSITION = "position-rank-{:05d}.json"
 
 
 class WatchdogConfig(Strict):
-    """How long each part of a run may take before it counts as a hang."""
+    """How long each part of a run may take before it counts as a hang; all but setup less than
+    engine.collective_timeout_seconds, or those that wait fail before who hangs is found out."""
 
     setup_seconds: float = Field(
         default=1800.0, gt=0, description="from the start to the end of the first step"
     )
-    data_seconds: float = Field(default=600.0, gt=0, description="waiting for a step's samples")
-    step_seconds: float = Field(default=600.0, gt=0, description="forward, backward and update")
+    data_seconds: float = Field(default=300.0, gt=0, description="waiting for a step's samples")
+    step_seconds: float = Field(default=300.0, gt=0, description="forward, backward and update")
     checkpoint_seconds: float = Field(
-        default=1800.0, gt=0, description="waiting for a checkpoint to be copied or finished"
+        default=540.0, gt=0, description="waiting for a checkpoint to be copied or finished"
     )
 
     def deadline(self, section: str) -> float:
