@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.held_out import held_out_reader
 from data_pipeline.loader import Loader, global_order, open_sources
 from data_pipeline.order import held_out_rows
-from t2v.config import RunConfig
+from t2v.config import RunConfig, parse_config
 from t2v.train.held_out import fixed_noise, noise_bins, passes, sigma_at
 from t2v.train.loop import train
 from tests.distributed import next_world, run_distributed
@@ -24,7 +24,7 @@ from tests.test_loop import (
     leave_no_handlers,
     tensors_at,
 )
-from tests.tiny import tiny_config
+from tests.tiny import RECIPE, tiny_config
 
 __all__ = ["dataset", "leave_no_handlers"]
 
@@ -143,6 +143,10 @@ def test_measuring_changes_nothing_of_the_run(dataset, tmp_path):
     found, wanted = lines_of(tmp_path / "with", "loss"), lines_of(tmp_path / "without", "loss")
     for name in TRUTH:
         assert [line[name] for line in found] == [line[name] for line in wanted]
+    for line in found:
+        assert 0 < line["goodput"] <= 1
+        assert line["model_tflops_per_device"] > 0
+        assert line["checkpoint_seconds"] >= 0
     measured = lines_of(tmp_path / "with", "held_out_loss")
     assert [line["step"] for line in measured] == [2, 4, 6]
     for line in measured:
@@ -201,6 +205,39 @@ def test_averages_are_what_is_measured_unless_raw_weights_are_asked_for(dataset,
     assert train(short) == 0
     (line,) = lines_of(tmp_path / "short", "held_out_loss")
     assert line["held_out_loss"] == lines["raw"]["held_out_loss"]
+
+
+def test_captions_are_never_dropped_in_measuring(datasets, tmp_path):
+    text = {"kind": "text", "encoder": "tiny", "width": 8, "max_tokens": 16, "dropout": 1.0}
+    recipe = RECIPE | {
+        "run_dir": str(tmp_path / "run"),
+        "total_steps": 1,
+        "pyramid": {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]},
+        "conditioning": text,
+        "data": {
+            "sources": [{"path": str(datasets / "videos")}],
+            "held_out_share": 0.3,
+            "num_workers": 0,
+        },
+        "held_out": {"every_steps": 1, "samples": 3, "bins": 2},
+    }
+    config = parse_config(recipe, "text")
+    (source,) = open_sources(config.data, config.pyramid, config.conditioning)
+    assert source.embeddings is not None
+    reader = held_out_reader(
+        config.data, None, config.pyramid, config.conditioning, seed=3, samples=3, encoder=None
+    )
+    null = source.embeddings.null.view(torch.uint16).numpy()
+    for number in range(3):
+        place, (sample, bad) = reader.order.place(number), reader.read(number)
+        own = source.embeddings.read(place.shard, place.row).view(torch.uint16).numpy()
+        assert sample.text is not None
+        assert np.array_equal(sample.text, own)
+        assert not np.array_equal(sample.text, null)
+        assert bad == []
+    assert train(config) == 0
+    (line,) = lines_of(tmp_path / "run", "held_out_loss")
+    assert np.isfinite(line["held_out_loss"])
 
 
 def test_a_split_that_cannot_be_is_refused_in_one_line(dataset, tmp_path):
