@@ -191,6 +191,7 @@ def wait_for_step(run_dir: Path, step: int, node: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.timeout(900)  # three starts, on a machine that may be busy
 def test_sigterm_to_the_wrapper_saves_and_the_next_attempt_is_bitwise_the_same_run(
     dataset, tmp_path
 ):

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.dist,
+    pytest.mark.timeout(900),  # on a machine that may be busy
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
 ]
 
