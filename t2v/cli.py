@@ -9,6 +9,7 @@ from data_pipeline.errors import UserError
 from t2v.cli_checkpoint import add_checkpoint_verbs
 from t2v.cli_cluster import add_cluster_verbs
 from t2v.cli_data import add_data_verbs
+from t2v.cli_evaluate import add_evaluate_verbs
 from t2v.cli_launch import add_launch_verbs
 from t2v.cli_parser import EXIT_CODES, add_config, add_verb
 from t2v.cli_report import add_report_verbs
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     add_sample_verb(verbs)
+    add_evaluate_verbs(verbs)
     add_checkpoint_verbs(verbs)
     add_report_verbs(verbs)
     return parser

@@ -1,0 +1,244 @@
+"""The clips that are judged: a dataset's and a folder's of samples, brought to a view alike."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.dataset import Dataset, digest_json, open_dataset
+from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.pyramid import Clip
+from data_pipeline.shards import digest64
+from data_pipeline.video import Size, decode_clip, encode_clip, probe, reduce_clip, reduction
+from t2v.evaluation.protocol import FrameRule, RealSet, View
+from t2v.evaluation.protocol import Protocol as Rules
+
+SUMMARY = "samples.json"
+FPS_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A clip as a view has it, and what it was asked to show."""
+
+    clip: Clip
+    caption: str | None
+
+
+class Clips(Protocol):
+    """A numbered set of clips; picklable, so that worker processes can read it."""
+
+    def __len__(self) -> int: ...
+
+    def id(self, number: int, level: int | None) -> str:
+        """What a clip and its caption follow from."""
+        ...
+
+    def read(self, number: int, view: View, codec: str) -> Shown: ...
+
+
+@dataclass(frozen=True)
+class RealClips:
+    """Clips of a dataset: all, or as many as were drawn by a seed."""
+
+    dataset: Dataset
+    real: RealSet
+    fps: float
+
+    def __len__(self) -> int:
+        return self.real.clips or self.dataset.info.samples
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """(shard, row) of each clip; fewer clips are the first of more."""
+        sizes = self.dataset.shard_sizes
+        numbers = np.arange(sizes.sum())
+        if self.real.clips is not None:
+            numbers = np.random.default_rng(self.real.seed).permutation(numbers)[: len(self)]
+        ends = np.cumsum(sizes)
+        shards = np.searchsorted(ends, numbers, side="right")
+        rows = numbers - (ends - sizes)[shards]
+        return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
+    def id(self, number: int, level: int | None) -> str:
+        shard, row = self.places[number]
+        return f"{self.dataset.info.fingerprint}/{shard}/{row}"
+
+    def read(self, number: int, view: View, codec: str) -> Shown:
+        shard, row = self.places[number]
+        record = self.dataset.read(shard, row)
+        where = f"{self.dataset.path}: sample {row} of shard {shard}"
+        clip = _decoded(record.media, where)
+        clip = bring_to(clip, view, where)
+        rng = np.random.default_rng([self.real.seed, digest64(self.id(number, view.level))])
+        clip = window(clip, view, view.real_window, rng)
+        return Shown(coded(clip, codec, self.fps), record.caption)
+
+
+@dataclass(frozen=True)
+class GeneratedClips:
+    """Clips of a folder that `t2v sample` wrote, or of mp4 files of any other origin."""
+
+    folder: Path
+    records: list[dict[str, Any]]
+    seed: int
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def id(self, number: int, level: int | None) -> str:
+        entry = self._entry(number, level)
+        digest = entry.get("sha256") or sha256(self._media(entry)).hexdigest()
+        return digest_json([digest, self.records[number].get("prompt")])
+
+    def read(self, number: int, view: View, codec: str) -> Shown:
+        entry = self._entry(number, view.level)
+        media, where = self._media(entry), str(self.folder / entry["file"])
+        if entry.get("sha256") not in (None, sha256(media).hexdigest()):
+            raise DataError(f"{where}: is not the file that {SUMMARY} tells of; sample it again.")
+        clip = bring_to(_decoded(media, where), view, where)
+        rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
+        clip = window(clip, view, view.generated_window, rng)
+        shows = self.records[number].get("prompt")
+        return Shown(coded(clip, codec, self.fps), shows if isinstance(shows, str) else None)
+
+    def _entry(self, number: int, level: int | None) -> dict[str, Any]:
+        record = self.records[number]
+        if level is None or level + 1 == (record.get("pyramid") or {}).get("levels"):
+            return record
+        levels = record.get("levels") or {}
+        if str(level) not in levels:
+            raise ConfigError(
+                f"{self.folder}: {record['file']} has no clip of level {level}; sample with "
+                "--levels, or give the run itself."
+            )
+        return levels[str(level)]
+
+    def _media(self, entry: dict[str, Any]) -> bytes:
+        path = self.folder / entry["file"]
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise InputMissing(
+                f"{path}: missing although {SUMMARY} names it; sample again."
+            ) from None
+
+
+def is_samples(folder: Path) -> bool:
+    """Whether a folder holds clips rather than a run or a checkpoint."""
+    return (folder / SUMMARY).is_file() or any(folder.glob("*.mp4"))
+
+
+def open_real(rules: Rules, origin: str) -> RealClips:
+    """The real clips of a protocol, whose dataset is the one it means."""
+    dataset = open_dataset(rules.real.dataset)
+    info, real = dataset.info, rules.real
+    if real.fingerprint not in (None, info.fingerprint):
+        raise ConfigError(
+            f"{origin}: real.fingerprint: is wrong because {real.dataset} has {info.fingerprint}; "
+            "give the dataset that the protocol was made with."
+        )
+    if real.split not in (None, info.notes.get("split")):
+        raise ConfigError(
+            f"{origin}: real.split: '{real.split}' is wrong because {real.dataset} is "
+            f"{info.notes.get('split') or 'of no known split'}; build that split."
+        )
+    if info.kind != "video" or info.clip is None:
+        raise ConfigError(
+            f"{real.dataset}: is wrong because it holds no clips of one size; build it from videos "
+            "with --size."
+        )
+    if info.fps is None or abs(info.fps / rules.fps - 1) > FPS_TOLERANCE:
+        has = "each clip's own frame rate" if info.fps is None else f"{info.fps:g} fps"
+        raise ConfigError(
+            f"{real.dataset}: {has} is wrong because the protocol has {rules.fps:g}; build it with "
+            f"--fps {rules.fps:g}."
+        )
+    if real.clips is not None and real.clips > info.samples:
+        raise ConfigError(
+            f"{origin}: real.clips: {real.clips} is wrong because {real.dataset} has "
+            f"{info.samples}; lower it."
+        )
+    if (real.clips or info.samples) < 2:
+        raise ConfigError(
+            f"{real.dataset}: 1 clip is wrong because a covariance needs two or more; add clips."
+        )
+    return RealClips(dataset, real, rules.fps)
+
+
+def open_generated(folder: Path, rules: Rules) -> GeneratedClips:
+    """The first clips of a folder, as many as the protocol has."""
+    summary, wanted = folder / SUMMARY, rules.generated.clips
+    if summary.is_file():
+        records = _records(summary)
+    else:
+        records = [{"file": path.name} for path in sorted(folder.glob("*.mp4"))]
+    if not records:
+        raise InputMissing(f"{folder}: holds no {SUMMARY} and no mp4; give a folder of samples.")
+    if len(records) < wanted:
+        remedy = "a covariance needs two or more" if len(records) < 2 else "scores depend on it"
+        raise ConfigError(
+            f"{folder}: {len(records)} clips are too few because the protocol has {wanted}, and "
+            f"{remedy}; sample {wanted - len(records)} more."
+        )
+    clips = GeneratedClips(folder, records[:wanted], rules.generated.seed, rules.fps)
+    for record in clips.records[:1]:
+        settings = record.get("settings") or {}
+        fps = settings.get("fps") or probe(clips._media(record), "video").fps
+        if abs(fps / rules.fps - 1) > FPS_TOLERANCE:
+            raise ConfigError(
+                f"{folder}: {fps:g} fps is wrong because the protocol has {rules.fps:g}; sample "
+                f"with --set fps={rules.fps:g}."
+            )
+    return clips
+
+
+def bring_to(clip: Clip, view: View, where: str) -> Clip:
+    """A clip of a view's size: frames by stride, pixels by area average."""
+    frames, height, width = clip.shape[:3]
+    shape: Size = (frames, height, width)
+    if any(side % wanted for side, wanted in zip(shape, view.size, strict=True)):
+        have, want = ("x".join(map(str, size)) for size in (shape, view.size))
+        raise ConfigError(
+            f"{where}: {have} is wrong because view '{view.name}' has {want}, and it is no whole "
+            "multiple; make clips of that size."
+        )
+    return reduce_clip(clip, reduction(shape, view.size, "video"))
+
+
+def window(clip: Clip, view: View, rule: FrameRule, rng: np.random.Generator) -> Clip:
+    """The frames that are judged."""
+    room = len(clip) - view.span
+    starts = {"first": 0, "center": room // 2, "random": int(rng.integers(0, room, endpoint=True))}
+    return clip[starts[rule] :][: view.span : view.stride]
+
+
+def coded(clip: Clip, codec: str, fps: float) -> Clip:
+    """A clip as it comes back from the protocol's codec."""
+    return decode_clip(encode_clip(clip, fps)) if codec == "h264" else clip
+
+
+def _decoded(media: bytes, where: str) -> Clip:
+    try:
+        return decode_clip(media)
+    except DataError as error:
+        raise DataError(f"{where}: {error}; make it again.") from None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is damaged because {error}; sample again.") from None
+    is_list = isinstance(records, list)
+    if not is_list or any(not isinstance(r, dict) or "file" not in r for r in records):
+        raise DataError(f"{path}: is damaged because it is no list of samples; sample again.")
+    names = [entry["file"] for r in records for entry in (r, *(r.get("levels") or {}).values())]
+    if bad := next((n for n in names if not isinstance(n, str) or Path(n).name != n), None):
+        raise DataError(f"{path}: file {bad!r} is wrong because it leaves the folder; correct it.")
+    return records

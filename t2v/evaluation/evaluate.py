@@ -1,0 +1,287 @@
+"""From a protocol and a run, or a folder of clips, to scores with their uncertainty."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline import storage
+from data_pipeline.errors import ConfigError
+from data_pipeline.pyramid import Pyramid
+from t2v.engine.world import World
+from t2v.evaluation.clips import GeneratedClips, RealClips, is_samples, open_generated, open_real
+from t2v.evaluation.collect import Task, collect
+from t2v.evaluation.conditions import request_for
+from t2v.evaluation.measures import (
+    Measure,
+    Seams,
+    TextAgreement,
+    Values,
+    load_c3d,
+    load_i3d,
+)
+from t2v.evaluation.protocol import Metric, Protocol, View, dump_protocol
+from t2v.evaluation.results import RESULT, markdown, score
+from t2v.evaluation.scores import (
+    bootstrap,
+    frechet_distance,
+    inception_score,
+    moments,
+    split_inception_score,
+)
+from t2v.evaluation.seam import seam_scores, tile_borders
+from t2v.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
+from t2v.sampling_config import SamplingConfig, level_tilings
+from t2v.source import open_source
+
+Measures = dict[str, dict[str, Measure]]  # by view and metric
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is judged, where results and measured values go, and by which means."""
+
+    target: Path
+    out: Path
+    cache: Path
+    workers: int = 1
+    encoder: str | None = None
+    settings: tuple[str, ...] = ()
+    means: Means = field(default_factory=Means)
+
+
+def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
+    """Sample what is missing if a run is given, measure and score; writes result.json, result.md
+    and protocol.yaml with every digest that it was left without."""
+    with sampling_world() as world:
+        real = world.on_first(lambda: open_real(protocol, origin))
+        folder = job.target
+        if not is_samples(folder):
+            folder = job.out / "samples"
+            sample_for(protocol, real, job, folder, world)
+        generated = world.on_first(lambda: open_generated(folder, protocol))
+        # Sampling may have allowed TF32; scores are compared across machines.
+        torch.set_float32_matmul_precision("highest")
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            measures = world.together(lambda: load_measures(protocol, generated, world.device))
+            values = {
+                name: {
+                    view.name: collect(
+                        Task(clips, view, rule(view), protocol.codec, measures[view.name]),
+                        job.cache,
+                        world,
+                        workers=job.workers,
+                        title=f"{view.name}: {name} clips",
+                    )
+                    for view in protocol.views
+                }
+                for name, clips, rule in (
+                    ("real", real, lambda view: f"{view.real_window} {protocol.real.seed}"),
+                    (
+                        "generated",
+                        generated,
+                        lambda view: f"{view.generated_window} {protocol.generated.seed}",
+                    ),
+                )
+            }
+        world.on_first(lambda: write_result(protocol, real, generated, measures, values, job.out))
+    return job.out
+
+
+def sample_for(protocol: Protocol, real: RealClips, job: Job, folder: Path, world: World) -> None:
+    """Sample a run's clips for a protocol; those that are there already are kept."""
+    source = open_source(job.target, world)
+    request = world.on_first(
+        lambda: request_for(protocol, real.dataset, source.config.conditioning, job.encoder)
+    )
+    config = with_sampling(source.config, (*job.settings, f"fps={protocol.fps}"))
+    sample_recipe(Recipe(source, config, request), folder, job.means, world)
+
+
+def load_measures(protocol: Protocol, generated: GeneratedClips, device: torch.device) -> Measures:
+    """What each view measures; networks are loaded once, and proven on each view's shape."""
+    text = None
+    if protocol.clip and any("text_score" in view.metrics for view in protocol.views):
+        text = TextAgreement(protocol.clip, device)
+    measures: Measures = {}
+    for view in protocol.views:
+        shape = (view.frames, *view.size[1:])
+        found: dict[str, Measure] = {}
+        if "fvd" in view.metrics and protocol.i3d:
+            found["fvd"] = load_i3d(protocol.i3d, shape, device)
+        if "inception_score" in view.metrics and protocol.c3d:
+            found["inception_score"] = load_c3d(protocol.c3d, shape, device)
+        if "text_score" in view.metrics and text:
+            found["text_score"] = text
+        if "seam" in view.metrics:
+            found["seam"] = seams_of(generated, view)
+        measures[view.name] = found
+    return measures
+
+
+def seams_of(generated: GeneratedClips, view: View) -> Seams:
+    """The borders of the tiles that a view's clips were sampled in."""
+    told = {
+        json.dumps([record.get("pyramid"), record.get("settings")], sort_keys=True)
+        for record in generated.records
+    }
+    content, settings = json.loads(told.pop())
+    try:
+        if told:
+            raise ValueError
+        pyramid = Pyramid.model_validate(content)
+        sampling = SamplingConfig.model_validate(settings)
+    except ValueError:
+        raise ConfigError(
+            f"{generated.folder}: seam is wrong for view '{view.name}' because its clips do not "
+            "all tell the same tiles; sample them by one `t2v sample`, or leave the metric out."
+        ) from None
+    level = pyramid.levels - 1 if view.level is None else view.level
+    if level >= pyramid.levels or view.size != pyramid.size(level) or view.stride != 1:
+        raise ConfigError(
+            f"views: seam is wrong for view '{view.name}' because it shows level {level} not as it "
+            "was sampled; take its size and stride 1, or leave the metric out."
+        )
+    t, h, w = tile_borders(level_tilings(sampling, pyramid, level))
+    if view.frames < view.size[0]:
+        t = ()  # a window begins anywhere
+    if not (t or h or w):
+        raise ConfigError(
+            f"views: seam is wrong for view '{view.name}' because level {level} has no tiles; "
+            "leave the metric out."
+        )
+    return Seams((t, h, w))
+
+
+def write_result(
+    protocol: Protocol,
+    real: RealClips,
+    generated: GeneratedClips,
+    measures: Measures,
+    values: dict[str, dict[str, dict[str, Values]]],
+    out: Path,
+) -> None:
+    """Score all views and write the files of a result."""
+    pinned = pin(protocol, real, measures)
+    views, caveats = {}, []
+    for view in pinned.views:
+        both = [values[name][view.name] for name in ("real", "generated")]
+        views[view.name] = {
+            metric: score_metric(metric, both[0][metric], both[1][metric], pinned)
+            for metric in view.metrics
+        }
+        for told in views[view.name].values():
+            if "dims" in told and not told["full_rank"]:
+                caveats.append(
+                    f"{view.name}: the covariance has {told['dims']} dimensions and no full rank "
+                    f"with {told['fewest_clips']} clips; the distance says little but of others "
+                    "with as many."
+                )
+    if any("fvd" in view.metrics for view in pinned.views):
+        caveats.append(
+            "Fréchet distances fall as clips get more; these stand for "
+            f"{len(generated)} generated and {len(real)} real ones only."
+        )
+    first = generated.records[0]
+    result = {
+        "format": 1,
+        "protocol": pinned.name,
+        "fingerprint": pinned.fingerprint,
+        "real": {"dataset": real.dataset.path, "clips": len(real)},
+        "generated": {
+            "folder": str(generated.folder),
+            "clips": len(generated),
+            "checkpoint": first.get("checkpoint"),
+            "step": first.get("step"),
+            "settings": first.get("settings"),
+        },
+        "views": views,
+        "caveats": caveats,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "pinned": pinned.pinned(),
+    }
+    storage.write_atomic(str(out / "protocol.yaml"), dump_protocol(pinned).encode())
+    storage.write_atomic(str(out / "result.md"), markdown({"generated": result}).encode())
+    storage.write_atomic(str(out / RESULT), (json.dumps(result, indent=1) + "\n").encode())
+
+
+def pin(protocol: Protocol, real: RealClips, measures: Measures) -> Protocol:
+    """The protocol with the digests of what was used."""
+    info = real.dataset.info
+    identities: dict[str, str] = {}
+    for found in measures.values():
+        for one in found.values():
+            identities |= {
+                name: digest
+                for name, digest in one.identity.items()
+                if name in ("i3d", "c3d", "clip")
+            }
+    changes: dict[str, Any] = {
+        "real": protocol.real.model_copy(
+            update={"fingerprint": info.fingerprint, "split": info.notes.get("split")}
+        )
+    }
+    for name in ("i3d", "c3d", "clip"):
+        section = getattr(protocol, name)
+        if section is not None:
+            # One that no view asks for plays no part.
+            known = name in identities
+            changes[name] = (
+                section.model_copy(update={"sha256": identities[name]}) if known else None
+            )
+    return protocol.model_copy(update=changes)
+
+
+def score_metric(
+    metric: Metric, real: Values, generated: Values, protocol: Protocol
+) -> dict[str, Any]:
+    """One score of a view, its interval, and what real clips reach where that means something."""
+    clips, settings = len(generated), protocol.bootstrap
+
+    def estimate(value: float, statistic: Callable[[np.ndarray], float]):
+        return bootstrap(
+            statistic,
+            clips,
+            value=value,
+            resamples=settings.resamples,
+            seed=settings.seed,
+            confidence=settings.confidence,
+        )
+
+    match metric:
+        case "fvd":
+            known, own = moments(real), moments(generated)
+            fewest = min(known, own, key=lambda one: one.clips)
+            return score(
+                estimate(
+                    frechet_distance(known, own),
+                    lambda counts: frechet_distance(known, moments(generated, counts)),
+                ),
+                dims=len(own.mean),
+                full_rank=known.is_full_rank and own.is_full_rank,
+                fewest_clips=fewest.clips,
+            )
+        case "inception_score":
+            assert protocol.c3d is not None
+            splits, seed = protocol.c3d.splits, settings.seed
+            value, deviation = split_inception_score(generated, splits, seed)
+            reached = split_inception_score(real, min(splits, len(real)), seed)[0]
+            interval = estimate(value, lambda counts: inception_score(generated, counts))
+            return score(interval, deviation_of_splits=deviation, real=reached)
+        case "text_score":
+            interval = estimate(
+                float(generated.mean()),
+                lambda counts: float(counts @ generated[:, 0] / counts.sum()),
+            )
+            return score(interval, real=float(real.mean()))
+        case "seam":
+            own_scores, known_scores = seam_scores(generated), seam_scores(real)
+            interval = estimate(
+                own_scores.pop("seam", 1.0),
+                lambda counts: seam_scores(generated, counts).get("seam", 1.0),
+            )
+            return score(interval, axes=own_scores, real=known_scores.get("seam", 1.0))

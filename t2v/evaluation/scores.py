@@ -1,0 +1,118 @@
+"""Fréchet distance, inception score and their uncertainty, from features; float64, numpy alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Features = Float[np.ndarray, "clips dims"]
+Matrix = Float[np.ndarray, "dims dims"]
+Counts = Int[np.ndarray, " clips"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of the features of so many clips."""
+
+    clips: int
+    mean: Float[np.ndarray, " dims"]
+    covariance: Matrix
+
+    @property
+    def is_full_rank(self) -> bool:
+        """Whether so many clips can determine the covariance in all its dimensions."""
+        return self.clips > len(self.mean)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, the standard error of its sampling, and the interval that follows from it."""
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def moments(features: Features, counts: Counts | None = None) -> Moments:
+    """Mean and unbiased covariance; `counts` says how often each clip counts (none: once)."""
+    features = features.astype(np.float64)
+    weights = np.ones(len(features)) if counts is None else counts.astype(np.float64)
+    total = weights.sum()
+    mean = weights @ features / total
+    centred = features - mean
+    covariance = (centred * weights[:, None]).T @ centred / (total - 1)
+    return Moments(int(total), mean, covariance)
+
+
+def symmetric_root(matrix: Matrix) -> Matrix:
+    """The positive root of a covariance; directions without variance, to rounding, have none."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    noise = np.finfo(np.float64).eps * len(values) * max(float(values[-1]), 0.0)
+    roots = np.sqrt(np.where(values > noise, values, 0.0))
+    return (vectors * roots) @ vectors.T
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Heusel et al. 2017, eq. 6).
+
+    The trace of `(A B)^(1/2)` is the sum of the singular values of `A^(1/2) B^(1/2)`, which needs
+    no root of an asymmetric matrix and stands covariances without full rank.
+    """
+    roots = symmetric_root(a.covariance) @ symmetric_root(b.covariance)
+    shared = np.linalg.svd(roots, compute_uv=False).sum()
+    apart = np.square(a.mean - b.mean).sum()
+    distance = apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
+    return max(float(distance), 0.0)  # equal Gaussians: rounding alone
+
+
+def inception_score(probabilities: Features, counts: Counts | None = None) -> float:
+    """exp of the mean divergence of each clip's classes from all clips' (Salimans et al. 2016)."""
+    rows = probabilities.astype(np.float64)
+    weights = np.ones(len(rows)) if counts is None else counts.astype(np.float64)
+    weights = weights / weights.sum()
+    marginal = weights @ rows
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = np.where(rows > 0, rows * (np.log(rows) - np.log(marginal)), 0.0)
+    return float(np.exp(weights @ parts.sum(axis=1)))
+
+
+def split_inception_score(probabilities: Features, splits: int, seed: int) -> tuple[float, float]:
+    """(mean, standard deviation) over equal parts of the clips in a shuffled order, as published
+    scores have it."""
+    order = np.random.default_rng(seed).permutation(len(probabilities))
+    bounds = [number * len(order) // splits for number in range(splits + 1)]
+    scores = [inception_score(probabilities[order[low:high]]) for low, high in pairwise(bounds)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def bootstrap(
+    statistic: Callable[[Counts], float],
+    clips: int,
+    *,
+    value: float,
+    resamples: int,
+    seed: int,
+    confidence: float,
+) -> Estimate:
+    """The interval around `value` when clips are drawn again with replacement.
+
+    Its width is that of a normal law with the resamples' spread. Their own quantiles would lie too
+    high: a resample has fewer different clips, and Fréchet distances grow as clips get fewer.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [
+        statistic(np.bincount(rng.integers(0, clips, clips), minlength=clips))
+        for _ in range(resamples)
+    ]
+    error = float(np.std(drawn, ddof=1))
+    reach = normal_quantile((1 + confidence) / 2) * error
+    return Estimate(value, error, value - reach, value + reach)
+
+
+def normal_quantile(share: float) -> float:
+    """Where the standard normal law has that share below it."""
+    return NormalDist().inv_cdf(share)
