@@ -64,7 +64,7 @@ def page(run_dir: Path) -> str:
         samples_section(run_dir),
         rates_section(steps, marks),
         health_section(read_records(run_dir / "quarantine.jsonl")),
-        restarts_section(attempts),
+        restarts_section(attempts, run_dir),
         recipe_section(run_dir),
     ]
     script_digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -280,8 +280,8 @@ def health_section(records: list[dict]) -> str:
     return section("Data", told + table(("samples", "reason"), rows))
 
 
-def restarts_section(attempts: list[dict]) -> str:
-    """Each attempt: when, from where, and how it ended."""
+def restarts_section(attempts: list[dict], run_dir: Path) -> str:
+    """Each attempt: when, from where, and how it ended; the last failure's own page."""
     ends = {r.get("attempt"): r for r in attempts if r.get("event") == "end"}
     starts = [record for record in attempts if record.get("event") == "start"]
     if not starts:
@@ -296,18 +296,22 @@ def restarts_section(attempts: list[dict]) -> str:
         )  # fmt: skip
         rows.append(["" if cell is None else str(cell) for cell in cells])
     head = ("", "began", "host", "ranks", "engine", "from", "to", "ended as", "code", "reason")
-    return section("Attempts", f'<div class="scroll">{table(head, rows)}</div>', "long")
+    content = f'<div class="scroll">{table(head, rows)}</div>' + file_text(run_dir / "failure.md")
+    return section("Attempts", content, "long")
 
 
 def recipe_section(run_dir: Path) -> str:
     """The resolved recipe."""
-    path = run_dir / "config.yaml"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "missing"
-    return section(
-        "Recipe",
-        f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>",
-        "long",
-    )
+    content = file_text(run_dir / "config.yaml")
+    return section("Recipe", content or '<p class="none">No config.yaml.</p>', "long")
+
+
+def file_text(path: Path) -> str:
+    """A text file to unfold, if there is one."""
+    if not path.is_file():
+        return ""
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<details><summary>{escape(path.name)}</summary><pre>{text}</pre></details>"
 
 
 def section(title: str, content: str, kind: str = "") -> str:

@@ -67,6 +67,7 @@ def run_dir(tmp_path_factory) -> Path:
         {"attempt": 2, "event": "start", "at": "t2", "host": "node", "world_size": 2, "step": 30},
     ]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
+    (folder / "failure.md").write_text(f"# What failed\n\n{CLOSING} on rank 3")
     bad = [{"n": n, "id": "0/1/2", "reason": f"{EVIL} is no video"} for n in range(3)]
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(b) + "\n" for b in bad))
     for step in (20, 40, 60):
@@ -99,6 +100,7 @@ def test_every_part_of_the_run_is_told(run_dir):
     for said in (
         "60 of 100", "41.0%", "97.0%", "Level 1 by noise", "3 samples could not be used",
         "no end", "step 20", "damaged", "token_head_dim: 8", "Dotted lines are restarts",
+        "on rank 3",
     ):  # fmt: skip
         assert said in text, said
     assert text.count("<video") == 5
