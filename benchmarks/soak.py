@@ -43,7 +43,7 @@ GRACE_SECONDS = 60.0
 RECIPE: dict[str, Any] = {
     "name": "soak",
     "seed": 3,
-    "global_batch_size": 4,
+    "global_batch_size": 2,
     "micro_batch_size": 1,
     "ema_half_life_steps": 100.0,
     "pyramid": {"levels": 2, "patch_size": [2, 6, 8], "clip_size": [4, 12, 16]},

@@ -127,6 +127,32 @@ def train_all_parts(configs: list[RunConfig], stops: list[int]) -> None:
         assert train(config, stop_at_step=stop) == (0 if stop == STEPS else 75)
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_run_moves_from_two_ranks_to_one_to_three_to_four(dataset, tmp_path):
+    """R05: the same batches in the same order, losses to rounding, at every world size."""
+    changes = {
+        "engine": {"kind": "fsdp"},
+        "optimizer": {"eps": 1.0e-2},
+        "global_batch_size": 12,
+        "total_steps": 8,
+    }
+    whole, moved = (config_of(dataset, tmp_path / name, **changes) for name in ("whole", "moved"))
+    assert train(whole) == 0
+    for ranks, stop in ((2, 2), (1, 4), (3, 6), (4, 8)):
+        code = 75 if stop < 8 else 0
+        assert run_distributed(train_until, ranks, moved, stop) == [code] * ranks
+    assert lines_of(tmp_path / "moved", "batch_digest") == lines_of(
+        tmp_path / "whole", "batch_digest"
+    )
+    found, wanted = (lines_of(tmp_path / name, "loss") for name in ("moved", "whole"))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=0)
+
+
+def train_until(config: RunConfig, stop: int) -> int:
+    return train(config, stop_at_step=stop)
+
+
 def command(config: RunConfig) -> list[str]:
     recipe = Path(config.run_dir).with_suffix(".yaml")
     recipe.write_text(dump_config(config))

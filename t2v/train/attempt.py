@@ -36,7 +36,7 @@ from t2v.train.watchdog import Watchdog
 if TYPE_CHECKING:
     from t2v.config import RunConfig
 
-FOLLOW_SECONDS = 3.0
+FOLLOW_SECONDS = 4.0
 
 
 class Attempt:
@@ -122,13 +122,21 @@ class Attempt:
             is_ours = not wait_until(lambda: heard_alarm(self.logs) is not None, FOLLOW_SECONDS)
             reason = f"another rank is gone without a word, killed or cut off: {reason}"
         if is_ours:
-            at = ring(self.logs, rank=self.world.rank, is_hang=False, exit_code=exit_code)
+            at = ring(
+                self.logs, rank=self.world.rank, is_hang=False, exit_code=exit_code, reason=reason
+            )
+            alarm = heard_alarm(self.logs)
+            if isinstance(error, UserError) and alarm and alarm["reason"] == reason:
+                # All ranks may find the same, and one is enough to say it.
+                error.rank = alarm["rank"]
+                is_ours = error.rank == self.world.rank
+        if is_ours:
             stack = "".join(traceback.format_exception(error))
             record(self.logs, self.watchdog.failure(exit_code, reason, stack, at))
             self.watchdog.close(exit_code)
             self.conclude(first_failure(self.logs), exit_code)
             return
-        wait_until(lambda: first_failure(self.logs) is not None, FOLLOW_SECONDS)
+        wait_until(lambda: first_failure(self.logs) is not None, 2 * FOLLOW_SECONDS)
         first, alarm = first_failure(self.logs), heard_alarm(self.logs)
         exit_code = first.exit_code if first else alarm["exit_code"] if alarm else exit_code
         self.watchdog.close(exit_code, FOLLOW_SECONDS * 3)

@@ -90,12 +90,13 @@ def _read_record(path: Path) -> Failure | None:
         return None
 
 
-def ring(folder: Path, *, rank: int, is_hang: bool, exit_code: int) -> str:
+def ring(folder: Path, *, rank: int, is_hang: bool, exit_code: int, reason: str = "") -> str:
     """Wake the other ranks; the first to ring is heard. Returns when, for later records to be
     later whatever their host's clock says."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         alarm = {"rank": rank, "is_hang": is_hang, "exit_code": exit_code, "at": timestamp()}
+        alarm |= {"reason": reason}
         staging = folder / f".{ALARM}.{rank}"
         staging.write_text(json.dumps(alarm), encoding="utf-8")
         with contextlib.suppress(FileExistsError):

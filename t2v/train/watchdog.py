@@ -27,6 +27,7 @@ from t2v.train.failure import (
     peak_memory_gib,
     record_failure,
     ring,
+    wait_until,
     waits_for_others,
 )
 from t2v.train.run_folder import timestamp
@@ -195,7 +196,8 @@ class Watchdog:
         if self.rank == speaker:
             self._tell(next((p for p in positions if p.rank == rank), position), rank=rank, at=at)
         else:
-            self._stop.wait(2 * POLL_SECONDS)
+            folder = self.folder
+            wait_until(lambda: first_failure(folder) is not None, ANSWER_SECONDS)
         if self._stop.is_set():
             return
         self.on_end(first_failure(self.folder), HANG)
