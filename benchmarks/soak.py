@@ -36,7 +36,6 @@ from t2v.train.finding import list_checkpoints, verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STOP = {65, 66, 70, 73, 78}  # another attempt would meet them again
-SAVE_EVERY = 20
 HANG_SECONDS = 20.0
 GRACE_SECONDS = 60.0
 
@@ -63,7 +62,6 @@ RECIPE: dict[str, Any] = {
     "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0},
     "optimizer": {"name": "adamw", "learning_rate": 1.0e-3, "warmup_steps": 20},
     "engine": {"kind": "fsdp", "precision": "fp32", "collective_timeout_seconds": 300.0},
-    "checkpoint": {"every_steps": SAVE_EVERY},
     "metrics": {},
     "sampling": {"steps": [4, 2]},
     "watchdog": {
@@ -160,8 +158,9 @@ class Fate:
         *("full disk", "flipped bits", "hang"),
     )
 
-    def __init__(self, seed: int, gap: int, ranks: int) -> None:
-        self.random, self.gap, self.ranks = random.Random(seed), gap, ranks
+    def __init__(self, seed: int, *, gap: int, save_every: int, ranks: int) -> None:
+        self.random, self.ranks = random.Random(seed), ranks
+        self.gap, self.save_every = gap, save_every
         self.deck: list[str] = []
 
     def draw(self, step: int) -> list[tuple[str, str, int]]:
@@ -176,8 +175,8 @@ class Fate:
         if not self.deck:
             self.deck = self.random.sample(self.KINDS, len(self.KINDS))
         kind, rank = self.deck.pop(), self.random.randrange(self.ranks)
-        at = step + SAVE_EVERY + self.random.randint(self.gap // 2, self.gap * 3 // 2)
-        planned, save = "", (at - resumes_at) // SAVE_EVERY + 1
+        at = step + self.save_every + self.random.randint(self.gap // 2, self.gap * 3 // 2)
+        planned, save = "", (at - resumes_at) // self.save_every + 1
         match kind:
             case "kill one rank":
                 planned = f"{self.random.choice(['data', 'forward', 'step'])}:{rank}:{at}:kill"
@@ -196,11 +195,12 @@ class Fate:
         return kind, planned, at
 
 
-def write_recipe(folder: Path, name: str, steps: int) -> Path:
+def write_recipe(folder: Path, name: str, steps: int, save_every: int) -> Path:
     """A recipe of the run `name`."""
     recipe = RECIPE | {
         "run_dir": str(folder / name),
         "total_steps": steps,
+        "checkpoint": {"every_steps": save_every},
         "data": {"sources": [{"path": str(folder / "shards")}], "num_workers": 0},
     }
     path = folder / f"{name}.yaml"
@@ -346,6 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--gap", type=int, default=30, help="steps between faults, about")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, help="kept; none: a temporary folder")
@@ -358,11 +359,12 @@ def main() -> None:
     chance = random.Random(options.seed)
     poisoned = chance.sample(range(10, options.steps - 10), max(options.steps // 250, 1))
     nan = ";".join(f"forward:{options.ranks - 1}:{step}:nan" for step in sorted(poisoned))
-    alone = write_recipe(folder, "undisturbed", options.steps)
-    broken = write_recipe(folder, "disturbed", options.steps)
+    alone = write_recipe(folder, "undisturbed", options.steps, options.save_every)
+    broken = write_recipe(folder, "disturbed", options.steps, options.save_every)
     quiet_seconds = undisturbed(alone, ranks=options.ranks, nan=nan)
     print(f"undisturbed: {quiet_seconds:.0f} s", flush=True)
-    fate = Fate(options.seed, options.gap, options.ranks)
+    every = options.save_every
+    fate = Fate(options.seed, gap=options.gap, save_every=every, ranks=options.ranks)
     tally = soak(broken, steps=options.steps, ranks=options.ranks, nan=nan, fate=fate)
     run_dir = folder / "disturbed"
     wanted, found = (digests(folder / n, options.steps) for n in ("undisturbed", "disturbed"))

@@ -220,7 +220,6 @@ def test_rank_that_hangs_is_named_and_all_end(dataset, tmp_path, site):
     assert (status["state"], status["exit_code"]) == ("failed", 71)
     assert status["reason"].startswith("rank 1 on")
     assert "| 1 on" in (tmp_path / "run" / "failure.md").read_text()
-    assert run_job(config)[0].exit_code == 0
 
 
 @pytest.mark.slow
@@ -399,7 +398,8 @@ def wait_for_new_step(run_dir: Path, step: int, job: Job) -> None:
 @pytest.mark.timeout(900)
 def test_soak_ends_with_the_weights_of_the_undisturbed_run(tmp_path):
     """R30, short."""
-    command = [sys.executable, "benchmarks/soak.py", "--steps", "200", "--gap", "15"]
+    size = ["--steps", "200", "--gap", "10", "--save-every", "8"]
+    command = [sys.executable, "benchmarks/soak.py", *size]
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "soak"), "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,

@@ -129,6 +129,7 @@ def train_all_parts(configs: list[RunConfig], stops: list[int]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_run_moves_from_two_ranks_to_one_to_three_to_four(dataset, tmp_path):
     """R05: the same batches in the same order, losses to rounding, at every world size."""
     changes = {
@@ -141,7 +142,8 @@ def test_run_moves_from_two_ranks_to_one_to_three_to_four(dataset, tmp_path):
     assert train(whole) == 0
     for ranks, stop in ((2, 2), (1, 4), (3, 6), (4, 8)):
         code = 75 if stop < 8 else 0
-        assert run_distributed(train_until, ranks, moved, stop) == [code] * ranks
+        codes = run_distributed(train_until, ranks, moved, stop, timeout_seconds=300)
+        assert codes == [code] * ranks
     assert lines_of(tmp_path / "moved", "batch_digest") == lines_of(
         tmp_path / "whole", "batch_digest"
     )

@@ -33,11 +33,12 @@ from t2v.train.failure import (
 from t2v.train.run_folder import timestamp
 
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 4.0
+# A shared disk may hide a new file from other hosts for half a minute.
+ANSWER_SECONDS = 40.0
 CLOSING_SECONDS = 90.0
 FOLLOW_SECONDS = 6.0
 # Longer than any answer takes: only a thread that never lets go of the interpreter comes this far.
-STUCK_SECONDS = 20.0
+STUCK_SECONDS = 90.0
 POSITION = "position-rank-{:05d}.json"
 
 
