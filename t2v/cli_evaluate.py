@@ -5,6 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
+from data_pipeline.errors import UserError
 from t2v.cli_parser import add_verb
 
 
@@ -31,27 +32,32 @@ def add_evaluate_verbs(verbs) -> None:
     verb.add_argument("results", nargs="+", help="result.json files, or their folders")
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: argparse.Namespace) -> int:
     from t2v.evaluation.evaluate import Job, evaluate
     from t2v.evaluation.protocol import load_protocol
     from t2v.generate import Means
 
     cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
-    out = evaluate(
-        load_protocol(options.protocol, options.set or []),
-        options.protocol,
-        Job(
-            target=Path(options.target),
-            out=Path(options.out),
-            cache=Path(cache).expanduser(),
-            workers=max(1, options.workers),
-            encoder=options.encoder,
-            settings=tuple(options.sampling or ()),
-            means=Means(memory_gib=options.memory_gib),
-        ),
+    job = Job(
+        target=Path(options.target),
+        out=Path(options.out),
+        cache=Path(cache).expanduser(),
+        workers=max(1, options.workers),
+        encoder=options.encoder,
+        settings=tuple(options.sampling or ()),
+        means=Means(memory_gib=options.memory_gib),
     )
-    if os.environ.get("RANK", "0") == "0":
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        protocol = load_protocol(options.protocol, options.set or [])
+        out = evaluate(protocol, options.protocol, job)
+    except UserError as error:
+        if error.rank in (None, rank):
+            raise
+        return error.exit_code  # its own rank tells it
+    if rank == 0:
         print((out / "result.md").read_text(), end="")
+    return 0
 
 
 def scores(options: argparse.Namespace) -> None:

@@ -11,11 +11,13 @@ import yaml
 
 from data_pipeline.build import build
 from data_pipeline.errors import ConfigError
+from data_pipeline.loader import NoConditioning, TextConditioning
 from data_pipeline.pyramid import Clip, level_clip
 from data_pipeline.video import decode_clip, encode_clip
 from t2v.cli import main
 from t2v.config import load_config
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window
+from t2v.evaluation.conditions import request_for
 from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
 from tests.distributed import run_distributed
 from tests.stand_ins import (
@@ -171,7 +173,7 @@ def test_any_number_of_processes_gives_the_same_result(home, tmp_path):
     content["views"][0] |= {"metrics": ["fvd", "inception_score"], "frames": 2}
     protocol = write_rules(tmp_path / "p.yaml", content)
     assert run_evaluate(home / "other", protocol, tmp_path / "one") == 0
-    more = ("--cache", str(tmp_path / "cache of two"))
+    more = ("--cache", str(tmp_path / "cache of two"), "--workers", "2")
     arguments = (home / "other", protocol, tmp_path / "two", *more)
     assert run_distributed(run_evaluate, 2, *arguments) == [0, 0]
     assert result_of(tmp_path / "two") == result_of(tmp_path / "one")
@@ -274,6 +276,23 @@ def test_input_that_cannot_be_judged_is_one_line(home, tmp_path, capsys, changes
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
+    protocol = write_rules(tmp_path / "p.yaml", rules(home))
+    for target, rule, words in (
+        (tmp_path / "none", protocol, f"{tmp_path / 'none'}"),
+        (home / "other", tmp_path / "q.yaml", "q.yaml: no such protocol"),
+    ):
+        assert run_evaluate(target, rule, tmp_path / "out") == 66
+        error = capsys.readouterr().err.strip()
+        assert words in error
+        assert "\n" not in error
+    assert main(["scores", str(tmp_path)]) == 66
+    assert "result.json: no such result" in capsys.readouterr().err
+    (tmp_path / "result.json").write_text("[]")
+    assert main(["scores", str(tmp_path)]) == 65
+    assert "is no result because" in capsys.readouterr().err
+
+
 def test_one_clip_has_no_covariance(home, tmp_path, capsys):
     one = write_samples(tmp_path / "one", range(1))
     protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 2}))
@@ -299,6 +318,24 @@ def test_real_and_generated_clips_come_to_a_view_alike():
     starts = {int((clip == window(clip, view, "random", rng)[0]).all((1, 2, 3)).argmax())
               for _ in range(60)}  # fmt: skip
     assert starts == {0, 1, 2, 3}
+
+
+def test_a_run_shows_what_real_clips_show_as_often(home):
+    dataset = open_real(parse_protocol(rules(home), "p"), "p").dataset
+    few, many = (
+        parse_protocol(rules(home, generated={"clips": clips, "seed": 3}), "p")
+        for clips in (20, 3000)
+    )
+    classes = tiny_config().conditioning
+    labels = request_for(many, dataset, classes, None).labels
+    assert request_for(few, dataset, classes, None).labels == labels[:20]
+    # 3000 draws of three classes, each as often: within four deviations.
+    assert abs(np.bincount(labels) - 1000).max() < 4 * (3000 * 2 / 9) ** 0.5
+    text = TextConditioning(kind="text", encoder="tiny", width=8, max_tokens=8)
+    asked = request_for(few, dataset, text, "encoder")
+    assert asked.prompts == tuple(f"scene {label}" for label in labels[:20])
+    assert (asked.labels, asked.count, asked.seed, asked.levels) == ((), None, 3, False)
+    assert request_for(few, dataset, NoConditioning(kind="none"), None).count == 20
 
 
 def test_fewer_real_clips_are_the_first_of_more(home):

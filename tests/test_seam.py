@@ -49,8 +49,12 @@ def test_the_score_rises_with_planted_seams():
     assert scores[-1] > 3
 
 
-def test_a_still_clip_and_one_without_tiles_have_no_score():
+def test_one_colour_has_no_seam_and_a_colour_per_tile_has_the_worst():
+    borders = tile_borders([tile_level(SIZE, PATCH, "")])
     grey = np.full((*SIZE, 3), 128, np.uint8)
-    energies = seam_energies(grey, tile_borders([tile_level(SIZE, PATCH, "")]))
-    assert seam_scores(energies[None]) == {}
-    assert seam_scores(seam_energies(grey, ((), (), ()))[None]) == {}
+    assert set(seam_scores(seam_energies(grey, borders)[None]).values()) == {1.0}
+    grey[:, :, 16:32] = 228
+    scores = seam_scores(seam_energies(grey, borders)[None])
+    assert scores["frames"] == scores["height"] == 1
+    assert scores["width"] > 10_000
+    assert seam_scores(seam_energies(grey, ((), (), ()))[None]) == {"seam": 1.0}

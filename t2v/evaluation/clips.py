@@ -1,8 +1,7 @@
 """The clips that are judged: a dataset's and a folder's of samples, brought to a view alike."""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +33,10 @@ class Clips(Protocol):
 
     def __len__(self) -> int: ...
 
+    def only(self, number: int) -> "Clips":
+        """The set of that clip alone: little to send to another process."""
+        ...
+
     def id(self, number: int, level: int | None) -> str:
         """What a clip and its caption follow from."""
         ...
@@ -46,23 +49,18 @@ class RealClips:
     """Clips of a dataset: all, or as many as were drawn by a seed."""
 
     dataset: Dataset
-    real: RealSet
+    places: list[tuple[int, int]]  # (shard, row) of each
+    seed: int
     fps: float
 
     def __len__(self) -> int:
-        return self.real.clips or self.dataset.info.samples
+        return len(self.places)
 
-    @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """(shard, row) of each clip; fewer clips are the first of more."""
-        sizes = self.dataset.shard_sizes
-        numbers = np.arange(sizes.sum())
-        if self.real.clips is not None:
-            numbers = np.random.default_rng(self.real.seed).permutation(numbers)[: len(self)]
-        ends = np.cumsum(sizes)
-        shards = np.searchsorted(ends, numbers, side="right")
-        rows = numbers - (ends - sizes)[shards]
-        return list(zip(shards.tolist(), rows.tolist(), strict=True))
+    def __str__(self) -> str:
+        return f"{self.dataset.path}: sample {self.places[0]}"
+
+    def only(self, number: int) -> "RealClips":
+        return replace(self, places=[self.places[number]])
 
     def id(self, number: int, level: int | None) -> str:
         shard, row = self.places[number]
@@ -74,7 +72,7 @@ class RealClips:
         where = f"{self.dataset.path}: sample {row} of shard {shard}"
         clip = _decoded(record.media, where)
         clip = bring_to(clip, view, where)
-        rng = np.random.default_rng([self.real.seed, digest64(self.id(number, view.level))])
+        rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
         clip = window(clip, view, view.real_window, rng)
         return Shown(coded(clip, codec, self.fps), record.caption)
 
@@ -90,6 +88,12 @@ class GeneratedClips:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __str__(self) -> str:
+        return str(self.folder / self.records[0]["file"])
+
+    def only(self, number: int) -> "GeneratedClips":
+        return replace(self, records=[self.records[number]])
 
     def id(self, number: int, level: int | None) -> str:
         entry = self._entry(number, level)
@@ -168,7 +172,25 @@ def open_real(rules: Rules, origin: str) -> RealClips:
         raise ConfigError(
             f"{real.dataset}: 1 clip is wrong because a covariance needs two or more; add clips."
         )
-    return RealClips(dataset, real, rules.fps)
+    return RealClips(dataset, draw_places(dataset, real), real.seed, rules.fps)
+
+
+def draw_places(dataset: Dataset, real: RealSet) -> list[tuple[int, int]]:
+    """(shard, row) of the clips that are used; fewer are the first of more."""
+    sizes = dataset.shard_sizes
+    numbers = np.arange(sizes.sum())
+    if real.clips is not None:
+        numbers = np.random.default_rng(real.seed).permutation(numbers)[: real.clips]
+    return places_of(dataset, numbers)
+
+
+def places_of(dataset: Dataset, numbers: np.ndarray) -> list[tuple[int, int]]:
+    """(shard, row) of samples by their number in a dataset."""
+    sizes = dataset.shard_sizes
+    ends = np.cumsum(sizes)
+    shards = np.searchsorted(ends, numbers, side="right")
+    rows = numbers - (ends - sizes)[shards]
+    return list(zip(shards.tolist(), rows.tolist(), strict=True))
 
 
 def open_generated(folder: Path, rules: Rules) -> GeneratedClips:

@@ -81,14 +81,20 @@ def measured(
         else:
             pending[chunk] = keys
     numbers = [number for chunk in pending for number in task.numbers(chunk)]
-    read = partial(task.clips.read, view=task.view, codec=task.codec)
-    shown = progress(map_in_order(read, numbers, workers), title, total=len(numbers))
+    read = partial(read_alone, view=task.view, codec=task.codec)
+    alone = (task.clips.only(number) for number in numbers)
+    shown = progress(map_in_order(read, alone, workers), title, total=len(numbers))
     for chunk, keys in pending.items():
         clips = [next(shown) for _ in task.numbers(chunk)]
         values = {name: measure(task, name, clips) for name in keys}
         for name, key in keys.items():
             keep(cache, key, values[name])
         yield chunk, values
+
+
+def read_alone(clips: Clips, view: View, codec: str) -> Shown:
+    """The clip of a set that holds no other."""
+    return clips.read(0, view, codec)
 
 
 def measure(task: Task, name: str, clips: list[Shown]) -> Values:

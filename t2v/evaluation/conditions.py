@@ -7,6 +7,7 @@ from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import ClassConditioning, Conditioning, TextConditioning
 from data_pipeline.shards import json_caption, parse_metadata, read_member, txt_caption
+from t2v.evaluation.clips import places_of
 from t2v.evaluation.protocol import Protocol
 from t2v.sampling_subjects import Request
 
@@ -18,11 +19,7 @@ def request_for(
     that a view looks at."""
     wanted = protocol.generated
     rng = np.random.default_rng([wanted.seed, dataset.info.samples])
-    ends = np.cumsum(dataset.shard_sizes)
-    drawn = rng.integers(0, ends[-1], wanted.clips)
-    shards = np.searchsorted(ends, drawn, side="right")
-    rows = drawn - (ends - dataset.shard_sizes)[shards]
-    places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+    places = places_of(dataset, rng.integers(0, dataset.info.samples, wanted.clips))
     labels: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ()
     if isinstance(conditioning, ClassConditioning):

@@ -66,7 +66,11 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
         generated = world.on_first(lambda: open_generated(folder, protocol))
         # Sampling may have allowed TF32; scores are compared across machines.
         torch.set_float32_matmul_precision("highest")
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False),
+            # TorchScript would fuse from a network's third call on, and round otherwise.
+            torch.jit.optimized_execution(False),
+        ):
             measures = world.together(lambda: load_measures(protocol, generated, world.device))
             values = {
                 name: {
@@ -281,7 +285,6 @@ def score_metric(
         case "seam":
             own_scores, known_scores = seam_scores(generated), seam_scores(real)
             interval = estimate(
-                own_scores.pop("seam", 1.0),
-                lambda counts: seam_scores(generated, counts).get("seam", 1.0),
+                own_scores.pop("seam"), lambda counts: seam_scores(generated, counts)["seam"]
             )
-            return score(interval, axes=own_scores, real=known_scores.get("seam", 1.0))
+            return score(interval, axes=own_scores, real=known_scores["seam"])

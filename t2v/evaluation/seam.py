@@ -7,6 +7,7 @@ from data_pipeline.pyramid import AXES, Clip
 from t2v.tiling import Tiling
 
 Energies = Float[np.ndarray, "6"]  # (at borders, elsewhere) along each axis
+ROUNDING = 1 / 6  # energy of a difference of two values rounded to bytes
 Borders = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -45,14 +46,13 @@ def seam_scores(
     energies: Float[np.ndarray, "clips 6"], counts: np.ndarray | None = None
 ) -> dict[str, float]:
     """Energy at borders over energy elsewhere, of all clips together: on each axis that has
-    borders, and `seam`, their geometric mean. 1: no seam."""
+    borders, and `seam`, their geometric mean. 1: no seam, as in a clip of one colour."""
     weights = np.ones(len(energies)) if counts is None else counts
-    total = (weights @ energies).reshape(3, 2)
+    means = (weights @ energies / weights.sum()).reshape(3, 2)
     scores = {
-        AXES[axis]: float(at / elsewhere)
-        for axis, (at, elsewhere) in enumerate(total)
-        if elsewhere > 0
+        AXES[axis]: float((at + ROUNDING) / (elsewhere + ROUNDING))
+        for axis, (at, elsewhere) in enumerate(means)
+        if at >= 0
     }
-    if scores:
-        scores["seam"] = float(np.exp(np.mean(np.log(np.maximum(list(scores.values()), 1e-12)))))
+    scores["seam"] = float(np.exp(np.mean(np.log(list(scores.values()))))) if scores else 1.0
     return scores
