@@ -148,9 +148,11 @@ def _volumes(profile: KubernetesProfile, config: Object, shared_memory_gib: int)
 
 
 def environment_of(profile: KubernetesProfile) -> list[Object]:
-    # Nothing else of the container's root can be written to.
-    own = {"HOME": "/tmp", "T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - 1)}
-    values = {**own, **profile.variables}
+    # Nothing else of the container's root can be written to; a user that the image does not know
+    # has no name, which torch.compile asks for.
+    own = {"HOME": "/tmp", "USER": "t2v"}
+    cache = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - 1)}
+    values = {**own, **cache, **profile.variables}
     secrets = [
         {
             "name": secret.variable,
