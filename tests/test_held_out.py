@@ -12,6 +12,7 @@ from data_pipeline.held_out import held_out_reader
 from data_pipeline.loader import Loader, global_order, open_sources
 from data_pipeline.order import held_out_rows
 from t2v.config import RunConfig, parse_config
+from t2v.train.finding import list_checkpoints
 from t2v.train.held_out import fixed_noise, noise_bins, passes, sigma_at
 from t2v.train.loop import train
 from tests.distributed import next_world, run_distributed
@@ -42,6 +43,17 @@ def split_config(dataset: Path, run_dir: Path, *, held_out: dict | None, **chang
 def lines_of(run_dir: Path, key: str) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [values for line in lines if key in (values := json.loads(line))]
+
+
+def test_a_checkpoint_knows_the_loss_measured_at_its_step(dataset, tmp_path):
+    config = split_config(
+        dataset, tmp_path / "run", held_out={"every_steps": 4, "samples": 4, "bins": 2},
+        total_steps=4,
+    )  # fmt: skip
+    assert train(config) == 0
+    (line,) = lines_of(tmp_path / "run", "held_out_loss")
+    losses = {info.step: info.held_out_loss for info in list_checkpoints(tmp_path / "run")}
+    assert losses == {2: None, 4: line["held_out_loss"]}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.999, 1.0])

@@ -1,5 +1,6 @@
 """Held-out loss of each level in bins of noise: the same samples and noise at every measurement."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,6 +50,7 @@ class HeldOut:
         self.config, self.world = config, world
         self.reader: SampleReader | None = None
         self.read: list[Sample] = []
+        self.latest: tuple[int, float] | None = None
         if config.held_out is not None:
             settings = config.held_out
             [self.reader, *_] = world.on_all(lambda: open_reader(config, settings, loader))
@@ -60,6 +62,12 @@ class HeldOut:
         if settings is None:
             return False
         return step % settings.every_steps == 0 or step == self.config.total_steps
+
+    def loss_at(self, step: int) -> float | None:
+        """What was measured after a step, if it was and is finite."""
+        if self.latest is None or self.latest[0] != step or not math.isfinite(self.latest[1]):
+            return None
+        return self.latest[1]
 
     def measure(self, state: "TrainState") -> dict[str, Any]:
         """The line of metrics.jsonl on the present weights, which are left bit by bit as they were.
@@ -77,6 +85,7 @@ class HeldOut:
             state.engine.refresh()
         losses = self.world.total(table).mean(0)
         of_levels = losses.mean(1).tolist()
+        self.latest = state.step, sum(of_levels)
         return {
             "step": state.step,
             "held_out_loss": sum(of_levels),

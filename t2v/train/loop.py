@@ -92,8 +92,11 @@ def train(
             stop = world.any(told or state.step == stop_at_step)
             if stop or checkpoints.due(state.step) or state.step == config.total_steps:
                 watchdog.enter("checkpoint", state.step)
-                known = facts(state, config, loader)
-                checkpoints.save(state.slices(), known | {"attempt": attempt.number})
+                now = {
+                    "attempt": attempt.number,
+                    "held_out_loss": held_out.loss_at(state.step),
+                }
+                checkpoints.save(state.slices(), facts(state, config, loader) | now)
             report.saved(checkpoints.news())
         watchdog.enter("checkpoint", state.step)
         checkpoints.finish()
