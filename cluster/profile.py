@@ -212,7 +212,7 @@ class KubernetesProfile(Site):
     service_account: str = Field(default="default", pattern=DNS_NAME)
     gpu_resource: Label = "nvidia.com/gpu"
     rdma_resource: Label | None = Field(default=None, description="such as rdma/ib; adds IPC_LOCK")
-    cache_gib: int = Field(default=64, ge=1, description="node disk for data from object stores")
+    cache_gib: int = Field(default=64, ge=2, description="node disk for data from object stores")
     mounts: list[Mount] = Field(min_length=1)
     secrets: list[KeySecret] = Field(default=[])
     queue: str | None = Field(default=None, pattern=DNS_LABEL, description="Kueue's LocalQueue")
