@@ -184,6 +184,18 @@ def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
     assert sum(network_calls(config.sampling, config.pyramid)) == calls
 
 
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_network_calls_of_every_overlap_follow_from_its_axes(overlap):
+    """128, 64, 32, 16 steps; an axis of `2 ** level` tiles has twice as many less one if they
+    overlap."""
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml", [f"sampling.overlap='{overlap}'"])
+    tiles = [
+        (2 * 2**level - 1) ** len(overlap) * 2 ** (level * (3 - len(overlap))) for level in range(4)
+    ]
+    expected = [255, 64 * tiles[1], 32 * tiles[2], 16 * tiles[3]]
+    assert network_calls(config.sampling, config.pyramid) == expected
+
+
 @pytest.mark.parametrize(("guidance_scale", "answers"), [(1.0, 1), (3.0, 2)])
 def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
     config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=14)
