@@ -316,6 +316,7 @@ def test_signal_before_training_leaves_quickly_and_quietly(dataset, tmp_path, wh
     )
     if when == "rendezvous":
         job.ranks[1].kill()  # so that rank 0 waits for it
+        job.ranks[1].wait()
         time.sleep(12)
     elif when == "setup":
         while not job.fault_times():
@@ -340,24 +341,24 @@ def test_zombie_that_was_taken_for_dead_may_not_commit(dataset, tmp_path):
     recipe = recipe_of(config)
     zombie = Job(recipe, ranks=1, log=tmp_path / "zombie.log")
     wait_for_step(run_dir, 7, zombie.ranks[0])
-    second = Job(recipe, ranks=1, log=tmp_path / "second.log")
-    assert second.ranks[0].wait(timeout=60) == 73
-    assert "is in use by process" in (tmp_path / "second.log").read_text()
     zombie.kill(signal.SIGSTOP)
+    second = Job(recipe, ranks=1, log=tmp_path / "second.log")
+    assert second.ranks[0].wait(timeout=120) == 73
+    assert "is in use by process" in (tmp_path / "second.log").read_text()
     (run_dir / "run.lock").unlink()  # as on a disk that passes no locks on
     heir = Job(recipe, ranks=1, log=tmp_path / "heir.log")
     assert heir.ranks[0].wait(timeout=120) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
     told = (run_dir / "metrics.jsonl").read_bytes()
     zombie.kill(signal.SIGCONT)
-    assert zombie.ranks[0].wait(timeout=60) == 73
+    assert zombie.ranks[0].wait(timeout=120) == 73
     after = {path.name: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").iterdir()}
     assert {n: t for n, t in after.items() if not n.startswith(".")} == before
     assert (run_dir / "metrics.jsonl").read_bytes() == told
     assert status_of(run_dir)["state"] == "done"
     assert "may not commit because attempt 2" in (tmp_path / "zombie.log").read_text()
     together = [Job(recipe, ranks=1, log=tmp_path / f"{n}.log") for n in range(2)]
-    codes = sorted(job.ranks[0].wait(timeout=60) for job in together)
+    codes = sorted(job.ranks[0].wait(timeout=120) for job in together)
     assert codes in ([0, 73], [0, 0])  # the loser may come when the winner is done
 
 

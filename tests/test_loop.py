@@ -162,7 +162,7 @@ def command(config: RunConfig) -> list[str]:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     path = run_dir / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < step:
         assert process.poll() is None, process.returncode
