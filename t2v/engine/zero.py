@@ -33,7 +33,7 @@ from t2v.train.optim import (
     squared_norms,
     start_moments,
 )
-from t2v.train.schedule import frozen_updates
+from t2v.train.schedule import BASE, NEW, frozen_updates
 
 if TYPE_CHECKING:
     from t2v.config import RunConfig
@@ -106,9 +106,8 @@ class ZeroEngine:
         self._updates += 1
 
     def forget_gradients(self) -> None:
-        # A step that finds a gradient not finite drops all gradients, and changes nothing else.
-        for gradient in self._gradients():
-            gradient.fill_(torch.nan)
+        # A step at rates of 0 moves nothing, whatever the gradients are, and drops them.
+        set_rates(self._adamw, {BASE: 0.0, NEW: 0.0})
         self._zero.step()
         self._zero.zero_grad()
 
