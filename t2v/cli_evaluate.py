@@ -13,7 +13,7 @@ def add_evaluate_verbs(verbs) -> None:
     """The verbs and their arguments."""
     verb = add_verb(verbs, "evaluate", evaluate, "judge a run or samples by a protocol",
                     "torchrun --nproc-per-node 8 -m t2v.cli evaluate runs/ucf101_s --protocol"
-                    " configs/evaluation/ucf101_16f.yaml --out scores/ucf101_s")  # fmt: skip
+                    " configs/evaluation/ucf101_2048.yaml --out scores/ucf101_s")  # fmt: skip
     verb.add_argument("target", help="a folder of samples; or a run or a step, which is sampled")
     verb.add_argument("--protocol", required=True, help="see configs/evaluation")
     verb.add_argument("--out", required=True, help="folder for result.json, result.md, samples")

@@ -83,7 +83,7 @@ def rules(home: Path, **changes: object) -> dict:
         "fps": 8.0,
         "views": [{"name": "whole", "size": list(SIZE), "frames": 4, "metrics": ["fvd"]}],
         "i3d": {"path": str(home / "i3d.pt"), "resolution": 16},
-        "bootstrap": {"resamples": 8},
+        "uncertainty": {"resamples": 8},
     } | changes
 
 
@@ -110,7 +110,7 @@ def test_protocol_is_read_back_equal_and_known_by_what_it_says(home, tmp_path):
     elsewhere = load_protocol(path, ["i3d.path=elsewhere.pt", "real.dataset=other"])
     assert elsewhere.fingerprint == protocol.fingerprint
     for change in ("fps=9.0", "generated.clips=40", "codec=h264", "views.0.stride=1",
-                   "bootstrap.seed=1", "i3d.resolution=24", "real.seed=1"):  # fmt: skip
+                   "uncertainty.seed=1", "i3d.resolution=24", "real.seed=1"):  # fmt: skip
         other = load_protocol(path, [change])
         assert (other.fingerprint == protocol.fingerprint) == (other == protocol), change
 
@@ -295,9 +295,9 @@ def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
 
 def test_one_clip_has_no_covariance(home, tmp_path, capsys):
     one = write_samples(tmp_path / "one", range(1))
-    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 2}))
+    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
     assert run_evaluate(one, protocol, tmp_path / "out") == 78
-    assert "1 clips are too few because the protocol has 2, and a covariance needs two" in (
+    assert "1 clips are too few because the protocol has 4, and a covariance needs two" in (
         capsys.readouterr().err
     )
 

@@ -27,9 +27,9 @@ from t2v.evaluation.measures import (
 from t2v.evaluation.protocol import Metric, Protocol, View, dump_protocol
 from t2v.evaluation.results import RESULT, markdown, score
 from t2v.evaluation.scores import (
-    bootstrap,
     frechet_distance,
     inception_score,
+    interval,
     moments,
     split_inception_score,
 )
@@ -244,10 +244,10 @@ def score_metric(
     metric: Metric, real: Values, generated: Values, protocol: Protocol
 ) -> dict[str, Any]:
     """One score of a view, its interval, and what real clips reach where that means something."""
-    clips, settings = len(generated), protocol.bootstrap
+    clips, settings = len(generated), protocol.uncertainty
 
     def estimate(value: float, statistic: Callable[[np.ndarray], float]):
-        return bootstrap(
+        return interval(
             statistic,
             clips,
             value=value,
@@ -274,17 +274,17 @@ def score_metric(
             splits, seed = protocol.c3d.splits, settings.seed
             value, deviation = split_inception_score(generated, splits, seed)
             reached = split_inception_score(real, min(splits, len(real)), seed)[0]
-            interval = estimate(value, lambda counts: inception_score(generated, counts))
-            return score(interval, deviation_of_splits=deviation, real=reached)
+            found = estimate(value, lambda counts: inception_score(generated, counts))
+            return score(found, deviation_of_splits=deviation, real=reached)
         case "text_score":
-            interval = estimate(
+            found = estimate(
                 float(generated.mean()),
                 lambda counts: float(counts @ generated[:, 0] / counts.sum()),
             )
-            return score(interval, real=float(real.mean()))
+            return score(found, real=float(real.mean()))
         case "seam":
             own_scores, known_scores = seam_scores(generated), seam_scores(real)
-            interval = estimate(
+            found = estimate(
                 own_scores.pop("seam"), lambda counts: seam_scores(generated, counts)["seam"]
             )
-            return score(interval, axes=own_scores, real=known_scores["seam"])
+            return score(found, axes=own_scores, real=known_scores["seam"])

@@ -30,7 +30,7 @@ class RealSet(Strict):
 class GeneratedSet(Strict):
     """How many clips are judged, and how they are sampled where a run is given."""
 
-    clips: int = Field(ge=2, description="scores of different numbers are not comparable")
+    clips: int = Field(ge=4, description="scores of different numbers are not comparable")
     seed: int = Field(default=0, ge=0, description="of the first clip, of conditions and windows")
 
 
@@ -86,8 +86,8 @@ class CLIPText(Strict):
     frames: int = Field(default=4, ge=1, description="frames of a clip, evenly spaced")
 
 
-class Bootstrap(Strict):
-    """Uncertainty by drawing clips again."""
+class Uncertainty(Strict):
+    """Intervals from resamples of the generated clips."""
 
     resamples: int = Field(default=200, ge=2)
     seed: int = Field(default=0, ge=0)
@@ -109,7 +109,7 @@ class Protocol(Strict):
     i3d: I3D | None = None
     c3d: C3D | None = None
     clip: CLIPText | None = None
-    bootstrap: Bootstrap = Bootstrap()
+    uncertainty: Uncertainty = Uncertainty()
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "Protocol":

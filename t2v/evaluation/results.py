@@ -25,7 +25,7 @@ def score(estimate: Estimate, **facts: Any) -> dict[str, Any]:
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """Results of one protocol as a table, a column each, and what they rest on."""
     first = next(iter(results.values()))
-    confidence = first["pinned"]["bootstrap"]["confidence"]
+    confidence = first["pinned"]["uncertainty"]["confidence"]
     names = list(results)
     lines = [
         "| " + " | ".join(["view", "metric", "real", *names]) + " |",
@@ -43,7 +43,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"Protocol {first['protocol']}, fingerprint {first['fingerprint'][:16]}: "
         f"{counts[0]} real clips, {counts[1]} generated. ± is the {confidence:.0%} interval by "
-        f"{first['pinned']['bootstrap']['resamples']} resamples of the generated clips.",
+        f"{first['pinned']['uncertainty']['resamples']} resamples of the generated clips.",
     ]
     caveats = dict.fromkeys(note for result in results.values() for note in result["caveats"])
     lines += [f"- {note}" for note in caveats]
