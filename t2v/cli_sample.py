@@ -1,6 +1,7 @@
 """`t2v sample`: prompts or classes to video."""
 
 import argparse
+import os
 from pathlib import Path
 
 from t2v.cli_parser import add_verb
@@ -64,4 +65,5 @@ def sample(options: argparse.Namespace) -> None:
             clips_at_once=options.clips_at_once,
         ),
     )
-    print(f"{written}: written.")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{written}: written.")
