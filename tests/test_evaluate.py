@@ -293,6 +293,36 @@ def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
     assert "is no result because" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("summary", "code", "words"),
+    [
+        ("{", 65, "samples.json: is damaged because"),
+        ("[1, 2]", 65, "samples.json: is damaged because it is no list of samples"),
+        ('[{"file": "../real/dataset.json"}]', 65, "is wrong because it leaves the folder"),
+        ("[]", 66, "holds no samples.json and no mp4"),
+        (None, 66, "0003.mp4: missing although samples.json names it"),
+        ("sha256", 65, "0000.mp4: is not the file that samples.json tells of"),
+        ("cut", 65, "0001.mp4: cannot be decoded"),
+    ],
+)
+def test_damaged_samples_are_one_line(home, tmp_path, capsys, summary, code, words):
+    folder = write_samples(tmp_path / "samples", range(4))
+    records = [{"file": f"{n:04d}.mp4", "prompt": n} for n in range(4)]
+    if summary is None:
+        (folder / "0003.mp4").unlink()
+    elif summary == "sha256":
+        records[0]["sha256"] = "0" * 64
+    elif summary == "cut":
+        (folder / "0001.mp4").write_bytes((folder / "0001.mp4").read_bytes()[:300])
+    told = summary if summary and summary[0] in "[{" else json.dumps(records)
+    (folder / "samples.json").write_text(told)
+    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
+    assert run_evaluate(folder, protocol, tmp_path / "out") == code
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert "\n" not in error
+
+
 def test_one_clip_has_no_covariance(home, tmp_path, capsys):
     one = write_samples(tmp_path / "one", range(1))
     protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
@@ -359,6 +389,8 @@ def test_text_score_is_clips_own_cosine(home, tmp_path):
     measure = TextAgreement(CLIPText(path=str(folder), frames=2), torch.device("cpu"))
     clips = [np.repeat(np.repeat(scene(n)[:, :8, :8], 2, 1), 2, 2) for n in range(2)]  # 16x16
     shown = [Shown(clip, f"scene {n}") for n, clip in enumerate(clips)]
+    with pytest.raises(ConfigError, match="a clip has no prompt; leave the metric out"):
+        measure.of([Shown(clips[0], None)])
     found = measure.of(shown)
     model, tokenizer = CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))

@@ -110,7 +110,9 @@ class TextAgreement:
     def parts(self) -> tuple[Any, Any]:
         """(network, tokenizer), loaded at first use."""
         from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         try:
             model: Any = CLIPModel.from_pretrained(
                 self.folder, local_files_only=True, use_safetensors=True
