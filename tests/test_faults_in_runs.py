@@ -83,7 +83,14 @@ def test_disk_that_is_full_once_costs_one_checkpoint(dataset, tmp_path, monkeypa
     assert names == {"step-00000002", "step-00000006"}
 
 
-@pytest.mark.parametrize("site", ["checkpoint.write", "checkpoint.manifest", "checkpoint.rename"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        "checkpoint.write",
+        pytest.param("checkpoint.manifest", marks=pytest.mark.slow),
+        pytest.param("checkpoint.rename", marks=pytest.mark.slow),
+    ],
+)
 def test_disk_that_stays_full_ends_the_run_with_74(dataset, tmp_path, monkeypatch, site):
     """R18, R19: three saves in a row; what was committed before them stays valid."""
     config = config_of(dataset, tmp_path / "run", total_steps=12, checkpoint={"every_steps": 1})
