@@ -116,7 +116,8 @@ class Attempt:
         self._failed = True
         exit_code = exit_code_of(error)
         rank = getattr(error, "rank", None)
-        is_ours, reason = rank in (None, self.world.rank), reason_of(error)
+        at, reason = timestamp(), reason_of(error)
+        is_ours = rank in (None, self.world.rank)
         if rank is None and from_a_collective(error):
             # Its peers are gone: the first to go has rung, or was killed.
             is_ours = not wait_until(lambda: heard_alarm(self.logs) is not None, FOLLOW_SECONDS)
