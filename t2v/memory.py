@@ -13,6 +13,7 @@ from t2v.footprint import Footprint
 GIB = 2**30
 RESERVE_GIB = 2.0  # CUDA context, communication buffers, the allocator's gaps
 MOST_GPUS = 8192
+CHECKPOINT_BYTES = 16  # per parameter: weight, average and two moments, fp32
 
 
 class Memory(Strict):
@@ -31,10 +32,11 @@ class Memory(Strict):
     optimizer_step: float = Field(description="temporary tensors of the step")
     total: float
     host: float = Field(default=0.0, description="of the CPU, per GPU: what is offloaded to it")
+    host_copy: float = Field(description="of the CPU, per GPU: what a checkpoint is written from")
 
 
 BACKWARD = ("gathered_weights", "summed_gradients", "activations", "batch")
-NOT_IN_TOTAL = ("total", "host")
+NOT_IN_TOTAL = ("total", "host", "host_copy")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
         kept_per_sample(config, footprint) + 2 * footprint.largest_tensor_bytes
     )
     values = samples * config.pyramid.levels * prod(config.pyramid.patch_size) * 3
+    replicas = config.engine.dp_replicate
     batch = values * (1 + 6 * 4)  # bytes, and in fp32: x, noise, x_noisy, scaled, target, output
     reserve = RESERVE_GIB * GIB
     always = held.weights + held.gradients + held.optimizer + held.ema + reserve
@@ -83,6 +86,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
         optimizer_step=held.stepping / GIB,
         total=(always + max(backward, held.stepping)) / GIB,
         host=held.host / GIB,
+        host_copy=CHECKPOINT_BYTES * sum(footprint.parameters.values()) * replicas / gpus / GIB,
     )
 
 

@@ -204,8 +204,11 @@ def _memory_table(plan: Plan) -> Table:
         when = "backward" if name in BACKWARD else "always"
         when = "optimizer step" if name == "optimizer_step" else when
         table.add_row(name.replace("_", " "), f"{size:,.2f}", when)
-    if plan.memory_gib.host:
-        table.add_row("offloaded to the host", f"{plan.memory_gib.host:,.2f}", "not of the GPU")
+    host = plan.memory_gib.host
+    if host:
+        table.add_row("offloaded to the host", f"{host:,.2f}", "not of the GPU")
+    copy = plan.memory_gib.host_copy
+    table.add_row("a checkpoint's copy on the host", f"{copy:,.2f}", "not of the GPU")
     table.add_row("at its fullest", f"{plan.memory_gib.total:,.2f} of {plan.gpu_memory_gib:g}", "")
     return table
 
