@@ -1,6 +1,7 @@
 """Making datasets: raw captioned media into shards, and foreign shards usable as they are."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,7 @@ def build(
     count) may run side by side; the one that completes the shards returns the dataset.
     """
     out = str(out)
-    _refuse_bad_counts(fps, shard_samples, task, workers)
+    _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
     collection = list_source(source, kind, split)
     items, is_video = collection.items, collection.kind == "video"
     target = Target(
@@ -215,13 +216,21 @@ def _with_contact_sheet(dataset: Dataset) -> Dataset:
 
 
 def _refuse_bad_counts(
-    fps: float | None, shard_samples: int, task: tuple[int, int], workers: int
+    fps: float | None,
+    shard_samples: int,
+    task: tuple[int, int],
+    workers: int,
+    max_drop_rate: float,
 ) -> None:
     for name, value in (("shard_samples", shard_samples), ("workers", workers)):
         if value < 1:
             raise ConfigError(f"{name}: value {value} is wrong because it is below 1; raise it.")
-    if fps is not None and fps <= 0:
-        raise ConfigError(f"fps: value {fps} is wrong because it is not above 0; raise it.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ConfigError(f"fps: value {fps} is wrong because it is no rate; give one above 0.")
+    if not 0 <= max_drop_rate <= 1:
+        raise ConfigError(
+            f"max_drop_rate: value {max_drop_rate} is wrong because it is no share; give 0 to 1."
+        )
     if not 0 <= task[0] < task[1]:
         raise ConfigError(
             f"task: value {task[0]}/{task[1]} is wrong because tasks count from 0 to N-1; "

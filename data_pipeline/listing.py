@@ -67,6 +67,18 @@ def list_media(source: str | Path, kind: Kind | None = None) -> Collection:
     return Collection(folder, chosen, items)
 
 
+def _caption(where: str, caption: str) -> str:
+    """A caption that can be written as UTF-8; JSON can name half a character."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: caption: is wrong because character {error.start} is half of a pair "
+            f"({caption[error.start]!a}); correct it."
+        ) from None
+    return caption.strip()
+
+
 def _from_list(path: str, folder: str) -> list[Item]:
     items, seen = [], set()
     names: dict[str, set[str]] = {}
@@ -97,7 +109,7 @@ def _from_list(path: str, folder: str) -> list[Item]:
         if file in seen:
             raise DataError(f"{where}: file: value {file!r} is wrong because it is given twice.")
         seen.add(file)
-        items.append(Item(file, caption.strip(), entry))
+        items.append(Item(file, _caption(where, caption), entry))
     if not items:
         raise InputMissing(f"{path}: is empty; write one line per file.")
     return items
@@ -194,7 +206,7 @@ def _from_sidecars(folder: str) -> list[Item]:
                 f"{storage.join(folder, file)}: has no caption; write {PurePosixPath(text).name} "
                 f"or {PurePosixPath(metadata).name} beside it, or a {CAPTIONS} for the folder."
             )
-        items.append(Item(file, caption.strip(), entry))
+        items.append(Item(file, _caption(storage.join(folder, file), caption), entry))
     if not items:
         raise InputMissing(f"{folder}: holds no video or image; check the folder.")
     return items

@@ -67,7 +67,10 @@ class TextConditioning(Strict):
     """Cached text-encoder embeddings of the captions."""
 
     kind: Literal["text"]
-    encoder: str = Field(description="name of the embedding set: dataset/embeddings/<encoder>")
+    encoder: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the embedding set: dataset/embeddings/<encoder>",
+    )
     width: int = Field(ge=1, description="channels of an embedding token (T5-11B: 1024)")
     max_tokens: int = Field(ge=1, description="longer captions are cut to this many tokens")
     dropout: Share = Field(default=0.1, description="share of captions replaced by the empty one")

@@ -60,6 +60,11 @@ def test_fields_of_a_parquet_that_json_cannot_hold_are_left_out(folder):
         ("list.csv", b"file,caption\n", "is empty"),
         ("list.csv", b"file,caption\nc.mp4,x\n", "line 2: file: value 'c.mp4' .* no such file"),
         ("list.csv", b"file,caption\ns3://b/c.mp4,x\n", "leaves the folder"),
+        (
+            "list.jsonl",
+            b'{"file": "a.mp4", "caption": "half \\ud83d"}\n',
+            r"line 1: caption: is wrong because character 5 is half of a pair",
+        ),
         ("list.parquet", b"PAR1 not", "is no readable parquet"),
         ("none.parquet", None, "no such folder or list"),
     ],
