@@ -130,6 +130,14 @@ def refuse_other_subjects(samples: SamplesConfig, conditioning: Conditioning) ->
 class _UniqueKeys(yaml.SafeLoader):
     """YAML whose mappings have no key twice: the earlier value would be lost without a word."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> typing.Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError:  # a date such as 2026-99-99, or an integer of 5,000 digits
+            text = str(node.value)[:40]
+            problem = f"{text!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
@@ -169,6 +177,14 @@ def read_mapping(path: Path) -> dict:
     return content
 
 
+def parse_value(text: str) -> object:
+    """What a value in YAML says, read like a recipe; YAMLError for what is none."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (TypeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from None
+
+
 def parse_config(content: dict, origin: str) -> RunConfig:
     """A recipe from plain data; `origin` begins each line of the error."""
     try:
@@ -204,7 +220,7 @@ def apply_override(content: dict, override: str) -> None:
     for parent in parents:
         node = _child(node, parent, key)
     try:
-        value = yaml.safe_load(text)
+        value = parse_value(text)
     except yaml.YAMLError:
         raise ConfigError(f"{override}: the value is not valid YAML; quote it.") from None
     if isinstance(node, list):

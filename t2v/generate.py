@@ -29,7 +29,7 @@ from data_pipeline import storage
 from data_pipeline.errors import ConfigError
 from data_pipeline.pyramid import Clip
 from data_pipeline.video import decode_clip, encode_clip
-from t2v.config import RunConfig, parse_config
+from t2v.config import RunConfig, parse_config, parse_value
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
@@ -244,7 +244,7 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
     for override in overrides:
         key, _, text = override.partition("=")
         try:
-            content["sampling"][key.removeprefix("sampling.")] = yaml.safe_load(text)
+            content["sampling"][key.removeprefix("sampling.")] = parse_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
     return parse_config(content, "sampling")

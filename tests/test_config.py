@@ -156,6 +156,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "weights are; use false, or kind zero",
         ),
         ("foo", "foo: is not an override; write dotted.key=value."),
+        ("seed=2026-99-99", "seed=2026-99-99: the value is not valid YAML; quote it."),
+        ("data={a: 1, a: 2}", "data={a: 1, a: 2}: the value is not valid YAML; quote it."),
         ("seed=[", "seed=[: the value is not valid YAML; quote it."),
         (
             "name.first=a",
@@ -215,6 +217,9 @@ def test_a_missing_field_is_named():
         ("1: 2", "is not valid YAML at line 1 because key 1 is no text; correct it."),
         ("- 1", "is not a recipe because it holds no mapping; see configs/."),
         (b"\xff\xfe\x00", "is not valid YAML because it is not UTF-8 text; correct it."),
+        ("seed: 2026-99-99", "is not valid YAML at line 1 because '2026-99-99' is no timestamp;"),
+        ("a: 1\nseed: !!int b", "is not valid YAML at line 2 because 'b' is no int; correct it."),
+        ("seed: " + 5000 * "1", "is not valid YAML at line 1 because '1111"),
         ("!!python/object/apply:os.system ['true']", "is not valid YAML at line 1 because could"),
     ],
 )

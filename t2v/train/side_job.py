@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked
@@ -186,7 +186,7 @@ def samples_config(run_dir: Path) -> SamplesConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))["samples"]
         return SamplesConfig.model_validate(content)
-    except (KeyError, TypeError, yaml.YAMLError, UnicodeDecodeError, ValidationError):
+    except (KeyError, TypeError, yaml.YAMLError, ValueError):
         raise ConfigError(
             f"{path}: has no samples section that could be followed; write one into the recipe, "
             "or use t2v sample."
