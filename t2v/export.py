@@ -158,7 +158,8 @@ def _write_weights(
     checkpoint: Path, out: Path, weights: str, dtype: torch.dtype, file_bytes: int
 ) -> None:
     """The weights in as many files as their size asks for, with the hub's index beside many."""
-    sizes = {n: prod(k.shape) * dtype.itemsize for n, k in _weights_of(checkpoint, weights).items()}
+    kinds = _weights_of(checkpoint, weights)
+    sizes = {name: prod(kind.shape) * dtype.itemsize for name, kind in kinds.items()}
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -173,7 +174,7 @@ def _write_weights(
         file = (
             f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         )
-        shapes = {name: _weights_of(checkpoint, weights)[name].shape for name in names}
+        shapes = {name: kinds[name].shape for name in names}
         tensors = (read_whole(checkpoint, prefix + name).to(dtype) for name in names)
         write_safetensors(out / file, shapes, dtype, tensors)
         place |= dict.fromkeys(names, file)

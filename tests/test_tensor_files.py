@@ -88,6 +88,12 @@ def test_missing_part_of_a_tensor_is_found(tmp_path):
         read_index(tmp_path)
 
 
+def test_index_that_was_written_again_is_read_again(tmp_path):
+    for ranks in (1, 3):
+        write(tmp_path, cut(values(), ranks, seed=1))
+        assert len(read_index(tmp_path).tensors["matrix"].pieces) == ranks
+
+
 def test_file_that_ends_too_early_is_named(tmp_path):
     write(tmp_path, cut(values(), 1, seed=1))
     path = tmp_path / "rank-00000.safetensors"

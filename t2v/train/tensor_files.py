@@ -6,6 +6,7 @@ what any other wrote. Nothing is pickled.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -159,9 +160,17 @@ def read_index(folder: Path) -> TensorIndex:
     """The folder's index; StorageError where its pieces do not make up every tensor exactly."""
     path = folder / INDEX
     try:
-        index = TensorIndex.model_validate_json(path.read_bytes())
+        found = path.stat()
+        return _parse_index(path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size)
     except OSError as failure:
         raise storage_error(failure) from None
+
+
+# Of many ranks it is large, and asked for once per tensor; a diff reads two in turn.
+@functools.lru_cache(maxsize=2)
+def _parse_index(path: Path, *version: int) -> TensorIndex:
+    try:
+        index = TensorIndex.model_validate_json(path.read_bytes())
     except (ValidationError, ValueError):
         raise StorageError(
             f"{path}: is wrong because it is damaged or of another format; use another checkpoint."
