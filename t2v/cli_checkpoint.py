@@ -46,7 +46,10 @@ def ls(options: argparse.Namespace) -> None:
     folder = Path(options.run_dir)
     if not folder.is_dir():
         raise InputMissing(f"{folder}: no such run folder; give one with checkpoints in it.")
-    print_checkpoints(list_checkpoints(folder))
+    infos = list_checkpoints(folder)
+    if not infos and not (folder / "status.json").exists():
+        raise InputMissing(f"{folder}: holds no checkpoint; give a run folder.")
+    print_checkpoints(infos)
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -63,8 +63,15 @@ def _look_at(folder: Path, step: int) -> CheckpointInfo:
 def verify_checkpoint(folder: str | Path) -> Manifest:
     """The manifest of a checkpoint whose every byte is as it was written; else StorageError."""
     if problems := problems_of(Path(folder)):
-        raise StorageError("\n".join(problems) + "; use another checkpoint.")
+        raise StorageError("\n".join(map(_with_remedy, problems)))
     return read_manifest(Path(folder))
+
+
+def _with_remedy(problem: str) -> str:
+    """A problem as a whole line, what to do at its end."""
+    if problem.endswith("use another checkpoint."):
+        return problem
+    return f"{problem.removesuffix('.')}; use another checkpoint."
 
 
 def problems_of(folder: Path, world: World = ALONE) -> list[str]:
@@ -101,7 +108,7 @@ def newest_valid(
         reason = next(iter(refused.values()))
         raise StorageError(
             f"{folder}: none of its {len(refused)} checkpoints is valid, the newest because: "
-            f"{reason}; restore one, or begin a new run folder."
+            f"{reason.removesuffix('.')}; restore one, or begin a new run folder."
         )
     return None
 
@@ -113,7 +120,7 @@ def resolve_checkpoint(path: str | Path, world: World = ALONE) -> Path:
         raise InputMissing(f"{path}: no such checkpoint; give a step folder or a run folder.")
     if STEP_FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
         if problems := problems_of(folder, world):
-            raise StorageError(f"{problems[0]}; use another checkpoint.")
+            raise StorageError(_with_remedy(problems[0]))
         return folder
     found = newest_valid(folder, world)
     if found is None:
