@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Files of tests go to two processes, each file to one of them.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: quickstart test slow check bench clean
 
@@ -10,10 +12,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/t2v quickstart --workdir quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout 1500
+	$(BIN)/python -m pytest -m slow --timeout 1500 $(PARALLEL)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
