@@ -40,7 +40,18 @@ class Footprint:
 
 
 def measure(config: RunConfig) -> Footprint:
-    """The footprint of a recipe, whatever its engine and batch size."""
+    """The footprint of a recipe, whatever its engine and batch size; taken once per network."""
+    network = config.model_dump_json(include={"pyramid", "conditioning", "model"})
+    key = network, config.engine.precision
+    if key not in _measured:
+        _measured[key] = _measure(config)
+    return _measured[key]
+
+
+_measured: dict[tuple[str, str], Footprint] = {}
+
+
+def _measure(config: RunConfig) -> Footprint:
     with torch.device("meta"):
         model = build_model(config)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]

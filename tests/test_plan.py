@@ -157,6 +157,7 @@ def test_zero_splits_more_at_each_stage(t2v_footprint):
 
     def needed(stage: int, *changes: str):
         zero = ["optimizer.name=adamw", "engine.kind=zero", f"engine.zero_stage={stage}"]
+        zero.append("engine.compile=false")
         return memory(recipe("t2v_64x288x512", *zero, *changes), t2v_footprint, 64)
 
     once = "global_batch_size=256"

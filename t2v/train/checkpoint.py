@@ -283,13 +283,14 @@ class HostCopy:
     def reserve(self, slices: dict[str, Slice]) -> None:
         """Claim the memory, and touch it: fresh pages cost more than the copy itself."""
         for name, piece in slices.items():
-            if name not in self._buffers:
+            if piece.place.kept and name not in self._buffers:
                 pinned = piece.part.device.type == "cuda"
                 shape, dtype = piece.part.shape, piece.part.dtype
                 self._buffers[name] = torch.zeros(shape, dtype=dtype, pin_memory=pinned).fill_(1)
 
     def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
-        """The same slices as they are now; valid until the next call."""
+        """Those slices that this rank writes, as they are now; valid until the next call."""
+        slices = {name: piece for name, piece in slices.items() if piece.place.kept}
         self.reserve(slices)
         for name, piece in slices.items():
             self._buffers[name].copy_(piece.part, non_blocking=True)
