@@ -374,7 +374,7 @@ def test_missing_and_extra_tensors_are_refused_by_name(state, tmp_path):
     [
         ({"seed": 4}, "seed: 3 -> 4"),
         ({"global_batch_size": 8}, "global_batch_size: 4 -> 8"),
-        ({"model": {"detach_context": True}}, "model: "),
+        ({"model": {"detach_context": True}}, "\n  model.detach_context: false -> true"),
         ({"optimizer": {"name": "lamb"}}, 'optimizer.name: "adamw" -> "lamb"'),
     ],
 )

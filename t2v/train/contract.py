@@ -22,14 +22,13 @@ def refuse_other_run(
 ) -> None:
     """ConfigError where a checkpoint is of another run; `told` accepts other datasets."""
     old, new = manifest.config, json.loads(json.dumps(facts["config"]))
-    changed = [name for name in FIXED if old.get(name) != new.get(name)]
+    changed = [line for name in FIXED for line in _changes(name, old.get(name), new.get(name))]
     before = (old.get("optimizer") or {}).get("name")
-    changed += [] if before == new["optimizer"]["name"] else ["optimizer.name"]
+    changed += _changes("optimizer.name", before, new["optimizer"]["name"])
     if changed:
-        lines = [f"{name}: {_short(old, name)} -> {_short(new, name)}" for name in changed]
         raise ConfigError(
             f"{folder}: is of another recipe because these differ; set them back, or begin a new "
-            "run folder with warm_start.\n  " + "\n  ".join(lines)
+            "run folder with warm_start.\n  " + "\n  ".join(changed)
         )
     if manifest.data_fingerprint != facts["data_fingerprint"] and not told:
         raise ConfigError(
@@ -74,9 +73,9 @@ def model_signature(slices: dict[str, Slice]) -> str:
     return digest(json.dumps({name: str(kind) for name, kind in sorted(kinds.items())}))
 
 
-def _short(config: dict[str, Any], dotted: str) -> str:
-    value: Any = config
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+def _changes(path: str, old: Any, new: Any) -> list[str]:
+    """`dotted.path: old -> new` of every setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(old | new)
+        return [c for n in names for c in _changes(f"{path}.{n}", old.get(n), new.get(n))]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
