@@ -78,10 +78,14 @@ class Plan(Strict):
 
 def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
     """The forecast of a run; ConfigError for a run that cannot be."""
-    if gpus < 1 or not 0 < gpu_memory_gib < math.inf:
+    if gpus < 1:
         raise ConfigError(
-            f"--gpus: {gpus} with {gpu_memory_gib:g} GiB each is wrong because nothing runs on "
-            "that; give at least one GPU."
+            f"--gpus: {gpus} is wrong because nothing runs on that; give at least one GPU."
+        )
+    if not 0 < gpu_memory_gib < math.inf:
+        raise ConfigError(
+            f"--gpu-memory-gib: {gpu_memory_gib:g} is wrong because no GPU has that; give its "
+            "memory in GiB."
         )
     if config.engine.kind == "single" and gpus > 1:
         raise ConfigError(

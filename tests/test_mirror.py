@@ -93,5 +93,19 @@ def test_step_that_is_damaged_in_the_mirror_is_passed_over(bucket, tmp_path, cap
     assert f"mirror: {home} is refused because" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damaged", [[2], [1, 2]])
+def test_step_that_is_damaged_here_comes_back_from_the_mirror(bucket, tmp_path, damaged):
+    made = mirrored(tmp_path / "run", f"{bucket}/run")
+    save(made, 1, 2)
+    for info in list_checkpoints(tmp_path / "run"):
+        if info.step in damaged:
+            file = info.folder / "rank-00000.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+    folder, manifest = made.newest()
+    assert manifest.step == 2
+    verify_checkpoint(folder)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("refused-step-00000002-*"))) == 1
+
+
 def test_prefix_may_end_in_a_slash():
     assert Mirror("s3://bucket/run/", ALONE).prefix == "s3://bucket/run"

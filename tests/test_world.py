@@ -71,12 +71,22 @@ def test_fsdp_alone_needs_no_launcher(monkeypatch, environment):
         assert (world.rank, world.world_size) == (0, 1)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    message = "LOCAL_RANK: 1 is wrong because 1 GPUs are visible"
+    with pytest.raises(ConfigError, match=message), join_world(EngineConfig(kind="single")):
+        pass
+
+
 @pytest.mark.parametrize(
     ("kind", "environment", "message"),
     [
         ("single", {"WORLD_SIZE": "2"}, "'single' is wrong because WORLD_SIZE is 2; use 'fsdp'"),
         ("fsdp", {"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR: missing from the environment"),
         ("fsdp", {"WORLD_SIZE": "2"}, "RANK: missing from the environment"),
+        ("fsdp", {"WORLD_SIZE": "2", "RANK": "2"}, "RANK: 2 is wrong because WORLD_SIZE is 2"),
         ("fsdp", {"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is wrong"),
     ],
 )

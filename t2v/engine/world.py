@@ -114,6 +114,10 @@ def join_world(config: EngineConfig) -> Iterator[World]:
     One process alone needs no environment; `single` needs no process group either.
     """
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+    if rank >= max(world_size, 1):
+        raise ConfigError(
+            f"RANK: {rank} is wrong because WORLD_SIZE is {world_size}; start with torchrun."
+        )
     if config.kind == "single" and world_size > 1:
         raise ConfigError(
             f"engine.kind: 'single' is wrong because WORLD_SIZE is {world_size}; "
@@ -121,7 +125,7 @@ def join_world(config: EngineConfig) -> Iterator[World]:
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0))
+        device = _cuda_device(_from_environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     if config.kind == "single":
         yield World(device)
@@ -132,6 +136,17 @@ def join_world(config: EngineConfig) -> Iterator[World]:
         yield World(device, rank, world_size, _gloo_group(deadline), _gloo_group(deadline))
     finally:
         dist.destroy_process_group()
+
+
+def _cuda_device(local_rank: int) -> torch.device:
+    """This process's GPU; ConfigError where the host has fewer."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK: {local_rank} is wrong because {count} GPUs are visible on this host; "
+            "start one process per GPU (--nproc-per-node), or see CUDA_VISIBLE_DEVICES."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _gloo_group(deadline: timedelta) -> dist.ProcessGroup:
@@ -171,6 +186,6 @@ def _start_process_group(
 
 def _from_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"{name}: {text!r} is wrong because it is no whole number; unset it.")
     return int(text)

@@ -153,10 +153,18 @@ class Checkpoints:
         are only refused ones."""
         if self.mirror is not None:
             self.mirror.restore_newer(self.folder)
-        found = newest_valid(self.folder, self.world)
+        try:
+            found = newest_valid(self.folder, self.world)
+        except StorageError:
+            if self.mirror is None or not self.mirror.restore_newer(self.folder, than=-1):
+                raise
+            found = newest_valid(self.folder, self.world)
         if found is None:
             return None
         (folder, manifest), refused = found
+        # What is damaged here may be sound there.
+        if refused and self.mirror and self.mirror.restore_newer(self.folder, than=manifest.step):
+            return self.newest()
         self.world.on_first(lambda: [_set_aside(path) for path in refused], self.world.storage)
         return folder, manifest
 

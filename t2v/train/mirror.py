@@ -37,12 +37,14 @@ class Mirror:
             if self.world.is_first:
                 print(f"mirror: {folder.name} is not copied because {failure}", flush=True)
 
-    def restore_newer(self, folder: Path) -> None:
-        """Fetch the newest sound step of the mirror into `folder`, if none as new is there."""
+    def restore_newer(self, folder: Path, than: int | None = None) -> bool:
+        """Fetch the newest sound step of the mirror into `folder`, if it is newer `than` a step,
+        or than all that look sound there; whether there was one."""
 
         def newer() -> list[tuple[int, str]]:
             here = [info.step for info in list_checkpoints(folder) if info.problem is None]
-            return [home for home in self._homes() if home[0] > max(here, default=-1)]
+            newest = max(here, default=-1) if than is None else than
+            return [home for home in self._homes() if home[0] > newest]
 
         group = self.world.storage
         for step, home in reversed(self.world.on_first(newer, group)):
@@ -56,7 +58,8 @@ class Mirror:
             self.world.on_first(lambda a=staging, b=target: _settle(a, b), group)
             if self.world.is_first:
                 print(f"restored {target} from {self.prefix}/{home}", flush=True)
-            return
+            return True
+        return False
 
     def retire(self, manifest: Manifest) -> None:
         """Delete a step, its manifest first; what fails is left for a lifecycle rule."""
