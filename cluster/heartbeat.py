@@ -37,7 +37,7 @@ def check_health(path: Path, *, max_age_seconds: float, startup: bool = False) -
         age = max(time.time() - facts["at"], 0.0)
     except (OSError, ValueError, KeyError, TypeError):
         raise NoHeartbeat(f"{path}: no heartbeat; `t2v node` has not begun here.") from None
-    if age > max_age_seconds:
+    if not age <= max_age_seconds:
         raise NoHeartbeat(
             f"{path}: heartbeat is {age:.0f} s old, more than {max_age_seconds:.0f} s; the wrapper "
             "is gone or cannot reach the run folder; restart the whole job, not this node alone."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.profile import Profile, SlurmProfile
-from cluster.status import last_line, read_json
+from cluster.status import last_line, read_json, sound
 from data_pipeline.errors import ConfigError
 from t2v.config import RunConfig, text_shape
 from t2v.plan import GIB, Plan
@@ -92,8 +92,8 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
     What the run has measured before counts; else the plan's slowest forecast and the site's disk.
     """
     folder = run_folder(config.run_dir, profile)
-    measured_step = last_line(folder / "metrics.jsonl").get("step_seconds")
-    measured_save = read_json(folder / "status.json").get("save_seconds")
+    measured_step = sound(last_line(folder / "metrics.jsonl")).get("step_seconds")
+    measured_save = sound(read_json(folder / "status.json")).get("save_seconds")
     size = plan.parameters * BYTES_PER_PARAMETER / GIB
     step = measured_step or max(forecast.step_seconds for forecast in plan.forecasts)
     save = measured_save or 2 * size / profile.storage_gib_per_second  # written, and read to prove

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shlex import join, quote
 from typing import Any
 
 from cluster.job import (
@@ -116,12 +117,16 @@ def write_out(launch: Launch, folder: Path) -> list[str]:
     written = ", ".join(str(folder / name) for name in launch.files)
     if isinstance(launch.profile, SlurmProfile):
         home, logs = snapshot_folder(launch), log_folder(launch)
+        files = join(str(folder / name) for name in launch.files)
         steps = [
-            f"mkdir -p {home} {logs} && cp {folder}/* {home}",
-            f"sbatch {home}/{SCRIPT}",
+            f"{join(['mkdir', '-p', str(home), str(logs)])} && cp {files} {quote(str(home))}",
+            f"sbatch {quote(str(home / SCRIPT))}",
         ]
     else:
-        steps = [f"kubectl apply -f {folder / OBJECTS}"]
+        steps = [
+            f"kubectl apply -f {quote(str(folder / OBJECTS))}   (once a finished job of this name "
+            "is deleted)"
+        ]
     return [f"{written}: written; nothing is submitted.", "submit:", *(f"  {s}" for s in steps)]
 
 
@@ -265,7 +270,7 @@ def _record(profile: Profile, code: str) -> dict[str, Any]:
 def _bad_nodes(folder: Path) -> tuple[str, ...]:
     """Nodes that failed a preflight of this run, a name per line; the file is the operator's."""
     path = folder / "bad_nodes"
-    names = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    names = path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
     for name in names:
         if not re.fullmatch(DIRECTIVE_VALUE, name):
             raise ConfigError(f"{path}: {name!r} is no node's name; write one name per line.")

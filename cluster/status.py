@@ -1,6 +1,7 @@
 """How a run is, from its shared folder alone; and what a scheduler should do with it now."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -27,6 +28,11 @@ PREEMPTED = 75
 # What another attempt at the same recipe, data and folder would meet again.
 HOPELESS = frozenset({65, 66, 70, 73, 78})
 STALE_SECONDS = 120.0
+# One of these is in every run folder, whoever began it.
+SIGNS = ("status.json", "attempts.jsonl", "logs", "checkpoints", "launch", "slurm")
+COUNTS = ("step", "total_steps", "exit_code")
+SECONDS_AND_RATES = ("samples_per_second", "step_seconds", "save_seconds", "started", "ended")
+TEXTS = ("state", "reason", "host", "updated", "node")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -80,13 +86,15 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
     """The status of a run folder; InputMissing where it is none."""
     if not run_dir.is_dir():
         raise InputMissing(f"{run_dir}: no such run folder; give one that a run has begun.")
+    if not any((run_dir / sign).exists() for sign in SIGNS):
+        raise InputMissing(f"{run_dir}: holds no run; give a run's own folder, as runs/NAME.")
     now = time.time() if now is None else now
-    status = read_json(run_dir / "status.json")
+    status = sound(read_json(run_dir / "status.json"))
     attempts = read_attempts(run_dir)
     nodes = last_nodes(run_dir)
     ending = last_ending(status, nodes)
     checkpoint = last_checkpoint(run_dir)
-    metrics = last_line(run_dir / "metrics.jsonl")
+    metrics = sound(last_line(run_dir / "metrics.jsonl"))
     step = max(status.get("step") or 0, 0)
     total_steps = status.get("total_steps")
     samples_per_step = _per_step(metrics)
@@ -198,7 +206,7 @@ def last_nodes(run_dir: Path) -> list[NodeRecord]:
         known = NodeRecord.__dataclass_fields__
         nodes = [
             NodeRecord(**{name: value for name, value in record.items() if name in known})
-            for record in records
+            for record in map(sound, records)
             if {"node", "host", "started"} <= set(record)
         ]
         if nodes:
@@ -213,6 +221,25 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def sound(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a folder says, less what a damaged file says that cannot be."""
+    return {
+        name: value
+        for name, value in facts.items()
+        if not (
+            (name in COUNTS and not (type(value) is int and value >= -1))
+            or (name in SECONDS_AND_RATES and not is_number(value))
+            or (name in TEXTS and not isinstance(value, str))
+        )
+    }
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, not below zero."""
+    is_bool = isinstance(value, bool)
+    return isinstance(value, int | float) and not is_bool and 0 <= value < math.inf
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -240,9 +267,9 @@ def count_lines(path: Path, *, containing: bytes = b"") -> int:
         return sum(containing in line for line in file)
 
 
-def seconds_of(moment: str | None) -> float | None:
-    """An ISO time as seconds since the epoch."""
-    if not moment:
+def seconds_of(moment: object) -> float | None:
+    """An ISO time as seconds since the epoch; None for what is none."""
+    if not isinstance(moment, str):
         return None
     try:
         return datetime.fromisoformat(moment).timestamp()

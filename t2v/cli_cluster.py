@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from t2v.cli_parser import add_config, add_verb
+from t2v.cli_parser import add_config, add_verb, count, positive, seconds
 
 
 def node(options: argparse.Namespace) -> int:
@@ -80,26 +80,26 @@ def add_cluster_verbs(verbs) -> None:
                     "t2v node --nnodes 2 --nproc-per-node 8 --rdzv-endpoint node1:29400"
                     " --rdzv-id 17-0 --is-host --run-dir runs/base_36x64"
                     " -- configs/base_36x64.yaml")  # fmt: skip
-    verb.add_argument("--nnodes", type=int, default=1, help="nodes of the job")
-    verb.add_argument("--nproc-per-node", type=int, default=1, help="ranks here: one per GPU")
+    verb.add_argument("--nnodes", type=positive, default=1, help="nodes of the job")
+    verb.add_argument("--nproc-per-node", type=positive, default=1, help="ranks here: one per GPU")
     verb.add_argument("--rdzv-endpoint", default="localhost:29400", help="HOST:PORT to meet at")
     verb.add_argument("--rdzv-id", default="t2v", help="differs from attempt to attempt")
-    verb.add_argument("--node-rank", type=int, default=0, help="this node's number, for its logs")
+    verb.add_argument("--node-rank", type=count, default=0, help="this node's number, for its logs")
     verb.add_argument("--is-host", action="store_true", help="the nodes meet at this one")
     verb.add_argument("--run-dir", required=True, help="the run folder, shared by all nodes")
-    verb.add_argument("--grace-seconds", type=float, default=600.0,
+    verb.add_argument("--grace-seconds", type=seconds, default=600.0,
                       help="from a request to stop to the end of all ranks")  # fmt: skip
-    verb.add_argument("--rendezvous-timeout-seconds", type=float, default=600.0,
+    verb.add_argument("--rendezvous-timeout-seconds", type=seconds, default=600.0,
                       help="how long nodes wait for each other")  # fmt: skip
     add_config(verb)
 
     verb = add_verb(verbs, "preflight", preflight, "check this node, or all of a job, before a run",
                     "t2v preflight configs/base_36x64.yaml --nproc-per-node 8")  # fmt: skip
-    verb.add_argument("--nnodes", type=int, default=1, help="nodes that check each other")
-    verb.add_argument("--node-rank", type=int, default=0, help="this node's number")
-    verb.add_argument("--nproc-per-node", type=int, default=1, help="ranks here: one per GPU")
+    verb.add_argument("--nnodes", type=positive, default=1, help="nodes that check each other")
+    verb.add_argument("--node-rank", type=count, default=0, help="this node's number")
+    verb.add_argument("--nproc-per-node", type=positive, default=1, help="ranks here: one per GPU")
     verb.add_argument("--rdzv-endpoint", default="localhost:29401", help="HOST:PORT to meet at")
-    verb.add_argument("--timeout-seconds", type=float, default=120.0,
+    verb.add_argument("--timeout-seconds", type=seconds, default=120.0,
                       help="how long nodes wait for each other")  # fmt: skip
     verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_config(verb)
@@ -115,5 +115,5 @@ def add_cluster_verbs(verbs) -> None:
 
     verb = add_verb(verbs, "health", health, "whether this node's wrapper lives; for probes",
                     "t2v health --max-age 900")  # fmt: skip
-    verb.add_argument("--max-age", type=float, default=900.0, help="seconds since the last sign")
+    verb.add_argument("--max-age", type=seconds, default=900.0, help="seconds since the last sign")
     verb.add_argument("--startup", action="store_true", help="fail until training has begun")

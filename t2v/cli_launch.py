@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from t2v.cli_data import add_data_verbs
-from t2v.cli_parser import add_verb
+from t2v.cli_parser import add_verb, count, positive
 
 DATA_VERBS = ("build", "embed")
 
@@ -67,11 +67,11 @@ def add_launch_verbs(verbs) -> None:
                     "t2v launch-data --cluster configs/cluster/slurm.yaml --tasks 64 --submit --"
                     " build my_clips data/videos --size 64x288x512")  # fmt: skip
     _add_where(verb)
-    verb.add_argument("--tasks", type=_positive, required=True, help="parts the work is split in")
-    verb.add_argument("--at-once", type=_positive, help="tasks that run together; all by default")
-    verb.add_argument("--cpus", type=_positive, default=8, help="of each task")
-    verb.add_argument("--memory-gib", type=_positive, default=32, help="of each task")
-    verb.add_argument("--gpus", type=int, choices=range(65), metavar="N",
+    verb.add_argument("--tasks", type=positive, required=True, help="parts the work is split in")
+    verb.add_argument("--at-once", type=positive, help="tasks that run together; all by default")
+    verb.add_argument("--cpus", type=positive, default=8, help="of each task")
+    verb.add_argument("--memory-gib", type=positive, default=32, help="of each task")
+    verb.add_argument("--gpus", type=count, metavar="N",
                       help="of each task; by default 1 for embed, 0 for build")  # fmt: skip
     verb.add_argument("--name", help="the job's name; data-build or data-embed by default")
     verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|embed ...",
@@ -85,10 +85,3 @@ def _add_where(verb: argparse.ArgumentParser) -> None:
     where = verb.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="only write the job's files")
     where.add_argument("--submit", action="store_true", help="hand the job to the scheduler")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number

@@ -1,6 +1,7 @@
 """What every verb of the command line has in common."""
 
 import argparse
+import math
 
 EXIT_CODES = """\
 exit codes:
@@ -27,3 +28,34 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """The arguments of a verb that reads a recipe."""
     parser.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    return _whole(text, least=1)
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    return _whole(text, least=0)
+
+
+def seconds(text: str) -> float:
+    """A time that ends: not negative, and neither nan nor inf."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, from 0")
+    return number
+
+
+def _whole(text: str, *, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}; give one")
+    return number

@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.job import LEAST_GRACE_SECONDS, MARGIN_SECONDS, SLACK
-from cluster.launch import prepare_run, training_job, write_out
+from cluster.launch import prepare_run, snapshot_folder, training_job, write_out
 from cluster.profile import load_profile
 from cluster.reference import ROOT, reference_manifests
 from cluster.render import render
@@ -184,6 +186,36 @@ def test_data_jobs_are_checked_before_they_queue(site, tmp_path, capsys):
     assert SECRETS[2] not in capsys.readouterr().err
     assert main(["launch-data", "--gpus", "3", *where, "build", "a", "b", "--size", "4x8x8"]) == 78
     assert "--gpus: 3 is wrong because a node" in capsys.readouterr().err
+
+
+def test_the_steps_that_are_told_copy_these_files_alone(recipe, site, tmp_path):
+    workdir, out = tmp_path / "a disk", tmp_path / "a folder"
+    out.mkdir()
+    (out / "old.yaml").touch()
+    prepared = prepare_run(recipe, [], site(SLURM, workdir=str(tmp_path)))
+    prepared = replace(prepared, profile=prepared.profile.model_copy(update={"workdir": workdir}))
+    copy = write_out(prepared, out)[2]
+    subprocess.run(["bash", "-c", copy], check=True)
+    home = snapshot_folder(prepared)
+    assert sorted(path.name for path in home.iterdir()) == sorted(prepared.files)
+
+
+@pytest.mark.parametrize("measured", ['"long"', "NaN", "-5", "true"])
+def test_grace_does_not_trust_damaged_measurements(recipe, site, tmp_path, measured):
+    profile = site(SLURM, workdir=str(tmp_path))
+    usual = prepare_run(recipe, [], profile).job.grace
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(f'{{"step_seconds": {measured}}}\n')
+    (run / "status.json").write_text(f'{{"save_seconds": {measured}}}')
+    assert prepare_run(recipe, [], profile).job.grace == usual
+
+
+def test_a_damaged_list_of_bad_nodes_is_refused(recipe, site, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "bad_nodes").write_bytes(b"node1\n\xff\xfe\n")
+    assert "is no node's name" in refusal(recipe, [], site(SLURM, workdir=str(tmp_path)))
 
 
 def test_a_missing_scheduler_is_one_line(recipe, site, tmp_path, monkeypatch, capsys):

@@ -155,3 +155,50 @@ def test_no_run_folder_is_missing_input(tmp_path):
 
 def test_spells_of_time_are_short():
     assert [spell(s) for s in (None, 5, 600, 11520)] == ["", "5 s", "10 min", "3 h 12 min"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"step": "x", "total_steps": "many", "samples_per_second": "fast"},
+        {"step": float("nan"), "total_steps": float("inf"), "samples_per_second": float("nan")},
+        {"state": 5, "exit_code": "75", "updated": 3, "reason": ["a"], "host": {}},
+    ],
+)
+def test_what_a_damaged_file_says_is_left_out(tmp_path, damaged):
+    content = {"state": "running", "updated": "2026-01-01T00:00:00+00:00", **damaged}
+    (tmp_path / "status.json").write_text(json.dumps(content))
+    (tmp_path / "metrics.jsonl").write_text('{"step_seconds": NaN, "samples_per_second": "x"}\n')
+    write_node(tmp_path, 1, started_ago=1)
+    record = {"node": "node-00001", "host": "n", "started": "soon"}
+    (tmp_path / "logs" / "attempt-0001" / "node-00001.json").write_text(json.dumps(record))
+    status = run_status(tmp_path, now=NOW)
+    assert (status.step, status.eta_seconds, status.decision) == (0, None, "requeue")
+    print_status(status, Console(record=True))
+    assert "NaN" not in to_json(status)
+
+
+def test_a_folder_of_something_else_is_no_run(tmp_path):
+    (tmp_path / "some_run").mkdir()
+    with pytest.raises(InputMissing, match="holds no run; give a run's own folder"):
+        run_status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [
+        ("node", "--nproc-per-node", "0"),
+        ("node", "--node-rank", "-1"),
+        ("node", "--grace-seconds", "nan"),
+        ("preflight", "--nnodes", "0"),
+        ("preflight", "--timeout-seconds", "inf"),
+        ("health", "--max-age", "nan"),
+        ("launch-data", "--tasks", "0"),
+        ("launch-data", "--gpus", "-1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_usage_errors(capsys, verb, option, value):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, option, value])
+    assert caught.value.code == 2
+    assert f"argument {option}: '{value}' is no " in capsys.readouterr().err
