@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, InputMissing
@@ -72,8 +73,11 @@ def diff(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> None:
     from t2v.export import export_checkpoint
 
-    if not options.file_gib > 0:
-        raise ConfigError(f"--file-gib: {options.file_gib} is wrong because it is not above 0.")
+    if not 0 < options.file_gib < math.inf:
+        raise ConfigError(
+            f"--file-gib: {options.file_gib} is wrong because a file holds a finite size above 0; "
+            "give one."
+        )
     made = export_checkpoint(
         options.checkpoint,
         Path(options.out),

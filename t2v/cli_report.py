@@ -6,10 +6,10 @@ from pathlib import Path
 from t2v.cli_parser import add_verb
 
 
-def samples(options: argparse.Namespace) -> None:
+def samples(options: argparse.Namespace) -> int:
     from t2v.train.side_job import sample_run
 
-    sample_run(
+    return sample_run(
         Path(options.run_dir),
         follow=options.follow,
         parent=options.parent,

@@ -111,7 +111,8 @@ def test_export_is_one_command(checkpoint, tmp_path, capsys):
     assert main([*arguments, "--dtype", "bf16"]) == 0
     assert "self-test: outputs equal" in capsys.readouterr().out
     assert main(arguments) == 78
-    assert main([*arguments[:3], str(tmp_path / "new"), "--file-gib", "nan"]) == 78
+    for size in ("nan", "inf", "0"):
+        assert main([*arguments[:3], str(tmp_path / "new"), "--file-gib", size]) == 78
     assert main(["checkpoint", "export", str(tmp_path / "none"), str(tmp_path / "new")]) == 66
 
 

@@ -87,7 +87,7 @@ def test_samples_that_cannot_be_are_refused_in_one_line(tmp_path):
 def test_a_checkpoint_that_cannot_be_sampled_is_told_and_left(tmp_path, capsys):
     run_of(tmp_path)
     commit(tmp_path, "checkpoints", 2)
-    sample_run(tmp_path, follow=False, parent=None, encoder=None)
+    assert sample_run(tmp_path, follow=False, parent=None, encoder=None) == 74
     state = read_state(tmp_path)
     assert (state["state"], state["step"]) == ("failed", 2)
     assert "manifest" in state["reason"]

@@ -101,31 +101,36 @@ class SideJob:
             self.process.wait()
 
 
-def sample_run(run_dir: Path, *, follow: bool, parent: int | None, encoder: str | None) -> None:
+def sample_run(run_dir: Path, *, follow: bool, parent: int | None, encoder: str | None) -> int:
     """Sample every checkpoint that is due and has no samples; with `follow`, for as long as there
-    may be more: until the run has ended, or the process `parent` is gone."""
+    may be more: until the run has ended, or the process `parent` is gone. Returns the exit code of
+    a step that could not be sampled, if any."""
     config = samples_config(run_dir)
     if parent is not None:
         os.nice(NICEST)
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     failed: Counter[int] = Counter()
+    codes: dict[int, int] = {}
     with alone(folder):
         while True:
             ended = parent is None and run_ended(run_dir)
             due = due_steps(run_dir, config.every_steps)
             pending = [step for step in due if failed[step] < TRIES]
             for step in pending:
-                failed[step] += not sample_step(run_dir, step, config, encoder)
+                codes[step] = sample_step(run_dir, step, config, encoder)
+                failed[step] += codes[step] != 0
             is_alone = parent is not None and os.getppid() != parent
             if not follow or is_alone or (ended and not pending):
-                return
+                left = due_steps(run_dir, config.every_steps)  # not those that were retired since
+                return max((codes.get(step, 0) for step in left), default=0)
             if not pending:
                 time.sleep(POLL_SECONDS)
 
 
-def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | None) -> bool:
-    """Sample one checkpoint into `samples/step-...`, which appears when it is complete."""
+def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | None) -> int:
+    """Sample one checkpoint into `samples/step-...`, which appears when it is complete; the exit
+    code of `t2v sample`."""
     name = f"step-{step:08d}"
     staging = run_dir / "samples" / f".{name}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -138,11 +143,11 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
         shutil.rmtree(staging, ignore_errors=True)
         write_state(run_dir, state="failed", step=step, reason=reason)
         print(f"step {step}: not sampled because {reason}", flush=True)
-        return False
+        return max(done.returncode, 1)
     staging.rename(staging.with_name(name))
     write_state(run_dir, state="done", step=step)
     print(f"step {step}: sampled.", flush=True)
-    return True
+    return 0
 
 
 def sample_command(
