@@ -190,7 +190,9 @@ def parse_config(content: dict, origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
+        # Of the kinds that a value may have, the first one's complaint is enough.
+        first = {_path_of(item): item for item in reversed(error.errors())}
+        lines = [f"{origin}: {_explain(item)}" for item in reversed(first.values())]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -249,10 +251,7 @@ def _list_index(node: list, name: str, key: str) -> int:
 
 def _explain(error: typing.Any) -> str:
     """One line for one pydantic error: dotted path, what is wrong, what to do."""
-    location = [str(part) for part in error["loc"]]
-    if location[:1] == ["conditioning"]:
-        del location[1:2]  # the kind, which is no part of the path
-    path, value = ".".join(location), error.get("input")
+    path, value = _path_of(error), error.get("input")
     if error["type"] == "union_tag_invalid":
         tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         return f"{path}.kind: value {tag!r} is wrong because it is none of {known}; correct it."
@@ -260,7 +259,7 @@ def _explain(error: typing.Any) -> str:
         return f"{path}.kind: missing; every recipe is complete, add it."
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}."
         return f"{path}: unknown field; {hint}"
     if error["type"] == "missing":
@@ -272,6 +271,15 @@ def _explain(error: typing.Any) -> str:
     if isinstance(value, str) and error["type"] == "float_type" and (number := _as_yaml(value)):
         return f"{line}. YAML reads '{value}' as text; write {number}."
     return f"{line}; correct it."
+
+
+def _path_of(error: typing.Any) -> str:
+    """The dotted path of an error, without the kinds that pydantic writes into it."""
+    location = [str(part) for part in error["loc"]]
+    if location[:1] == ["conditioning"]:
+        del location[1:2]
+    kinds = re.compile(r"str|float|constrained-.*|.*\[.*\]")
+    return ".".join(part for part in location if not kinds.fullmatch(part))
 
 
 def _fields_at(location: tuple) -> list[str]:

@@ -5,6 +5,7 @@ written when it is finished; clips that are there already, made in the same way,
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -214,8 +215,10 @@ def memory_left(device: torch.device, memory_gib: float | None) -> tuple[int, in
 
     `memory_gib` bounds the whole process: on a CPU its main memory, on a GPU that one's memory.
     """
-    if memory_gib is not None and not memory_gib > 0:
-        raise ConfigError(f"--memory-gib: {memory_gib:g} is wrong because nothing fits; give more.")
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise ConfigError(
+            f"--memory-gib: {memory_gib:g} is wrong because it is no room; give a number above 0."
+        )
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spare = int(0.7 * psutil.virtual_memory().available / mates)
     if device.type == "cuda":
@@ -242,7 +245,9 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
     """The recipe with other sampling settings; they are checked like a recipe's."""
     content = config.model_dump(mode="json")
     for override in overrides:
-        key, _, text = override.partition("=")
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
         try:
             content["sampling"][key.removeprefix("sampling.")] = parse_value(text)
         except yaml.YAMLError:

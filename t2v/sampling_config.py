@@ -9,6 +9,7 @@ from data_pipeline.strict import Strict
 from t2v.tiling import OVERLAPS, Blending, Tiling, tile_level
 
 Branch = Literal["prompt", "null"]
+LEAST_FPS, MOST_FPS = 0.001, 1000.0
 
 
 def _known_axes(value: str | list[str]) -> str | list[str]:
@@ -51,10 +52,21 @@ class SamplingConfig(Strict):
         default="fp32", description="precision of features and latents kept between passes"
     )
     weights: Literal["ema", "raw"] = "ema"
-    fps: float = Field(default=24.0, ge=0, description="frame rate asked for; 0: a still image")
+    fps: float = Field(
+        default=24.0, ge=0, le=MOST_FPS, description="frame rate asked for; 0: a still image"
+    )
     original_size: Annotated[
         tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
     ] = Field(default=(720, 1280), description="size of source media asked for: (height, width)")
+
+    @model_validator(mode="after")
+    def _refuse_rates_that_no_file_holds(self) -> "SamplingConfig":
+        if 0 < self.fps < LEAST_FPS:
+            raise ValueError(
+                f"fps: {self.fps:g} is wrong because mp4 holds no rate below {LEAST_FPS:g}; give "
+                "more, or 0 for still images"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_axes_that_overlap_and_shift(self) -> "SamplingConfig":

@@ -108,6 +108,14 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
     for number, prompt in enumerate(texts, start=1):
         if problem := problem_with_prompt(prompt):
             raise ConfigError(f"prompt {number}: {problem}; shorten it or remove the line.")
+    levels = range(config.pyramid.levels)
+    if request.negative_prompt is not None and not any(
+        "null" in config.sampling.branches(level) for level in levels
+    ):
+        raise ConfigError(
+            "--negative-prompt: is wrong because guidance_scale 1 never looks at it; raise it with "
+            "--set guidance_scale=X, or leave the prompt out."
+        )
     return [Subject(n, what, request.seed + n) for n, what in enumerate(shown)]
 
 

@@ -142,6 +142,13 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
         (["--memory-gib=0.1"], "--memory-gib: leaves -"),
         (["--clips-at-once=0"], "--clips-at-once: 0 is wrong"),
         (["--memory-gib=-1"], "--memory-gib: -1 is wrong"),
+        (["--memory-gib=inf"], "--memory-gib: inf is wrong"),
+        (["--memory-gib=nan"], "--memory-gib: nan is wrong"),
+        (["--set=steps"], "--set steps: is no setting; write KEY=VALUE."),
+        (["--set=guidance_scale=.inf"], "sampling.guidance_scale: value inf is wrong"),
+        (["--set=overlap=5"], "sampling.overlap: value 5 is wrong"),
+        (["--set=fps=1000000"], "sampling.fps: value 1000000 is wrong"),
+        (["--set=fps=0.0001"], "fps: 0.0001 is wrong because mp4 holds no rate below 0.001"),
         (["--label=1"], "--label: [1] is wrong because the checkpoint has no classes"),
         (["--count=0"], "--count: 0 is wrong"),
         (["--negative-prompt=fog"], "--negative-prompt: is wrong because the checkpoint reads no"),
@@ -200,6 +207,7 @@ def test_kinds_of_recipes_take_their_own_subjects():
         (text, Request(prompts=("a",), count=2), "--count: is wrong"),
         (text, Request(), "--prompt: missing"),
         (text, Request(prompts=("a",), negative_prompt=" "), "prompt 2: 0 characters is wrong"),
+        (text, Request(prompts=("a",), negative_prompt="b"), "guidance_scale 1 never looks at it"),
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):
             subjects_of(config, request)
