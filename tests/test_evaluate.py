@@ -303,6 +303,7 @@ def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
         (None, 66, "0003.mp4: missing although samples.json names it"),
         ("sha256", 65, "0000.mp4: is not the file that samples.json tells of"),
         ("cut", 65, "0001.mp4: cannot be decoded"),
+        ("cut first", 65, "0000.mp4: cannot be decoded"),
     ],
 )
 def test_damaged_samples_are_one_line(home, tmp_path, capsys, summary, code, words):
@@ -314,6 +315,8 @@ def test_damaged_samples_are_one_line(home, tmp_path, capsys, summary, code, wor
         records[0]["sha256"] = "0" * 64
     elif summary == "cut":
         (folder / "0001.mp4").write_bytes((folder / "0001.mp4").read_bytes()[:300])
+    elif summary == "cut first":
+        (folder / "0000.mp4").write_bytes(b"")
     told = summary if summary and summary[0] in "[{" else json.dumps(records)
     (folder / "samples.json").write_text(told)
     protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
@@ -321,6 +324,40 @@ def test_damaged_samples_are_one_line(home, tmp_path, capsys, summary, code, wor
     error = capsys.readouterr().err.strip()
     assert words in error
     assert "\n" not in error
+
+
+def test_a_damaged_result_is_never_shown(home, tmp_path, capsys):
+    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 8}))
+    assert run_evaluate(home / "other", protocol, tmp_path / "out") == 0
+    whole = json.loads((tmp_path / "out" / "result.json").read_text())
+    other = json.loads(json.dumps(whole["pinned"])) | {"fps": 9.0}
+    bad = tmp_path / "bad.json"
+    for changes in (
+        {"views": {}},
+        {"views": [1]},
+        {"views": {"whole": {"fvd": {"value": None, "low": 0.0}}}},
+        {"pinned": {}},
+        {"pinned": other},
+        {"fingerprint": "0" * 64},
+        {"real": {}},
+        {"caveats": 5},
+    ):
+        bad.write_text(json.dumps(whole | changes))
+        capsys.readouterr()
+        assert main(["scores", str(tmp_path / "out"), str(bad)]) == 65, changes
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"{bad}: is ")
+        assert "\n" not in error
+    bad.write_bytes(b"\xff" * 1000)
+    assert main(["scores", str(bad)]) == 65
+    assert len(capsys.readouterr().err) < 300 + len(str(bad))
+
+
+def test_an_out_that_is_no_folder_is_refused_before_measuring(home, tmp_path, capsys):
+    protocol, out = write_rules(tmp_path / "p.yaml", rules(home)), tmp_path / "out"
+    out.touch()
+    assert run_evaluate(home / "other", protocol, out) == 74
+    assert "out: cannot be used because" in capsys.readouterr().err
 
 
 def test_one_clip_has_no_covariance(home, tmp_path, capsys):

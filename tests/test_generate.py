@@ -216,7 +216,7 @@ def test_kinds_of_recipes_take_their_own_subjects():
 def test_conditions_carry_text_frame_rate_and_size(datasets):
     encoder = str(datasets / "encoder")
     embeddings = TextConditioning(kind="text", encoder="tiny", width=8, max_tokens=8)
-    config = tiny_config(sampling={"fps": 12.0, "original_size": [240, 320]})
+    config = tiny_config(sampling={"guidance_scale": 2.0, "fps": 12.0, "original_size": [240, 320]})
     config = config.model_copy(update={"conditioning": embeddings})
     trained_with = TextEncoder(encoder, max_tokens=8).provenance
     told = {}

@@ -211,7 +211,7 @@ def open_generated(folder: Path, rules: Rules) -> GeneratedClips:
     clips = GeneratedClips(folder, records[:wanted], rules.generated.seed, rules.fps)
     for record in clips.records[:1]:
         settings = record.get("settings") or {}
-        fps = settings.get("fps") or probe(clips._media(record), "video").fps
+        fps = settings.get("fps") or _frame_rate(clips._media(record), folder / record["file"])
         if abs(fps / rules.fps - 1) > FPS_TOLERANCE:
             raise ConfigError(
                 f"{folder}: {fps:g} fps is wrong because the protocol has {rules.fps:g}; sample "
@@ -248,6 +248,13 @@ def coded(clip: Clip, codec: str, fps: float) -> Clip:
 def _decoded(media: bytes, where: str) -> Clip:
     try:
         return decode_clip(media)
+    except DataError as error:
+        raise DataError(f"{where}: {error}; make it again.") from None
+
+
+def _frame_rate(media: bytes, where: Path) -> float:
+    try:
+        return probe(media, "video").fps
     except DataError as error:
         raise DataError(f"{where}: {error}; make it again.") from None
 

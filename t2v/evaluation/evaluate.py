@@ -59,6 +59,8 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
     and protocol.yaml with every digest that it was left without."""
     with sampling_world() as world:
         real = world.on_first(lambda: open_real(protocol, origin))
+        # Before hours of measuring: is it a folder?
+        world.on_first(lambda: job.out.mkdir(parents=True, exist_ok=True))
         folder = job.target
         if not is_samples(folder):
             folder = job.out / "samples"

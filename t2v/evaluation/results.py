@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.dataset import digest_json
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from t2v.evaluation.scores import Estimate
 
@@ -63,11 +64,21 @@ def read_result(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
         if result["format"] != 1:
             raise DataError(f"{path}: format {result['format']!r} is not 1; evaluate again.")
-        told = [result[name] for name in ("fingerprint", "protocol", "pinned", "views", "caveats")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: is no result because {error!r}; evaluate again.") from None
-    assert len(told) == 5
+        refuse_other_protocol(result, path)
+        markdown({str(path): result})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: is no result because {reason}; evaluate again.") from None
     return result
+
+
+def refuse_other_protocol(result: dict[str, Any], path: Path) -> None:
+    """DataError where a result's scores are not those of the protocol that it tells."""
+    pinned = result["pinned"]
+    asked = {view["name"]: set(view["metrics"]) for view in pinned["views"]}
+    told = {view: set(metrics) for view, metrics in result["views"].items()}
+    if result["fingerprint"] != digest_json(pinned) or asked != told:
+        raise DataError(f"{path}: is damaged because its protocol is another; evaluate again.")
 
 
 def compare(paths: list[Path]) -> str:
