@@ -82,6 +82,14 @@ class RunConfig(Strict):
                 "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the "
                 "norms of whole ones; use adamw, or engine.kind fsdp"
             )
+        patience = self.engine.collective_timeout_seconds
+        for section in ("data", "step", "checkpoint") if self.engine.kind != "single" else ():
+            if (deadline := self.watchdog.deadline(section)) >= patience:
+                raise ValueError(
+                    f"watchdog.{section}_seconds: {deadline:g} is wrong because ranks wait only "
+                    f"engine.collective_timeout_seconds = {patience:g} for each other, so the one "
+                    "that hangs would not be found out; raise that above it"
+                )
         weights = [source.weight for source in self.data.sources]
         total = sum(weights) // math.gcd(*weights)
         if self.global_batch_size % total:

@@ -156,6 +156,11 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "weights are; use false, or kind zero",
         ),
         ("foo", "foo: is not an override; write dotted.key=value."),
+        (
+            "watchdog.step_seconds=1.0e+10",
+            "watchdog.step_seconds: value 10000000000.0 is wrong because input should be less than "
+            "or equal to 1000000000; correct it.",
+        ),
         ("seed=2026-99-99", "seed=2026-99-99: the value is not valid YAML; quote it."),
         ("data={a: 1, a: 2}", "data={a: 1, a: 2}: the value is not valid YAML; quote it."),
         ("seed=[", "seed=[: the value is not valid YAML; quote it."),
@@ -192,6 +197,14 @@ def test_lamb_under_zero_is_refused(tmp_path):
         "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the norms of "
         "whole ones; use adamw, or engine.kind fsdp"
     )
+
+
+def test_a_hang_is_found_before_those_that_wait_give_up():
+    watchdog = {"step_seconds": 900.0}
+    assert tiny_config(watchdog=watchdog).watchdog.step_seconds == 900.0
+    message = r"watchdog\.step_seconds: 900 is wrong because ranks wait"
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(watchdog=watchdog, engine={"kind": "fsdp"})
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

@@ -33,7 +33,10 @@ class EngineConfig(Strict):
         default=False, description="zero: master weights, moments and their step on the CPU"
     )
     collective_timeout_seconds: float = Field(
-        default=600.0, gt=0, description="ranks wait this long for each other, then the job ends"
+        default=600.0,
+        gt=0,
+        le=1e9,
+        description="ranks wait this long for each other, then the job ends",
     )
 
     @model_validator(mode="after")

@@ -33,6 +33,8 @@ from t2v.train.failure import (
 from t2v.train.run_folder import timestamp
 
 POLL_SECONDS = 0.5
+# Thirty years; beyond, timers overflow, and a watchdog that died of that would watch nothing.
+LONGEST_SECONDS = 1e9
 # A shared disk may hide a new file from other hosts for half a minute.
 ANSWER_SECONDS = 40.0
 CLOSING_SECONDS = 90.0
@@ -47,12 +49,22 @@ class WatchdogConfig(Strict):
     engine.collective_timeout_seconds, or those that wait fail before who hangs is found out."""
 
     setup_seconds: float = Field(
-        default=1800.0, gt=0, description="from the start to the end of the first step"
+        default=1800.0,
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="from the start to the end of the first step",
     )
-    data_seconds: float = Field(default=300.0, gt=0, description="waiting for a step's samples")
-    step_seconds: float = Field(default=300.0, gt=0, description="forward, backward and update")
+    data_seconds: float = Field(
+        default=300.0, gt=0, le=LONGEST_SECONDS, description="waiting for a step's samples"
+    )
+    step_seconds: float = Field(
+        default=300.0, gt=0, le=LONGEST_SECONDS, description="forward, backward and update"
+    )
     checkpoint_seconds: float = Field(
-        default=540.0, gt=0, description="waiting for a checkpoint to be copied or finished"
+        default=540.0,
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="waiting for a checkpoint to be copied or finished",
     )
 
     def deadline(self, section: str) -> float:
