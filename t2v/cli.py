@@ -99,8 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--workdir", default="quickstart", help="where everything is written")
 
     add_data_verbs(verbs)
-    add_cluster_verbs(verbs)
-    add_launch_verbs(verbs)
+
+    verb = add_verb(verbs, "plan", plan, "what a recipe needs, before it queues",
+                    "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
+    add_config(verb)
+    verb.add_argument("--gpus", type=int, default=1)
+    verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
+    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"
@@ -110,17 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--clear-failures", action="store_true", help="start again although attempts kept failing"
     )
 
-    verb = add_verb(verbs, "plan", plan, "what a recipe needs, before it queues",
-                    "t2v plan configs/t2v_64x288x512.yaml --gpus 64 --json")  # fmt: skip
-    add_config(verb)
-    verb.add_argument("--gpus", type=int, default=1)
-    verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
-    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
+    add_report_verbs(verbs)
+    add_checkpoint_verbs(verbs)
     add_sample_verb(verbs)
     add_evaluate_verbs(verbs)
-    add_checkpoint_verbs(verbs)
-    add_report_verbs(verbs)
+    add_launch_verbs(verbs)
+    add_cluster_verbs(verbs)
     return parser
 
 
