@@ -1,7 +1,7 @@
 """What a run's files tell its report; whatever is missing or damaged is passed over."""
 
 import json
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,8 @@ def number(mapping: dict, key: str) -> float | None:
     """A finite number, or None."""
     value = mapping.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    # Not math.isfinite: an integer may be too large for a float.
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def entry(values: Any, place: int) -> float | None:

@@ -157,7 +157,8 @@ def held_out_section(lines: list[dict], run_dir: Path) -> str:
             ],
         )
     ]
-    names = bin_names(run_dir, len(last.get("held_out_level_0_bins", [])))
+    bins = last.get("held_out_level_0_bins")
+    names = bin_names(run_dir, len(bins) if isinstance(bins, list) else 0)
     for level in range(levels):
         key = f"held_out_level_{level}_bins"
         series = [

@@ -128,6 +128,20 @@ def test_a_run_that_has_only_begun_has_a_page_and_no_run_is_refused(tmp_path):
     assert "no values yet" in written.read_text()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 7, "held_out_loss": 1, "held_out_level_0": null, "held_out_level_0_bins": null}',
+        '{"step": 7, "held_out_loss": 1, "held_out_level_0": "x", "held_out_level_0_bins": 3}',
+        '{"step": 7, "loss": 1' + 400 * "0" + "}",
+        '{"step": 7, "loss": NaN, "mfu": [], "samples_per_second": {}}',
+    ],
+)
+def test_lines_that_say_nothing_do_not_hide_the_page(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n' + line + "\n")
+    assert "<h2>Held-out loss</h2>" in page(tmp_path)
+
+
 @pytest.mark.parametrize("count", [1, 99, 100, 101, 1000, 12_345])
 def test_very_many_lines_become_means_of_neighbours(count):
     lines = [{"step": n, "loss": float(n % 5), "name": "x"} for n in range(1, count + 1)]
