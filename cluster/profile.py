@@ -26,7 +26,11 @@ OWN_DIRECTIVES = {
     *("account", "partition", "qos", "exclude", "exclusive", "nodes", "ntasks-per-node"),
     *("cpus-per-task", "gpus-per-node", "mem", "time", "array", "wrap"),
     *("chdir", "export", "job-name", "open-mode", "output", "requeue", "signal"),
+    # These would contradict one of the above, or keep the job from being submitted.
+    *("ntasks", "gpus", "mem-per-cpu", "mem-per-gpu", "no-requeue", "test-only", "wait"),
 }
+# Where pods have volumes of our own; cluster/pod.py mounts them.
+OWN_MOUNTS = ("/etc/t2v", "/tmp", "/cache", "/dev/shm")
 
 Directive = Annotated[str, Field(pattern=DIRECTIVE_VALUE)]
 Folder = Annotated[str, Field(pattern=ABSOLUTE_PATH)]
@@ -68,6 +72,13 @@ class Site(Strict):
     def _refuse_gpus_without_memory(self) -> "Site":
         if self.gpus_per_node and not self.gpu_memory_gib:
             raise ValueError("gpu_memory_gib: missing although there are GPUs; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_variables_given_twice(self) -> "Site":
+        given = [*self.variables, *(secret.variable for secret in getattr(self, "secrets", []))]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"secrets: {twice[0]} is given twice; leave one out")
         return self
 
     @property
@@ -157,7 +168,7 @@ class SlurmProfile(Site):
     @classmethod
     def _refuse_our_own(cls, directives: dict[str, str]) -> dict[str, str]:
         for name in directives:
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
                 raise ValueError(f"{name!r} is no long option of sbatch; see `man sbatch`")
             if name in OWN_DIRECTIVES:
                 raise ValueError(f"{name!r} is set by t2v launch; leave it out")
@@ -230,7 +241,17 @@ class KubernetesProfile(Site):
         paths = [mount.path for mount in self.mounts]
         if len(set(paths)) != len(paths):
             raise ValueError(f"mounts: {paths} has a path twice; give each its own")
-        if not any(Path(self.workdir).is_relative_to(path) for path in paths):
+        if own := next((path for path in paths if str(Path(path)) in OWN_MOUNTS), None):
+            raise ValueError(
+                f"mounts: {own!r} is wrong because pods have a volume of ours there; choose another"
+            )
+        holding = [m for m in self.mounts if Path(self.workdir).is_relative_to(m.path)]
+        if holding and max(holding, key=lambda mount: len(mount.path)).read_only:
+            raise ValueError(
+                f"workdir: {self.workdir!r} is wrong because its mount is read_only, and runs "
+                "write there; choose another"
+            )
+        if not holding:
             raise ValueError(
                 f"workdir: {self.workdir!r} is lost with its pod because it is on none of the "
                 f"mounts {paths}; choose a folder on one"
@@ -281,7 +302,10 @@ def _explain(error) -> str:
         case "missing":
             return f"{path}: missing; add it."
         case "union_tag_not_found" | "union_tag_invalid":
-            return f"{path + '.' if path else ''}kind: value is wrong; {error['msg']}."
+            known = error["ctx"].get("expected_tags") or "'slurm', 'kubernetes'"
+            given = repr(error["ctx"]["tag"]) if "tag" in error["ctx"] else "missing, which"
+            kind = f"{path}.kind" if path else "kind"
+            return f"{kind}: {given} is wrong because it is none of {known}; correct it."
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return f"{path}: {message}." if path else f"{message}."

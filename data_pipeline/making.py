@@ -113,8 +113,10 @@ def refuse_bad_target(target: Target) -> None:
         raise ConfigError(f"cut: value '{target.cut}' is wrong because images have no length.")
     bounds = asdict(target.filters)
     for name, value in bounds.items():
-        if value is not None and value < 0:
-            raise ConfigError(f"{name}: value {value} is wrong because it is below 0; raise it.")
+        if value is not None and not value >= 0:
+            raise ConfigError(
+                f"{name}: value {value} is wrong because it is not 0 or more; correct it."
+            )
     for name in ("seconds", "caption_words"):
         low, high = bounds[f"min_{name}"], bounds[f"max_{name}"]
         if low is not None and high is not None and low > high:

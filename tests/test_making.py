@@ -116,6 +116,7 @@ def test_what_is_filtered_is_counted_and_costs_no_budget(long, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(media, tmp_path):
     for settings, message in (
+        ({"filters": Filters(min_seconds=float("nan"))}, "min_seconds: value nan is wrong"),
         ({"filters": Filters(min_seconds=3.0, max_seconds=2.0)}, "min_seconds: value 3.0 is wrong"),
         ({"filters": Filters(min_height=-1)}, "min_height: value -1 is wrong"),
         ({"cut": "length", "kind": "image"}, "cut: value 'length' is wrong because images"),

@@ -68,7 +68,25 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("base", "change", "said"),
     [
-        (SLURM, {"kind": "lsf"}, "kind: value is wrong"),
+        (SLURM, {"kind": "lsf"}, "kind: 'lsf' is wrong because it is none of 'slurm', "),
+        (SLURM, {"container": {"kind": "x"}}, "container.kind: 'x' is wrong"),
+        (SLURM, {"directives": {"n": "9"}}, "no long option"),
+        (SLURM, {"directives": {"no-requeue": "1"}}, "'no-requeue' is set by t2v launch"),
+        (
+            SLURM,
+            {"environment": {"A": "1"}, "secrets": [{"variable": "A", "file": "/a"}]},
+            "secrets: A is given twice",
+        ),
+        (
+            KUBERNETES,
+            {"mounts": [*KUBERNETES["mounts"], {"claim": "x", "path": "/dev/shm"}]},
+            "mounts: '/dev/shm' is wrong because",
+        ),
+        (
+            KUBERNETES,
+            {"mounts": [{"claim": "x", "path": "/shared", "read_only": True}]},
+            "workdir: '/shared/t2v' is wrong because its mount is read_only",
+        ),
         (SLURM, {"patition": "gpu"}, "patition: unknown field"),
         (SLURM, {"nodes": "4"}, "nodes: '4' is wrong because"),
         (SLURM, {"nodes": True}, "nodes: True is wrong because"),
