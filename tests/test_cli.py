@@ -277,7 +277,7 @@ def test_a_run_goes_on_with_its_own_diffusion_only(run, capsys):
     changes = ["diffusion.input_scale=7.0", "total_steps=4"]
     code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
     assert code == 78
-    assert "diffusion:" in error
+    assert "diffusion.input_scale: 1.0 -> 7.0" in error
 
 
 def test_a_base_of_another_input_scale_is_refused(run, tmp_path, capsys):
