@@ -1,6 +1,7 @@
 """Making caption embeddings: a T5 encoder's output, cached beside a dataset, row for row."""
 
 import io
+import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,9 @@ from data_pipeline.shards import (
     write_index,
     write_tar,
 )
+
+# transformers loads DeepSpeed where there is one, which warns of a machine without a GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")

@@ -387,7 +387,9 @@ def test_run_killed_at_any_instant_resumes(dataset, tmp_path):
         job.kill()
         job.ranks[0].wait()
         resumed = steps_of(run_dir)[-1] if steps_of(run_dir) else 0
-        reached = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        whole = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+                 if line.endswith("}\n")]  # fmt: skip
+        reached = json.loads(whole[-1])["step"] if whole else 0
         assert reached - resumed <= 2 * every, number
     assert ends_of(run_dir)[0] == (1, None)
 
@@ -406,13 +408,13 @@ def wait_for_new_step(run_dir: Path, step: int, job: Job) -> None:
 @pytest.mark.timeout(900)
 def test_soak_ends_with_the_weights_of_the_undisturbed_run(tmp_path):
     """R30, short."""
-    size = ["--steps", "200", "--gap", "10", "--save-every", "8"]
+    size = ["--steps", "120", "--gap", "10", "--save-every", "8"]
     command = [sys.executable, "benchmarks/soak.py", *size]
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "soak"), "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(next(tmp_path.glob("soak-200-*.json")).read_text())
+    result = json.loads(next(tmp_path.glob("soak-120-*.json")).read_text())
     assert result["bit_identical"]
     assert result["left_behind"] == 0

@@ -68,6 +68,8 @@ def told(cluster: Cluster, shared: Path) -> str:
 
 
 def test_pods_train_together_and_go_on_after_one_is_told_to_stop(dataset, tmp_path):
+    if Path(sys.executable).is_relative_to("/tmp"):
+        pytest.skip("a pod has a /tmp of its own, which hides this environment")
     shared = tmp_path / "shared"
     (shared / "t2v").mkdir(parents=True)
     for folder in (shared, shared / "t2v"):

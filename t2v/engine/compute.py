@@ -42,7 +42,14 @@ def set_matmul_precision(config: EngineConfig) -> None:
 
 def autocast(config: EngineConfig, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 matrix products where the recipe asks for them; sums, norms and softmax stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    # A cached copy would outlive the weights that ZeRO stage 3 gathers for a block.
+    gathered = config.kind == "zero" and config.zero_stage == 3
+    return torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=config.precision == "bf16",
+        cache_enabled=not gathered,
+    )
 
 
 def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
