@@ -24,7 +24,8 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 bench: $(INSTALLED)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for file in benchmarks/*.py; do \
+	    $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 clean:
 	rm -rf .venv quickstart
