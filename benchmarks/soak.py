@@ -76,7 +76,9 @@ RECIPE: dict[str, Any] = {
 class Job:
     """All ranks of a run, until they end."""
 
-    def __init__(self, recipe: Path, *, ranks: int, faults: str = "", log: Path) -> None:
+    def __init__(
+        self, recipe: Path, *options: str, ranks: int, faults: str = "", log: Path
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -95,7 +97,7 @@ class Job:
         with log.open("ab") as output:
             self.ranks = [
                 subprocess.Popen(
-                    [sys.executable, "-m", "t2v.cli", "train", str(recipe)],
+                    [sys.executable, "-m", "t2v.cli", "train", str(recipe), *options],
                     env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=output,
                     stderr=output,

@@ -381,8 +381,9 @@ def test_run_killed_at_any_instant_resumes(dataset, tmp_path):
     recipe = recipe_of(config_of(dataset, run_dir, **changes))
     reached = 0
     for number in range(repeats):
-        job = Job(recipe, ranks=1, log=tmp_path / "log")
-        wait_for_new_step(run_dir, reached, job)
+        # Three kills before one save would trip the breaker, as they should.
+        job = Job(recipe, "--clear-failures", ranks=1, log=tmp_path / "log")
+        wait_for_new_step(run_dir, job)
         time.sleep(chance.uniform(0.0, 0.5))
         job.kill()
         job.ranks[0].wait()
@@ -394,7 +395,7 @@ def test_run_killed_at_any_instant_resumes(dataset, tmp_path):
     assert ends_of(run_dir)[0] == (1, None)
 
 
-def wait_for_new_step(run_dir: Path, step: int, job: Job) -> None:
+def wait_for_new_step(run_dir: Path, job: Job) -> None:
     path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
     before = path.stat().st_mtime_ns if path.exists() else 0
     while not path.exists() or path.stat().st_mtime_ns == before:
