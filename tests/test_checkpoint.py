@@ -173,6 +173,7 @@ def test_what_is_saved_is_the_state_at_the_call(state, tmp_path):
     made, own = checkpoints(tmp_path), shuffled_state(tiny_config(), seed=3)
     before = {name: tensor.clone() for name, tensor in tensors_of(own).items()}
     made.save(own.slices(), facts(tiny_config(), 1))
+    made.wait_for_copy()
     for tensor in tensors_of(own).values():
         tensor.zero_()
     made.finish()

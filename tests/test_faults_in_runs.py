@@ -23,6 +23,7 @@ from tests.test_loop import (
     assert_same_tensors,
     config_of,
     dataset,
+    lines_of,
     status_of,
     tensors_at,
     wait_for_step,
@@ -81,6 +82,39 @@ def test_disk_that_is_full_once_costs_one_checkpoint(dataset, tmp_path, monkeypa
     assert "step 4 was not saved because" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step-00000002", "step-00000006"}
+
+
+ENGINES = [
+    {"kind": "single"},
+    {"kind": "fsdp"},
+    *({"kind": "zero", "zero_stage": n} for n in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [ENGINES[0], *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES[1:])],
+)
+def test_no_update_changes_what_a_save_still_copies(dataset, tmp_path, engine):
+    """A copy that takes longer than the next step's gradients is of the step it is named after."""
+    ranks = 1 if engine["kind"] == "single" else 2
+    configs = [config_of(dataset, tmp_path / name, engine=engine) for name in ("slow", "plain")]
+    slow = ";".join(f"checkpoint.copy:{rank}:1:slow" for rank in range(ranks))
+    for config, faults in zip(configs, (slow, ""), strict=True):
+        job, log = run_job(config, faults, ranks)
+        assert [rank.returncode for rank in job.ranks] == [0] * ranks, log
+    slowly, plainly = (Path(config.run_dir) for config in configs)
+    for step in steps_of(plainly):
+        assert_same_tensors(tensors_at(slowly, step), tensors_at(plainly, step))
+    stalls = [seconds for _, seconds in lines_of(slowly, "checkpoint_seconds")]
+    assert max(stalls) > 0.1  # or it was not slow enough to show anything
+
+
+def test_copy_that_fails_on_one_rank_costs_one_checkpoint_of_all(dataset, tmp_path):
+    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"})
+    job, log = run_job(config, "checkpoint.copy:1:2:eio")
+    assert [rank.returncode for rank in job.ranks] == [0, 0], log
+    assert steps_of(tmp_path / "run") == [2, 6]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Checkpoints that are complete and right, or not checkpoints at all.
 
-A step is copied in memory, which is all that training waits for. A thread writes the copy into a
-staging folder, proves it by a manifest that is written last, and renames it into place. Nothing is
-ever written into a finished one.
+A thread copies a step in memory while training computes the gradients of the next, which change
+none of it; only the update waits for the copy. The thread writes it into a staging folder, proves
+it by a manifest that is written last, and renames it into place. Nothing is ever written into a
+finished one.
 """
 
 import shutil
@@ -69,8 +70,8 @@ class Saved:
     """What became of a save; `problem` is None where it was committed."""
 
     step: int
-    stall_seconds: float
-    write_seconds: float
+    seconds: float
+    stall_seconds: float  # of these, those that training stood still
     size_bytes: int
     problem: str | None = None
 
@@ -96,6 +97,9 @@ class Checkpoints:
         self.failures_in_a_row = 0
         self._news: list[Saved] = []
         self._copy = HostCopy()
+        self._copied = threading.Event()
+        self._copied.set()
+        self._stall = 0.0
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -118,18 +122,26 @@ class Checkpoints:
         self._copy.reserve(slices)
 
     def save(self, slices: dict[str, Slice], facts: dict[str, Any]) -> None:
-        """Copy the tensors of a step and have them written; `facts` are the manifest's fields that
-        only the run knows. What went wrong with the save before it is raised here, on all ranks."""
+        """Have the tensors of a step copied and written; they may not change before
+        `wait_for_copy`. `facts` are the manifest's fields that only the run knows. What went wrong
+        with the save before it is raised here, on all ranks."""
         started = time.perf_counter()
         self._join()
-        copied = self._copy.take(slices)
-        stall = time.perf_counter() - started
+        finish_writes(slices)
+        self._copied.clear()
         self._writer = threading.Thread(
-            target=self._write, args=(copied, facts, stall), name="checkpoint", daemon=True
+            target=self._write, args=(slices, facts, started), name="checkpoint", daemon=True
         )
+        self._stall = time.perf_counter() - started
         self._writer.start()
         if not self.config.asynchronous:
             self._join()
+
+    def wait_for_copy(self) -> None:
+        """Until the tensors of the last save may change."""
+        started = time.perf_counter()
+        self._copied.wait()
+        self._stall += time.perf_counter() - started
 
     def finish(self) -> None:
         """Wait for the save under way; StorageError where the last one was not committed."""
@@ -181,20 +193,34 @@ class Checkpoints:
         if self.failures_in_a_row >= self.config.max_failures_in_a_row:
             raise StorageError(f"{failure} ({self.failures_in_a_row} saves in a row failed)")
 
-    def _write(self, slices: dict[str, Slice], facts: dict[str, Any], stall: float) -> None:
-        """Commit a copied step; runs beside training, on a group of its own."""
-        started = time.perf_counter()
+    def _write(self, slices: dict[str, Slice], facts: dict[str, Any], started: float) -> None:
+        """Copy a step and commit it; runs beside training, on a group of its own."""
         size_bytes, problem = 0, None
         try:
-            size_bytes = self._commit(slices, facts)
+            size_bytes = self._commit(self._copy_of(slices), facts)
             self.failures_in_a_row = 0
         except BaseException as failure:
             self._failure, problem = failure, str(failure) or repr(failure)
             self.failures_in_a_row += isinstance(failure, StorageError)
         seconds = time.perf_counter() - started
-        self._news.append(Saved(facts["step"], stall, seconds, size_bytes, problem))
+        stall = self._stall if self.config.asynchronous else seconds
+        self._news.append(Saved(facts["step"], seconds, stall, size_bytes, problem))
         if problem is None and self.mirror is not None:
             self.mirror.copy(step_folder(self.folder, facts["step"]))
+
+    def _copy_of(self, slices: dict[str, Slice]) -> dict[str, Slice]:
+        """What this rank writes, in memory of its own; the tensors are free to change."""
+        copied: dict[str, Slice] = {}
+
+        def copy() -> None:
+            try:
+                fault("checkpoint.copy")
+                copied.update(self._copy.take(slices))
+            finally:
+                self._copied.set()
+
+        self.world.on_all(copy, self.world.storage)
+        return copied
 
     def _commit(self, slices: dict[str, Slice], facts: dict[str, Any]) -> int:
         """Write, prove and rename; the checkpoint's size."""
@@ -300,11 +326,26 @@ class HostCopy:
         """Those slices that this rank writes, as they are now; valid until the next call."""
         slices = {name: piece for name, piece in slices.items() if piece.place.kept}
         self.reserve(slices)
+        # A stream of its own: on training's, the copy would wait for all that is queued there.
+        streams = {device: torch.cuda.Stream(device) for device in gpus_of(slices)}
         for name, piece in slices.items():
-            self._buffers[name].copy_(piece.part, non_blocking=True)
-        if any(piece.part.device.type == "cuda" for piece in slices.values()):
-            torch.cuda.synchronize()
+            with torch.cuda.stream(streams.get(piece.part.device)):
+                self._buffers[name].copy_(piece.part, non_blocking=True)
+        for stream in streams.values():
+            stream.synchronize()
         return {name: Slice(self._buffers[name], piece.place) for name, piece in slices.items()}
+
+
+def gpus_of(slices: dict[str, Slice]) -> set[torch.device]:
+    """The GPUs that hold parts of tensors."""
+    devices = {piece.part.device for piece in slices.values()}
+    return {device for device in devices if device.type == "cuda"}
+
+
+def finish_writes(slices: dict[str, Slice]) -> None:
+    """Wait until what a GPU has been told to write into tensors is there."""
+    for device in gpus_of(slices):
+        torch.cuda.synchronize(device)
 
 
 def refuse_non_finite(slices: dict[str, Slice], step: int) -> None:

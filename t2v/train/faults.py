@@ -17,10 +17,11 @@ from data_pipeline.errors import ConfigError
 
 STEP_SITES = ("data", "forward", "collective", "step")
 COUNTED_SITES = (
-    *("setup", "checkpoint.write", "checkpoint.manifest"),
+    *("setup", "checkpoint.copy", "checkpoint.write", "checkpoint.manifest"),
     *("checkpoint.rename", "checkpoint.retire"),
 )
-ACTIONS = ("kill", "term", "hang", "crash", "nan", "enospc", "eio")
+ACTIONS = ("kill", "term", "hang", "slow", "crash", "nan", "enospc", "eio")
+SLOW_SECONDS = 2.0
 
 
 class Fault(NamedTuple):
@@ -96,6 +97,8 @@ def _break(planned: Fault) -> bool:
         case "hang":
             while True:
                 time.sleep(3600)
+        case "slow":
+            time.sleep(SLOW_SECONDS)
         case "crash":
             raise RuntimeError(f"a fault was asked for: {':'.join(map(str, planned))}")
         case "enospc":

@@ -74,6 +74,7 @@ def train(
             losses = accumulate_gradients(state, wait(micro_batches), config, report)
             rates = learning_rates(config, state.step, state.engine.updates)
             grad_norm = float(state.engine.gradient_norm())
+            checkpoints.wait_for_copy()
             if math.isfinite(grad_norm):
                 state.update(rates, grad_norm)
             else:

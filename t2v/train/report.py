@@ -112,8 +112,8 @@ class Report:
                 self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
                 with contextlib.suppress(OSError):
-                    seconds = saved.stall_seconds + saved.write_seconds
-                    self.status.write("running", last_checkpoint=saved.step, save_seconds=seconds)
+                    told = {"last_checkpoint": saved.step, "save_seconds": saved.seconds}
+                    self.status.write("running", **told)
             else:
                 say(f"step {saved.step} was not saved because {saved.problem}")
 
