@@ -2,7 +2,10 @@
 
 Three ways take turns: ours beside training (asynchronous), ours waiting (synchronous), and each
 rank's plain `torch.save` of the same tensors with an fsync, which proves nothing. The stall is how
-long the training loop stands still. A resume reads, proves and restores the newest step.
+long the training loop stands still: in the call that saves, and before the update that must not
+come too early. Between the two lie the gradients of a step; how much longer they take beside a save
+is told too, for here training and saving share a CPU. A resume reads, proves and restores the
+newest step.
 """
 
 import argparse
@@ -23,17 +26,24 @@ import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.train_step import noise_batch
 from t2v.config import RunConfig, load_config
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
 from t2v.model.hpdm import build_model
 from t2v.train.checkpoint import Checkpoints
 from t2v.train.ema import Ema
+from t2v.train.objective import level_losses
 from t2v.train.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
-OVERRIDES = ["engine={kind: fsdp, precision: fp32}", "optimizer.name=adamw"]
+OVERRIDES = [
+    *("engine={kind: fsdp, precision: fp32}", "optimizer.name=adamw"),
+    *("global_batch_size=2", "micro_batch_size=1"),
+    # All the weights and few activations: a step of seconds on a CPU.
+    *("pyramid.clip_size=[16,64,64]", "pyramid.patch_size=[4,16,16]"),
+]
 
 
 def fresh_state(config: RunConfig, world: World) -> TrainState:
@@ -49,6 +59,14 @@ def timed(world: World, function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
     return max(world.gather(time.perf_counter() - started))
+
+
+def gradients(state: TrainState, config: RunConfig) -> None:
+    """Those of one step, and forget them."""
+    batch = noise_batch(config, config.micro_batch_size)
+    losses = level_losses(state.engine.model, batch, config, state.engine.world.device)
+    state.engine.backward(losses.sum(), final=True)
+    state.engine.forget_gradients()
 
 
 def plain_save(state: TrainState, path: Path) -> None:
@@ -89,12 +107,17 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         for checkpoints in ways.values():
             checkpoints.clean()
             checkpoints.reserve(slices)
+        gradients(state, config)  # the first allocate
         for repeat in range(repeats):
             step = {"step": repeat + 1}
-            stall = timed(world, lambda at=step: beside.save(slices, facts | at))
-            commit = timed(world, beside.finish)
-            note("asynchronous stall", stall)
-            note("asynchronous commit", stall + commit)
+            note("gradients alone", timed(world, lambda: gradients(state, config)))
+            beside.save(slices, facts | step)
+            note("gradients beside a save", timed(world, lambda: gradients(state, config)))
+            beside.wait_for_copy()
+            beside.finish()
+            (saved,) = beside.news()
+            note("asynchronous stall", max(world.gather(saved.stall_seconds)))
+            note("asynchronous commit", max(world.gather(saved.seconds)))
             note(
                 "synchronous stall", timed(world, lambda at=step: waiting.save(slices, facts | at))
             )

@@ -1,9 +1,9 @@
 """`t2v plan`'s memory beside what training steps really hold at their fullest.
 
 Every recipe trains two steps in processes of its own, and every tensor's storage is counted from
-the operation that makes it to its end. That is what a GPU's allocator would be asked for; what the
-plan adds for CUDA itself is left out on both sides. Recipes are of one process: FSDP and ZeRO free
-gathered weights by resizing their storages, which this way of counting does not see.
+the operation that makes it to its end, as it grows and shrinks: FSDP frees gathered weights by
+resizing them. That is what a GPU's allocator would be asked for; what the plan adds for CUDA itself
+is left out on both sides, and so are gloo's own copies. Of several ranks the fullest one counts.
 """
 
 import argparse
@@ -53,6 +53,11 @@ SMALL = {
 WIDE = {"model.latent_dim": "512", "optimizer.name": "lamb"}
 DEEP = {"global_batch_size": "8", "micro_batch_size": "4", "optimizer.name": "adamw"}
 ONE = {"global_batch_size": "2", "micro_batch_size": "2", "optimizer.name": "adamw"}
+SPLIT = {
+    **(ONE | WIDE),
+    **{"engine.kind": "zero", "optimizer.name": "adamw", "micro_batch_size": "1"},
+}
+TWICE = {"global_batch_size": "4", "micro_batch_size": "1"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,15 @@ CASES = (
         1,
         DEEP | {"engine.kind": "single", "engine.activation_checkpointing": "selective"},
     ),
+    Case("deep, FSDP", 2, DEEP | {"engine.kind": "fsdp"}),
+    Case("wide, FSDP", 2, ONE | WIDE | {"engine.kind": "fsdp", "micro_batch_size": "1"}),
+    Case("wide, FSDP", 4, ONE | WIDE | {"engine.kind": "fsdp", "global_batch_size": "8"}),
+    *(
+        Case(f"wide, ZeRO stage {stage}", 2, SPLIT | {"engine.zero_stage": str(stage)})
+        for stage in (1, 2, 3)
+    ),
+    Case("wide, FSDP, accumulated", 2, ONE | WIDE | TWICE | {"engine.kind": "fsdp"}),
+    Case("wide, ZeRO stage 2, accumulated", 2, SPLIT | TWICE | {"engine.zero_stage": "2"}),
 )
 
 
@@ -86,11 +100,30 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
         self._known: dict[int, weakref.ref] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> "LiveBytes":
+        live = self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            live._resize(storage, size)
+            if storage._cdata in live._known:
+                live._count(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*details)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
+        # A view of something that no operation has made: a buffer within a collective.
+        for tensor in () if func.is_view else tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         return made
@@ -103,15 +136,19 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
         def forget(_: object) -> None:
-            self.now -= size
+            self.now -= self._sizes.pop(key)
             del self._known[key]
 
         self._known[key] = weakref.ref(storage, forget)
+        self._count(storage)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
 
 
 def recipe(case: Case) -> RunConfig:

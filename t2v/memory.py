@@ -17,26 +17,32 @@ CHECKPOINT_BYTES = 16  # per parameter: weight, average and two moments, fp32
 
 
 class Memory(Strict):
-    """GiB of one GPU. The backward pass and the optimizer's step are not at the same time: the
-    larger of the two counts in the total."""
+    """GiB of one GPU by part. Not all parts are there at once: the fullest of three moments of a
+    step counts in the total."""
 
     weights: float
-    gradients: float
     optimizer: float
     ema: float
     reserve: float = Field(description="CUDA context, communication, gaps; an assumption")
-    gathered_weights: float = Field(description="backward: whole blocks, or bf16 copies")
-    summed_gradients: float = Field(description="backward: not yet split over ranks")
-    activations: float = Field(description="backward: an estimate, without torch.compile's savings")
-    batch: float = Field(description="backward: patches and noise")
-    optimizer_step: float = Field(description="temporary tensors of the step")
+    gathered_weights: float = Field(description="whole blocks, or bf16 copies")
+    batch: float = Field(description="patches and noise")
+    activations: float = Field(description="an estimate, without torch.compile's savings")
+    earlier_gradients: float = Field(description="of the step's earlier micro-batches")
+    summed_gradients: float = Field(description="not yet split over ranks")
+    gradients: float
+    optimizer_step: float = Field(description="temporary tensors of the update")
     total: float
     host: float = Field(default=0.0, description="of the CPU, per GPU: what is offloaded to it")
     host_copy: float = Field(description="of the CPU, per GPU: what a checkpoint is written from")
 
 
-BACKWARD = ("gathered_weights", "summed_gradients", "activations", "batch")
-NOT_IN_TOTAL = ("total", "host", "host_copy")
+ALWAYS = ("weights", "optimizer", "ema", "reserve")
+MOMENTS = {
+    "backward begins": (*ALWAYS, "gathered_weights", "batch", "activations", "earlier_gradients"),
+    "backward ends": (*ALWAYS, "gathered_weights", "batch", "summed_gradients", "gradients"),
+    "update": (*ALWAYS, "gradients", "optimizer_step"),
+}
+PARTS = tuple(dict.fromkeys(part for parts in MOMENTS.values() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,23 @@ class Held:
     gradients: float
     optimizer: float
     ema: float
+    earlier: float
     gathered: float = 0.0
     summed: float = 0.0
     stepping: float = 0.0
     host: float = 0.0
+
+
+def fullest(sizes: dict[str, float]) -> str:
+    """The moment of a step at which the parts that are there then add up to most."""
+    return max(MOMENTS, key=lambda moment: sum(sizes[part] for part in MOMENTS[moment]))
+
+
+def moments_of(part: str) -> str:
+    """When a part is there, in words."""
+    if part in ALWAYS:
+        return "always"
+    return ", ".join(moment for moment, parts in MOMENTS.items() if part in parts)
 
 
 def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
@@ -58,7 +77,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     samples = config.micro_batch_size
     match config.engine.kind:
         case "single":
-            held = held_by_single(config, footprint)
+            held = held_by_single(config, footprint, gpus)
         case "fsdp":
             held = held_by_fsdp(config, footprint, gpus)
         case "zero":
@@ -70,21 +89,22 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     values = samples * config.pyramid.levels * prod(config.pyramid.patch_size) * 3
     replicas = config.engine.dp_replicate
     batch = values * (1 + 6 * 4)  # bytes, and in fp32: x, noise, x_noisy, scaled, target, output
-    reserve = RESERVE_GIB * GIB
-    always = held.weights + held.gradients + held.optimizer + held.ema + reserve
-    backward = held.gathered + held.summed + activations + batch
+    sizes = {
+        "weights": held.weights,
+        "optimizer": held.optimizer,
+        "ema": held.ema,
+        "reserve": RESERVE_GIB * GIB,
+        "gathered_weights": held.gathered,
+        "batch": batch,
+        "activations": activations,
+        "earlier_gradients": held.earlier,
+        "summed_gradients": held.summed,
+        "gradients": held.gradients,
+        "optimizer_step": held.stepping,
+    }
     return Memory(
-        weights=held.weights / GIB,
-        gradients=held.gradients / GIB,
-        optimizer=held.optimizer / GIB,
-        ema=held.ema / GIB,
-        reserve=RESERVE_GIB,
-        gathered_weights=held.gathered / GIB,
-        summed_gradients=held.summed / GIB,
-        activations=activations / GIB,
-        batch=batch / GIB,
-        optimizer_step=held.stepping / GIB,
-        total=(always + max(backward, held.stepping)) / GIB,
+        **{part: size / GIB for part, size in sizes.items()},
+        total=sum(sizes[part] for part in MOMENTS[fullest(sizes)]) / GIB,
         host=held.host / GIB,
         host_copy=CHECKPOINT_BYTES * sum(footprint.parameters.values()) * replicas / gpus / GIB,
     )
@@ -103,12 +123,15 @@ def kept_per_sample(config: RunConfig, footprint: Footprint) -> int:
             return footprint.kept_between_blocks_bytes + footprint.kept_by_largest_block_bytes
 
 
-def held_by_single(config: RunConfig, footprint: Footprint) -> Held:
+def held_by_single(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     """Everything, whole."""
     whole = 4 * sum(footprint.parameters.values())
+    earlier = whole if accumulates(config, gpus) else 0
     # autocast keeps a bf16 copy of each weight until the backward pass is over
     copies = whole / 2 if config.engine.precision == "bf16" else 0
-    return Held(whole, whole, 2 * whole, whole, gathered=copies, stepping=stepping(config, whole))
+    return Held(
+        whole, whole, 2 * whole, whole, earlier, gathered=copies, stepping=stepping(config, whole)
+    )
 
 
 def held_by_fsdp(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
@@ -120,8 +143,8 @@ def held_by_fsdp(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     gathered = two_blocks if engine.reshard_after_forward else whole
     gathered /= 2 if engine.precision == "bf16" else 1
     # until its last micro-batch, a step sums whole gradients on every rank
-    summed = whole if accumulates(config, gpus) else two_blocks
-    return Held(shard, shard, 2 * shard, shard, gathered, summed, stepping=stepping(config, shard))
+    earlier, summed = (whole, whole) if accumulates(config, gpus) else (0, two_blocks)
+    return Held(shard, shard, 2 * shard, shard, earlier, gathered, summed, stepping(config, shard))
 
 
 def held_by_zero(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
@@ -135,12 +158,13 @@ def held_by_zero(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     if engine.precision == "bf16":
         # autocast's copies, as long as they are in use
         gathered = gathered / 2 + gathered if engine.zero_stage == 3 else whole / 2
-    # Stage 1 splits gradients after the backward pass only; so do all in accumulation.
-    is_whole = engine.zero_stage == 1 or accumulates(config, gpus)
-    summed = bucket + (whole if is_whole else 0)
+    earlier = whole if accumulates(config, gpus) else 0
+    # Stage 1 splits gradients after the backward pass only, and so do all in accumulation: what is
+    # split off is no longer whole. A bucket is flattened into another before it is exchanged.
+    summed = bucket + whole - shard if engine.zero_stage == 1 or earlier else 2 * bucket
     if engine.offload_optimizer:
-        return Held(working, 0, 0, 0, gathered, summed, host=6 * shard)
-    return Held(working + shard, shard, 2 * shard, shard, gathered, summed, stepping=shard)
+        return Held(working, 0, 0, 0, earlier, gathered, summed, host=6 * shard)
+    return Held(working + shard, shard, 2 * shard, shard, earlier, gathered, summed, stepping=shard)
 
 
 def accumulates(config: RunConfig, gpus: int) -> bool:
@@ -157,13 +181,11 @@ def explain_too_large(
     config: RunConfig, footprint: Footprint, needed: Memory, *, gpus: int, gpu_memory_gib: float
 ) -> str:
     """The arithmetic, and the first change that makes it fit."""
-    sizes = needed.model_dump(exclude=set(NOT_IN_TOTAL))
-    is_stepping = needed.optimizer_step > sum(sizes[name] for name in BACKWARD)
-    absent = BACKWARD if is_stepping else ("optimizer_step",)
+    sizes = needed.model_dump(include=set(PARTS))
     terms = [
-        f"{size:.1f} {name.replace('_', ' ')}"
-        for name, size in sizes.items()
-        if name not in absent and size >= 0.05
+        f"{sizes[part]:.1f} {part.replace('_', ' ')}"
+        for part in MOMENTS[fullest(sizes)]
+        if sizes[part] >= 0.05
     ]
     return (
         f"--gpu-memory-gib: {gpu_memory_gib:g} is wrong because each GPU needs {needed.total:.1f} "

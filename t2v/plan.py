@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
 from t2v.config import RunConfig, text_shape
 from t2v.footprint import Footprint, measure
-from t2v.memory import BACKWARD, GIB, NOT_IN_TOTAL, Memory, explain_too_large, memory
+from t2v.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
 from t2v.sampling_config import network_calls
 from t2v.train.loop import accumulation_steps
 
@@ -204,16 +204,16 @@ def _model_table(plan: Plan) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     table = Table("memory per GPU", "GiB", "when")
-    for name, size in plan.memory_gib.model_dump(exclude=set(NOT_IN_TOTAL)).items():
-        when = "backward" if name in BACKWARD else "always"
-        when = "optimizer step" if name == "optimizer_step" else when
-        table.add_row(name.replace("_", " "), f"{size:,.2f}", when)
+    sizes = plan.memory_gib.model_dump(include=set(PARTS))
+    for name, size in sizes.items():
+        table.add_row(name.replace("_", " "), f"{size:,.2f}", moments_of(name))
     host = plan.memory_gib.host
     if host:
         table.add_row("offloaded to the host", f"{host:,.2f}", "not of the GPU")
     copy = plan.memory_gib.host_copy
     table.add_row("a checkpoint's copy on the host", f"{copy:,.2f}", "not of the GPU")
-    table.add_row("at its fullest", f"{plan.memory_gib.total:,.2f} of {plan.gpu_memory_gib:g}", "")
+    total = f"{plan.memory_gib.total:,.2f} of {plan.gpu_memory_gib:g}"
+    table.add_row("at its fullest", total, fullest(sizes))
     return table
 
 
