@@ -12,7 +12,6 @@ from tempfile import mkdtemp
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import sentencepiece
 import torch
 from huggingface_hub import snapshot_download
@@ -42,6 +41,7 @@ from data_pipeline.embeddings import (
     open_embeddings,
 )
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
+from data_pipeline.host_memory import available_memory
 from data_pipeline.progress import progress
 from data_pipeline.shards import (
     digest64,
@@ -340,7 +340,7 @@ def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]
         if device.index is None:
             return {"device_map": "auto", **({"max_memory": budget} if budget else {})}
         free, _ = torch.cuda.mem_get_info(device)
-        budget.setdefault("cpu", psutil.virtual_memory().available)
+        budget.setdefault("cpu", available_memory())
         return {"device_map": "auto", "max_memory": {device.index: int(0.9 * free), **budget}}
     return {"device_map": "auto", "max_memory": budget} if budget else {"device_map": str(device)}
 

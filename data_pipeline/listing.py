@@ -28,6 +28,9 @@ class Item:
     caption: str
     metadata: dict = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.file
+
 
 @dataclass(frozen=True)
 class Collection:

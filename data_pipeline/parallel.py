@@ -18,9 +18,14 @@ AHEAD = 3  # items under way per worker; bounds the memory of results that wait
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    named: Callable[[Item], str] = str,
 ) -> Iterator[Result]:
-    """`map` by so many processes; by this one where `workers` is 1."""
+    """`map` by so many processes; by this one where `workers` is 1. Messages name items by
+    `named`."""
     if workers <= 1:
         yield from map(function, items)
         return
@@ -38,7 +43,7 @@ def map_in_order(
             waiting.popleft()
     except BrokenProcessPool:
         # A pool breaks as a whole: at a result, or already where the next item is handed in.
-        suspect = waiting[0][0] if waiting else "the first item"
+        suspect = named(waiting[0][0]) if waiting else "the first item"
         raise DataError(
             f"{suspect}: a worker process died at it or soon after; look for lack of memory, or "
             "find the file that kills the decoder with one worker."

@@ -79,7 +79,12 @@ def verify(
             tar = storage.join(dataset.shard_folder, name)
             faults.append(Fault(tar, "is not in dataset.json, so no run reads it"))
     check = partial(check_shard, dataset, decode=decode)
-    found = map_in_order(check, range(len(info.shards)), workers)
+    found = map_in_order(
+        check,
+        range(len(info.shards)),
+        workers,
+        named=lambda number: f"{info.shards[number].name}.tar",
+    )
     for part in progress(found, "verify shards", total=len(info.shards)):
         faults += part
     for name in sorted({*embedding_sets(dataset), *embeddings}):

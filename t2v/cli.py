@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        print(error, file=sys.stderr)
+        if error.rank is None or str(error.rank) == os.environ.get("RANK", "0"):
+            print(error, file=sys.stderr)  # that of another rank is told by that one
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,12 +64,7 @@ def train(options: argparse.Namespace) -> int:
     from t2v.train.loop import train as run
 
     config = load_config(options.config, options.overrides)
-    try:
-        return run(config, clear_failures=options.clear_failures)
-    except UserError as error:
-        if error.rank in (None, int(os.environ.get("RANK", "0"))):
-            raise
-        return error.exit_code  # its own rank tells it
+    return run(config, clear_failures=options.clear_failures)
 
 
 def plan(options: argparse.Namespace) -> None:

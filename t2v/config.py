@@ -181,7 +181,7 @@ def read_mapping(path: Path) -> dict:
         message = f"{path}: is not valid YAML{line} because {reason}; correct it."
         raise ConfigError(message) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: is not a recipe because it holds no mapping; see configs/.")
+        raise ConfigError(f"{path}: is wrong because it holds no mapping; see configs/.")
     return content
 
 

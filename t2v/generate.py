@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError
+from data_pipeline.host_memory import available_memory
 from data_pipeline.pyramid import Clip
 from data_pipeline.video import decode_clip, encode_clip
 from t2v.config import RunConfig, parse_config, parse_value
@@ -220,7 +221,7 @@ def memory_left(device: torch.device, memory_gib: float | None) -> tuple[int, in
             f"--memory-gib: {memory_gib:g} is wrong because it is no room; give a number above 0."
         )
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    spare = int(0.7 * psutil.virtual_memory().available / mates)
+    spare = int(0.7 * available_memory() / mates)
     if device.type == "cuda":
         used, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
         allowed = 0.9 * free if memory_gib is None else memory_gib * GIB - used

@@ -69,7 +69,8 @@ def moments_of(part: str) -> str:
     """When a part is there, in words."""
     if part in ALWAYS:
         return "always"
-    return ", ".join(moment for moment, parts in MOMENTS.items() if part in parts)
+    moments = ", ".join(moment for moment, parts in MOMENTS.items() if part in parts)
+    return moments.replace("backward begins, backward ends", "backward")
 
 
 def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:

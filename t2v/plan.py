@@ -14,9 +14,9 @@ from t2v.footprint import Footprint, measure
 from t2v.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
 from t2v.sampling_config import network_calls
 from t2v.train.loop import accumulation_steps
+from t2v.train.rates import peak_tflops
 
-# Dense matrix products of an H100 SXM, by its data sheet.
-PEAK_TFLOPS = {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4}
+ASSUMED_GPU = "H100 SXM"
 UTILISATIONS = (0.2, 0.35, 0.5)
 
 
@@ -107,7 +107,7 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
     pyramid, samples = config.pyramid, config.global_batch_size
     patch_pixels = pyramid.levels * prod(pyramid.patch_size)
     text = text_shape(config.conditioning)
-    peak = PEAK_TFLOPS[config.engine.precision]
+    peak = assumed_peak(config)
     return Plan(
         recipe=config.name,
         gpus=gpus,
@@ -129,7 +129,7 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
         ),
         total_steps=config.total_steps,
         total_samples=config.total_steps * samples,
-        assumed_gpu="H100 SXM",
+        assumed_gpu=ASSUMED_GPU,
         assumed_peak_tflops=peak,
         forecasts=[
             _forecast(config, compute.spent * samples / (gpus * peak * share), share)
@@ -157,7 +157,14 @@ def samples_per_gpu_second(config: RunConfig) -> float:
     """What one GPU takes at the middle of the assumed utilisations."""
     share = sorted(UTILISATIONS)[len(UTILISATIONS) // 2]
     spent = compute_per_sample(config, measure(config)).spent
-    return PEAK_TFLOPS[config.engine.precision] * share / spent
+    return assumed_peak(config) * share / spent
+
+
+def assumed_peak(config: RunConfig) -> float:
+    """TFLOP/s of the assumed GPU at a recipe's precision."""
+    peak = peak_tflops(ASSUMED_GPU, config.engine.precision)
+    assert peak is not None
+    return peak
 
 
 def _forecast(config: RunConfig, step_seconds: float, utilisation: float) -> Forecast:

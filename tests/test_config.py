@@ -228,7 +228,7 @@ def test_a_missing_field_is_named():
         ("a: [", "is not valid YAML at line 1 because"),
         ("seed: 1\nseed: 2", "is not valid YAML at line 2 because key 'seed' is there twice"),
         ("1: 2", "is not valid YAML at line 1 because key 1 is no text; correct it."),
-        ("- 1", "is not a recipe because it holds no mapping; see configs/."),
+        ("- 1", "is wrong because it holds no mapping; see configs/."),
         (b"\xff\xfe\x00", "is not valid YAML because it is not UTF-8 text; correct it."),
         ("seed: 2026-99-99", "is not valid YAML at line 1 because '2026-99-99' is no timestamp;"),
         ("a: 1\nseed: !!int b", "is not valid YAML at line 2 because 'b' is no int; correct it."),

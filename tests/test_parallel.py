@@ -33,8 +33,8 @@ def test_results_come_in_order():
 
 
 def test_a_worker_that_dies_is_told():
-    with pytest.raises(DataError, match=r"a worker process died at it or soon after"):
-        list(map_in_order(die_at_three, range(8), 2))
+    with pytest.raises(DataError, match=r"^clip [0-3]: a worker process died at it"):
+        list(map_in_order(die_at_three, range(8), 2, named=lambda number: f"clip {number}"))
 
 
 def test_workers_make_the_same_dataset_and_end_with_a_killed_parent(media, datasets, tmp_path):

@@ -15,7 +15,7 @@ from t2v.config import RunConfig, load_config
 from t2v.engine.config import BUCKET_ELEMENTS
 from t2v.footprint import Footprint, measure
 from t2v.memory import GIB, memory
-from t2v.plan import PEAK_TFLOPS, plan, print_plan
+from t2v.plan import plan, print_plan
 from tests.tiny import tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -53,7 +53,7 @@ def test_hours_are_operations_over_assumed_speed():
     forecast = plan(recipe("ucf101_s"), gpus=8, gpu_memory_gib=80)
     operations = 40_000 * 768 * forecast.tflop_per_sample.spent
     for row in forecast.forecasts:
-        seconds = operations / (8 * PEAK_TFLOPS["tf32"] * row.utilisation)
+        seconds = operations / (8 * 494.7 * row.utilisation)
         assert row.hours == pytest.approx(seconds / 3600)
         assert row.samples_per_second * row.step_seconds == pytest.approx(768)
 

@@ -32,8 +32,7 @@ class Rates:
     """FLOP/s of the model, without what is computed twice to save memory; one rank asks."""
 
     def __init__(self, config: "RunConfig", world_size: int, device: torch.device) -> None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak = peak_tflops(name, config.engine.precision)
+        self.peak = peak_tflops(device_name(device), config.engine.precision)
         self.tflop = training_tflop(config) / world_size
 
     def of(self, samples_per_second: float) -> dict[str, float | None]:
@@ -50,6 +49,11 @@ def training_tflop(config: "RunConfig") -> float:
     one more."""
     passes = 4 if config.model.self_conditioning_rate > 0 else 3
     return passes * forward_flops(config) / 1e12
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name by its driver, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:

@@ -11,7 +11,7 @@ from data_pipeline.quarantine import Quarantine
 from t2v.engine.world import World
 from t2v.train.checkpoint import Saved
 from t2v.train.metrics import Metrics, StepSums
-from t2v.train.rates import Rates, first_start, peak_memory
+from t2v.train.rates import Rates, device_name, first_start, peak_memory
 from t2v.train.run_folder import StatusFile
 from t2v.train.side_job import SideJob
 from t2v.train.state import TrainState
@@ -46,6 +46,9 @@ class Report:
                 max_drops_in_a_row=config.data.max_drops_in_a_row,
                 first_sample=step * config.global_batch_size,
             )
+            engine, ranks = config.engine, f"{world.world_size} x {device_name(world.device)}"
+            # A node that lost its GPUs would train on its CPU, slowly, and look as if all was well.
+            say(f"{config.name}: {ranks}, engine {engine.kind}, {engine.precision}")
             self.lines = Lines(run_dir, config, world, step)
             status.write("running", step=step, last_checkpoint=step)
 
