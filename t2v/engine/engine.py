@@ -5,11 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from t2v.engine.fsdp import fsdp_engine
 from t2v.engine.place import Place
-from t2v.engine.single import single_engine
 from t2v.engine.world import World
-from t2v.engine.zero import ZeroEngine
 from t2v.model.hpdm import HPDM
 
 if TYPE_CHECKING:
@@ -65,11 +62,18 @@ class Engine(Protocol):
 
 
 def build_engine(model: HPDM, config: "RunConfig", world: World) -> Engine:
-    """The recipe's engine around a model that is still on the meta device."""
+    """The recipe's engine around a model that is still on the meta device; no other is imported,
+    for what they build on takes seconds."""
     match config.engine.kind:
         case "single":
+            from t2v.engine.single import single_engine
+
             return single_engine(model, config, world)
         case "fsdp":
+            from t2v.engine.fsdp import fsdp_engine
+
             return fsdp_engine(model, config, world)
         case "zero":
+            from t2v.engine.zero import ZeroEngine
+
             return ZeroEngine(model, config, world)
