@@ -443,13 +443,13 @@ def wait_for_new_step(run_dir: Path, job: Job) -> None:
 @pytest.mark.timeout(900)
 def test_soak_ends_with_the_weights_of_the_undisturbed_run(tmp_path):
     """R30, short."""
-    size = ["--steps", "120", "--gap", "10", "--save-every", "8"]
+    size = ["--steps", "80", "--gap", "10", "--save-every", "8"]
     command = [sys.executable, "benchmarks/soak.py", *size]
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "soak"), "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(next(tmp_path.glob("soak-120-*.json")).read_text())
+    result = json.loads(next(tmp_path.glob("soak-80-*.json")).read_text())
     assert result["bit_identical"]
     assert result["left_behind"] == 0

@@ -39,7 +39,7 @@ def test_a_finished_run_leaves_no_file_thread_or_process(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_long_run_does_not_grow(dataset, tmp_path, monkeypatch):
     """Memory, files and threads at the end are those after a quarter of the run."""
-    steps = 800
+    steps = 400
     config = config_of(
         dataset, tmp_path / "run", total_steps=steps, checkpoint={"every_steps": 20, "keep_last": 2}
     )

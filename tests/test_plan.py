@@ -203,6 +203,9 @@ def test_a_network_of_absurd_size_is_refused_in_one_line():
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_forecast_is_within_a_tenth_of_the_measured_peak(case):
+@pytest.mark.parametrize(
+    "name", ["wide, LAMB", "deep, recomputed", "deep, FSDP", "wide, ZeRO stage 3"]
+)
+def test_forecast_is_within_a_tenth_of_the_measured_peak(name):
+    (case,) = (case for case in CASES if case.name == name)
     assert compare(case)["forecast_over_measured"] == pytest.approx(1, abs=0.1)
