@@ -125,8 +125,19 @@ def start_launcher(job: NodeJob, log_dir: Path, log: TextIO) -> subprocess.Popen
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("PYTHONFAULTHANDLER", "1")
     return subprocess.Popen(
-        launcher_command(job, log_dir), stderr=log, env=environment, process_group=0
+        launcher_command(job, log_dir),
+        stderr=log,
+        env=environment,
+        process_group=0,
+        preexec_fn=ignore_user_signals,
     )
+
+
+def ignore_user_signals() -> None:
+    """A scheduler may signal every process of a job (`scancel` without `--batch`): that must not
+    kill torchrun, and with it the ranks as they save. Ranks arm handlers of their own."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def launcher_command(job: NodeJob, log_dir: Path) -> list[str]:

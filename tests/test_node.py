@@ -10,6 +10,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.heartbeat import NoHeartbeat, beat, check_health
@@ -219,6 +220,28 @@ def test_sigterm_to_the_wrapper_saves_and_the_next_attempt_is_bitwise_the_same_r
     logs = tmp_path / "parts" / "logs"
     assert sorted(path.name for path in logs.iterdir()) == ["attempt-0001", "attempt-0002"]
     assert (logs / "attempt-0001" / "rank-00001.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_every_process_of_a_node_is_one_request(dataset, tmp_path):
+    """As `scancel --signal=USR1` sends it without --batch."""
+    config = config_of(
+        dataset,
+        tmp_path / "run",
+        total_steps=2000,
+        engine={"kind": "fsdp"},
+        checkpoint={"every_steps": 2000},
+    )
+    node = start_node(config, tmp_path, T2V_FAULT="checkpoint.write:0:1:slow")
+    wait_for_step(tmp_path / "run", 3, node)
+    for process in [node, *psutil.Process(node.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGUSR1)
+    code, output = end_of(node)
+    assert code == 75, output
+    status = status_of(tmp_path / "run")
+    assert f"node-00000: preempted at step {status['step']}, saved" in output
+    assert status["last_checkpoint"] == status["step"]
 
 
 @pytest.mark.slow
