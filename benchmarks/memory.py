@@ -89,7 +89,14 @@ CASES = (
         Case(f"wide, ZeRO stage {stage}", 2, SPLIT | {"engine.zero_stage": str(stage)})
         for stage in (1, 2, 3)
     ),
-    Case("wide, FSDP, accumulated", 2, ONE | WIDE | TWICE | {"engine.kind": "fsdp"}),
+    *(
+        Case(
+            f"wide, FSDP, accumulated {how}",
+            2,
+            ONE | WIDE | TWICE | {"engine.kind": "fsdp", "engine.accumulate": how},
+        )
+        for how in ("whole", "shards")
+    ),
     Case("wide, ZeRO stage 2, accumulated", 2, SPLIT | TWICE | {"engine.zero_stage": "2"}),
 )
 

@@ -143,8 +143,9 @@ def held_by_fsdp(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     shard = whole * engine.dp_replicate / gpus
     gathered = two_blocks if engine.reshard_after_forward else whole
     gathered /= 2 if engine.precision == "bf16" else 1
-    # until its last micro-batch, a step sums whole gradients on every rank
-    earlier, summed = (whole, whole) if accumulates(config, gpus) else (0, two_blocks)
+    earlier, summed = 0.0, two_blocks
+    if accumulates(config, gpus):
+        earlier, summed = (whole, whole) if engine.accumulate == "whole" else (shard, two_blocks)
     return Held(shard, shard, 2 * shard, shard, earlier, gathered, summed, stepping(config, shard))
 
 
@@ -205,7 +206,7 @@ def _remedy(config: RunConfig, footprint: Footprint, gpus: int, gpu_memory_gib: 
 
     changes: dict[str, object] = {}
     least = config
-    for name, value in _knobs(config):
+    for name, value in _knobs(config, gpus):
         changes[name] = value
         least = _with_engine(config, **changes)
         if fits(least, gpus):
@@ -222,13 +223,16 @@ def _remedy(config: RunConfig, footprint: Footprint, gpus: int, gpu_memory_gib: 
     return "no number of GPUs helps: use a smaller model.latent_dim or pyramid.patch_size"
 
 
-def _knobs(config: RunConfig) -> list[tuple[str, object]]:
+def _knobs(config: RunConfig, gpus: int) -> list[tuple[str, object]]:
     """Settings of the engine that save memory and cost time, cheapest first."""
     engine = config.engine
     knobs: list[tuple[str, object]] = []
     if engine.activation_checkpointing == "none":
         knobs.append(("activation_checkpointing", "selective"))
-    knobs.append(("activation_checkpointing", "blocks"))
+    if engine.activation_checkpointing != "blocks":
+        knobs.append(("activation_checkpointing", "blocks"))
+    if engine.kind == "fsdp" and engine.accumulate == "whole" and accumulates(config, gpus):
+        knobs.append(("accumulate", "shards"))
     if engine.dp_replicate > 1:
         knobs.append(("dp_replicate", 1))
     if engine.kind == "zero":

@@ -90,6 +90,7 @@ def test_three_processes_cut_tensors_unevenly(adamw):
     }
     configs = [recipe(optimizer, {"kind": "fsdp"}, **twelve) for optimizer in (ADAMW, LAMB)]
     configs += [recipe(ADAMW, engine, **twelve) for engine in ZERO]
+    configs.append(recipe(LAMB, {"kind": "fsdp", "accumulate": "shards"}, **twelve))
     for outcomes in run_distributed(train_all, 3, configs, 6, timeout_seconds=400):
         for config, found in zip(configs, outcomes, strict=True):
             assert_same_training(found, wanted[config.optimizer.name])

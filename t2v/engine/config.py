@@ -23,6 +23,11 @@ class EngineConfig(Strict):
     )
     compile: bool = Field(default=False, description="torch.compile per block")
     reshard_after_forward: bool = Field(default=True, description="fsdp: free weights in between")
+    accumulate: Literal["whole", "shards"] = Field(
+        default="whole",
+        description="fsdp: gradients of a step's micro-batches add up whole and travel once, or "
+        "travel after each and add up in shards",
+    )
     dp_replicate: int = Field(
         default=1, ge=1, description="fsdp: groups of ranks that each hold the whole model (HSDP)"
     )
@@ -45,6 +50,11 @@ class EngineConfig(Strict):
             raise ValueError(
                 f"dp_replicate {self.dp_replicate} is wrong because engine.kind '{self.kind}' has "
                 "no replicas; use 1, or kind fsdp"
+            )
+        if self.accumulate == "shards" and self.kind != "fsdp":
+            raise ValueError(
+                f"accumulate 'shards' is wrong because engine.kind '{self.kind}' adds up whole "
+                "gradients; use whole, or kind fsdp"
             )
         if self.offload_optimizer and self.kind != "zero":
             raise ValueError(

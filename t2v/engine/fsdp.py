@@ -64,7 +64,8 @@ def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
         dist.all_reduce(values, group=shards)
         return values
 
-    def exchange(now: bool) -> None:
+    def exchange(final: bool) -> None:
+        now = final or config.engine.accumulate == "shards"
         for module in sharded:
             module.set_requires_gradient_sync(now, recurse=False)
 

@@ -30,7 +30,7 @@ class NativeEngine:
     """Clips and steps on the parts that `part_of` cuts from parameters and from their gradients.
 
     `sum_over_parts` adds over the ranks that hold the other parts; `exchange` is told before each
-    backward pass whether ranks are to exchange gradients in it; `let_go` frees gathered weights.
+    backward pass whether it is a step's last; `let_go` frees gathered weights.
     """
 
     def __init__(
