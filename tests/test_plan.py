@@ -97,7 +97,7 @@ def test_recomputation_trades_operations_for_memory():
     ("overrides", "gpus", "gib", "knob"),
     [
         ([], 8, 40, r"set engine\.activation_checkpointing=(selective|blocks)\.$"),
-        ([], 8, 14, r"set engine\.activation_checkpointing=blocks and micro_batch_size=\d\.$"),
+        ([], 8, 14, r"=blocks, engine\.accumulate=shards and micro_batch_size=\d\.$"),
         (["engine.kind=single", "model.latent_dim=3072"], 1, 60, r"use \d+ GPUs"),
     ],
 )
