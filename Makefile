@@ -31,6 +31,8 @@ clean:
 	rm -rf .venv quickstart
 
 $(INSTALLED): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "Makefile: $(PYTHON) is not there; install Python 3.11, or make PYTHON=..."; exit 66; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Makefile: $(PYTHON) is too old because t2v needs Python 3.11; make PYTHON=..."; exit 78; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \

@@ -155,6 +155,8 @@ def launcher_command(job: NodeJob, log_dir: Path) -> list[str]:
         f"--rdzv-conf=is_host={is_host},join_timeout={timeout},read_timeout={timeout}",
         f"--shutdown-timeout={max(int(job.grace_seconds) - 30, 30)}",
         *("-m", "cluster.rank", str(log_dir), *job.train_arguments),
+        # Ranks and wrapper must look at the same flag file, wherever relative paths begin.
+        f"run_dir={json.dumps(str(job.run_dir))}",
     ]
 
 

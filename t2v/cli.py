@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        if error.rank is None or str(error.rank) == os.environ.get("RANK", "0"):
-            print(error, file=sys.stderr)  # that of another rank is told by that one
+        if is_mine(error):
+            print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,13 +40,21 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        missing = isinstance(error, FileNotFoundError)
+        missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
         print(
             f"{error.filename}: cannot be used because of '{error.strerror}'; check path, "
             f"permissions and free space.",
             file=sys.stderr,
         )
         return 66 if missing else 74
+
+
+def is_mine(error: UserError) -> bool:
+    """Whether this of all processes tells an error: the rank that met it; before ranks have met,
+    all of a machine find the same, and the first of them tells."""
+    if error.rank is not None:
+        return str(error.rank) == os.environ.get("RANK", "0")
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def quickstart(options: argparse.Namespace) -> int:

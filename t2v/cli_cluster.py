@@ -86,7 +86,11 @@ def add_cluster_verbs(verbs) -> None:
     verb.add_argument("--rdzv-id", default="t2v", help="differs from attempt to attempt")
     verb.add_argument("--node-rank", type=count, default=0, help="this node's number, for its logs")
     verb.add_argument("--is-host", action="store_true", help="the nodes meet at this one")
-    verb.add_argument("--run-dir", required=True, help="the run folder, shared by all nodes")
+    verb.add_argument(
+        "--run-dir",
+        required=True,
+        help="the run folder, shared by all nodes; the recipe's run_dir gives way to it",
+    )
     verb.add_argument("--grace-seconds", type=seconds, default=600.0,
                       help="from a request to stop to the end of all ranks")  # fmt: skip
     verb.add_argument("--rendezvous-timeout-seconds", type=seconds, default=600.0,

@@ -95,16 +95,23 @@ def sample_checkpoint(
     out, means = Path(out), means or Means()
     if means.clips_at_once < 1:
         raise ConfigError(f"--clips-at-once: {means.clips_at_once} is wrong; give 1 or more.")
+    if means.memory_gib is not None and not 0 < means.memory_gib < math.inf:
+        raise ConfigError(
+            f"--memory-gib: {means.memory_gib:g} is wrong because it is no room; give a number "
+            "above 0."
+        )
     with sampling_world() as world:
         source = open_source(checkpoint, world)
-        recipe = Recipe(source, with_sampling(source.config, overrides), request)
+        # All find the same mistakes; one of them tells.
+        config = world.together(lambda: with_sampling(source.config, overrides))
+        recipe = Recipe(source, config, request)
         sample_recipe(recipe, out, means, world)
     return out
 
 
 def sample_recipe(recipe: Recipe, out: Path, means: Means, world: World) -> None:
     """`sample_checkpoint` of processes that have met and know what is asked for."""
-    subjects = subjects_of(recipe.config, recipe.request)
+    subjects = world.together(lambda: subjects_of(recipe.config, recipe.request))
     pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
     if pending:
         sample_pending(recipe, pending, out, means, world)
@@ -216,10 +223,6 @@ def memory_left(device: torch.device, memory_gib: float | None) -> tuple[int, in
 
     `memory_gib` bounds the whole process: on a CPU its main memory, on a GPU that one's memory.
     """
-    if memory_gib is not None and not 0 < memory_gib < math.inf:
-        raise ConfigError(
-            f"--memory-gib: {memory_gib:g} is wrong because it is no room; give a number above 0."
-        )
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spare = int(0.7 * available_memory() / mates)
     if device.type == "cuda":
@@ -247,13 +250,13 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
     content = config.model_dump(mode="json")
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals:
+        if not key or not equals:
             raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
         try:
             content["sampling"][key.removeprefix("sampling.")] = parse_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
-    return parse_config(content, "sampling")
+    return parse_config(content, "--set")
 
 
 def to_bytes(clip: Float[Tensor, "channels frames height width"]) -> Clip:

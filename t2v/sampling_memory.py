@@ -78,11 +78,11 @@ def plan_memory(
         branches = len(sampling.branches(level))
         row = row_bytes(model, level)
         if spare < 2 * branches * row:
-            needed = (device_bytes - spare + 2 * branches * row) / 2**30
+            more = (2 * branches * row - spare) / 2**30
             raise ConfigError(
                 f"--memory-gib: leaves {device_bytes / 2**30:.2f} GiB beside the program and its "
-                f"weights, which is wrong because level {level} takes at least {needed:.2f} GiB "
-                f"for {clips} clips; give more."
+                f"weights, which is wrong because level {level} cannot be sampled in it; give at "
+                f"least {more:.2f} GiB more."
             )
         batches.append(min(sampling.tile_batch, int(spare / 2 / row)))
         free.device.append(spare - max(batches[-1], branches) * row)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from t2v.model.conditioning import Condition
 
 MAX_PROMPT_CHARACTERS = 2000
 MOST_CLIPS = 100_000
+UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and what breaks lines
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Subject:
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; line breaks at the end of the file are no prompts."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save the prompts as UTF-8.") from None
     if lines == [""]:
@@ -56,10 +58,14 @@ def read_prompts(path: Path) -> list[str]:
 
 def problem_with_prompt(prompt: str) -> str | None:
     """Why a text is no prompt."""
-    length = len(prompt.strip())
-    if 1 <= length <= MAX_PROMPT_CHARACTERS:
-        return None
-    return f"{length} characters is wrong because a prompt has 1 to {MAX_PROMPT_CHARACTERS}"
+    text = prompt.strip()
+    if not 1 <= len(text) <= MAX_PROMPT_CHARACTERS:
+        return f"{len(text)} characters is wrong because a prompt has 1 to {MAX_PROMPT_CHARACTERS}"
+    # Nobody sees them, and they change the embedding.
+    hidden = next((sign for sign in text if sign != "\t" and category(sign) in UNSEEN), None)
+    if hidden is not None:
+        return f"{hidden!r} is wrong because a prompt is one line of text"
+    return None
 
 
 def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
@@ -83,12 +89,13 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
             "--count: is wrong because the checkpoint is told what to show; give --prompt or "
             "--label once per clip."
         )
+    if not isinstance(kind, TextConditioning) and (request.prompts or request.encoder):
+        option, instead = "--prompt" if request.prompts else "--encoder", "leave it out"
+        if request.prompts and isinstance(kind, ClassConditioning):
+            instead = "give --label"
+        raise ConfigError(f"{option}: is wrong because the checkpoint reads no text; {instead}.")
     shown: list[str | int | None]
     if isinstance(kind, ClassConditioning):
-        if request.prompts:
-            raise ConfigError(
-                "--prompt: is wrong because the checkpoint reads no text; give --label."
-            )
         bad = [label for label in request.labels if not 0 <= label < kind.num_classes]
         if bad or not request.labels:
             raise ConfigError(
@@ -103,7 +110,7 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
             )
         shown = list(request.prompts)
     else:
-        shown = list(request.prompts) or [None] * (request.count or 1)
+        shown = [None] * (request.count or 1)
     texts = [*request.prompts, *filter(None, [request.negative_prompt])]
     for number, prompt in enumerate(texts, start=1):
         if problem := problem_with_prompt(prompt):

@@ -139,12 +139,15 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--memory-gib=0.1"], "--memory-gib: leaves -"),
+        (["--memory-gib=0.1"], "level 0 cannot be sampled in it; give at least"),
         (["--clips-at-once=0"], "--clips-at-once: 0 is wrong"),
         (["--memory-gib=-1"], "--memory-gib: -1 is wrong"),
         (["--memory-gib=inf"], "--memory-gib: inf is wrong"),
         (["--memory-gib=nan"], "--memory-gib: nan is wrong"),
         (["--set=steps"], "--set steps: is no setting; write KEY=VALUE."),
+        (["--set==1"], "--set =1: is no setting; write KEY=VALUE."),
+        (["--prompt=a dog"], "--prompt: is wrong because the checkpoint reads no text"),
+        (["--encoder=t5"], "--encoder: is wrong because the checkpoint reads no text"),
         (["--set=guidance_scale=.inf"], "sampling.guidance_scale: value inf is wrong"),
         (["--set=overlap=5"], "sampling.overlap: value 5 is wrong"),
         (["--set=fps=1000000"], "sampling.fps: value 1000000 is wrong"),
@@ -156,8 +159,7 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
         (["--set=overlap=whf"], "sampling.overlap: value 'whf' is wrong because it is none of f,"),
         (["--set=overlap=[h,w]"], "sampling.overlap: ['h', 'w'] has 2 entries for 3 levels"),
         (["--set=guidance_scale=[1]"], "sampling.guidance_scale: [1.0] has 1 entries"),
-        (["--set=shifted=w"], "sampling: shifted: 'w' is wrong because tiles already overlap on w"),
-        (["--prompt=" + "a" * 10_000], "prompt 1: 10000 characters is wrong"),
+        (["--set=shifted=w"], "--set: sampling: shifted: 'w' is wrong because tiles already"),
     ],
 )
 def test_a_request_that_cannot_be_is_one_line(run, tmp_path, capsys, more, words):
@@ -176,6 +178,8 @@ def test_a_request_that_cannot_be_is_one_line(run, tmp_path, capsys, more, words
         ("a cat\n" + "dog " * 2500 + "\n", "line 2: 9999 characters is wrong"),
         ("\n\n", "is wrong because it is empty"),
         (b"caf\xe9", "is not UTF-8 text"),
+        ("a cat\na\x00dog\n", r"line 2: '\x00' is wrong because a prompt is one line of text"),
+        ("a cat\u2028a dog\n", r"line 1: '\u2028' is wrong"),
     ],
 )
 def test_a_prompt_file_s_mistake_is_named_with_its_line(content, words, tmp_path):
@@ -189,6 +193,12 @@ def test_a_prompt_file_may_end_in_line_breaks(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("ein grüner Kreis\r\n a dog \n\n")
     assert read_prompts(path) == ["ein grüner Kreis", "a dog"]
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfa cat\r\na\tdog\r\n")
+    assert read_prompts(path) == ["a cat", "a\tdog"]
 
 
 def test_kinds_of_recipes_take_their_own_subjects():
@@ -206,6 +216,7 @@ def test_kinds_of_recipes_take_their_own_subjects():
         (text, Request(labels=(1,)), "--label: [1] is wrong"),
         (text, Request(prompts=("a",), count=2), "--count: is wrong"),
         (text, Request(), "--prompt: missing"),
+        (text, Request(prompts=("a" * 10_000,)), "prompt 1: 10000 characters is wrong"),
         (text, Request(prompts=("a",), negative_prompt=" "), "prompt 2: 0 characters is wrong"),
         (text, Request(prompts=("a",), negative_prompt="b"), "guidance_scale 1 never looks at it"),
     ):

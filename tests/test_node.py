@@ -118,7 +118,9 @@ def test_the_launcher_gets_the_grace_but_half_a_minute(tmp_path):
     assert "--shutdown-timeout=570" in command
     assert "--max-restarts=0" in command
     assert any(word.startswith("--rdzv-conf=is_host=0,") for word in command)
-    assert command[-4:] == ["cluster.rank", str(tmp_path), "recipe.yaml", "seed=4"]
+    assert command[-5:-1] == ["cluster.rank", str(tmp_path), "recipe.yaml", "seed=4"]
+    # What the wrapper watches is where the ranks run, whatever the recipe says.
+    assert command[-1] == f'run_dir="{tmp_path}"'
     first = launcher_command(job_of(tmp_path, nnodes=4), tmp_path)
     assert any(word.startswith("--rdzv-conf=is_host=1,") for word in first)
 

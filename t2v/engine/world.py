@@ -142,10 +142,12 @@ def _cuda_device(local_rank: int) -> torch.device:
     """This process's GPU; ConfigError where the host has fewer."""
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ConfigError(
+        failure = ConfigError(
             f"LOCAL_RANK: {local_rank} is wrong because {count} GPUs are visible on this host; "
             "start one process per GPU (--nproc-per-node), or see CUDA_VISIBLE_DEVICES."
         )
+        failure.rank = _from_environment("RANK", 0)  # those before it have one
+        raise failure
     return torch.device("cuda", local_rank)
 
 
