@@ -48,8 +48,12 @@ class DataConfig(Strict):
     """Where samples come from and how patiently they are read."""
 
     sources: list[Source] = Field(min_length=1)
-    num_workers: int = Field(default=4, ge=0, description="decoding processes per rank; 0: none")
-    prefetch_batches: int = Field(default=2, ge=1, description="micro-batches ahead, per worker")
+    num_workers: int = Field(
+        default=4, ge=0, le=512, description="decoding processes per rank; 0: none"
+    )
+    prefetch_batches: int = Field(
+        default=2, ge=1, le=512, description="micro-batches ahead, per worker"
+    )
     block_shards: int = Field(
         default=64, ge=1, description="shards that are shuffled together and so in use at a time"
     )

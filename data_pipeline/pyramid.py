@@ -37,8 +37,8 @@ class Pyramid(Strict):
             if patch * _growth(patch, clip, self.levels) ** (self.levels - 1) != clip:
                 fits = " or ".join(str(patch * g ** (self.levels - 1)) for g in (1, 2))
                 raise ValueError(
-                    f"clip_size {clip} ({axis}) does not come from patch_size {patch} by the same "
-                    f"whole factor at each of {self.levels} levels; use {fits}"
+                    f"clip_size: {clip} ({axis}) is wrong because it does not come from patch_size "
+                    f"{patch} by the same whole factor at each of {self.levels} levels; use {fits}"
                 )
         return self
 

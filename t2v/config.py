@@ -33,8 +33,8 @@ class RunConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     run_dir: str = Field(pattern=r"^[^\x00]+$", description="run folder; `runs/<name>` by custom")
     seed: int = Field(ge=0, lt=2**63)
-    total_steps: int = Field(ge=1, description="optimizer steps")
-    global_batch_size: int = Field(ge=1, description="clips per step, over all ranks")
+    total_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    global_batch_size: int = Field(ge=1, le=10**9, description="clips per step, over all ranks")
     micro_batch_size: int = Field(ge=1, description="clips per forward pass of a rank")
     ema_half_life_steps: float = Field(
         gt=0, le=1e9, description="steps after which a weight counts half"
@@ -61,21 +61,21 @@ class RunConfig(Strict):
             if patch % token:
                 low = max(patch // token, 1) * token
                 raise ValueError(
-                    f"pyramid.patch_size: {patch} ({axis}) is not a multiple of model.token_size "
-                    f"{token}; use {low} or {low + token}"
+                    f"pyramid.patch_size: {patch} ({axis}) is wrong because it is no multiple of "
+                    f"model.token_size {token}; use {low} or {low + token}"
                 )
         blocks = model.levels_per_block
         if blocks[-1] != pyramid.levels or sorted(blocks) != blocks or blocks[0] < 1:
             raise ValueError(
-                f"model.levels_per_block: {blocks} must rise from at least 1 to "
-                f"pyramid.levels = {pyramid.levels}; its last entry covers every level"
+                f"model.levels_per_block: {blocks} is wrong because it does not rise from at least "
+                f"1 to pyramid.levels = {pyramid.levels}; let its last entry cover every level"
             )
         if problem := self.sampling.problem_with(pyramid, model.token_size):
             raise ValueError(f"sampling.{problem}")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
-                f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size "
-                f"{self.global_batch_size}; choose a divisor"
+                f"micro_batch_size: {self.micro_batch_size} is wrong because it does not divide "
+                f"global_batch_size {self.global_batch_size}; choose a divisor"
             )
         if self.engine.kind == "zero" and self.optimizer.name == "lamb":
             raise ValueError(
@@ -110,8 +110,8 @@ class RunConfig(Strict):
         ):
             if width % head:
                 raise ValueError(
-                    f"model.{name}_head_dim: {head} does not divide {name}_dim {width}; "
-                    f"choose a divisor"
+                    f"model.{name}_head_dim: {head} is wrong because it does not divide "
+                    f"{name}_dim {width}; choose a divisor"
                 )
         return self
 
@@ -273,8 +273,9 @@ def _explain(error: typing.Any) -> str:
     if error["type"] == "missing":
         return f"{path}: missing; every recipe is complete, add it."
     if error["type"] == "value_error":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{path}: {message}" if path else message
+        message = error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
+        names_field = re.match(r"[a-z_]+: ", message)
+        return f"{path}{'.' if names_field else ': '}{message}" if path else message
     line = f"{path}: value {value!r} is wrong because {_lower(error['msg'])}"
     if isinstance(value, str) and error["type"] == "float_type" and (number := _as_yaml(value)):
         return f"{line}. YAML reads '{value}' as text; write {number}."

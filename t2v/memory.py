@@ -204,6 +204,8 @@ def _remedy(config: RunConfig, footprint: Footprint, gpus: int, gpu_memory_gib: 
         even = even and gpus % changed.engine.dp_replicate == 0
         return even and memory(changed, footprint, gpus).total <= gpu_memory_gib
 
+    if gpu_memory_gib <= RESERVE_GIB:
+        return f"no recipe fits, for {RESERVE_GIB:g} GiB are set aside: give a GPU that has more"
     changes: dict[str, object] = {}
     least = config
     for name, value in _knobs(config, gpus):

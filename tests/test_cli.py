@@ -61,13 +61,13 @@ def test_an_unknown_key_names_the_one_that_was_meant(recipe, capsys):
 def test_a_patch_that_tokens_do_not_divide_is_refused(recipe, capsys):
     code, error = refusal(capsys, "plan", recipe(model__token_size=[1, 4, 4]))
     assert code == 78
-    assert "pyramid.patch_size: 6 (height) is not a multiple of model.token_size 4; use" in error
+    assert "pyramid.patch_size: 6 (height) is wrong because it is no multiple of" in error
 
 
 def test_a_clip_that_the_pyramid_does_not_reach_is_refused(recipe, capsys):
     code, error = refusal(capsys, "train", recipe(pyramid__clip_size=[4, 13, 16]))
     assert code == 78
-    assert "clip_size 13 (height)" in error
+    assert "pyramid.clip_size: 13 (height)" in error
 
 
 def test_a_recipe_that_is_not_there_is_missing_input(capsys):

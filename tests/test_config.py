@@ -106,54 +106,57 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ),
         (
             "pyramid.clip_size=[4, 12, 17]",
-            "pyramid: clip_size 17 (width) does not come from patch_size 8 by the same whole "
-            "factor at each of 2 levels; use 8 or 16",
+            "pyramid.clip_size: 17 (width) is wrong because it does not come from patch_size 8 by "
+            "the same whole factor at each of 2 levels; use 8 or 16.",
         ),
         (
             "model.token_size=[1, 3, 5]",
-            "pyramid.patch_size: 8 (width) is not a multiple of model.token_size 5; use 5 or 10",
+            "pyramid.patch_size: 8 (width) is wrong because it is no multiple of model.token_size "
+            "5; use 5 or 10.",
         ),
         (
             "model.levels_per_block=[2, 1]",
-            "model.levels_per_block: [2, 1] must rise from at least 1 to pyramid.levels = 2; its "
-            "last entry covers every level",
+            "model.levels_per_block: [2, 1] is wrong because it does not rise from at least 1 to "
+            "pyramid.levels = 2; let its last entry cover every level.",
         ),
         (
             "sampling.steps=[4]",
-            "sampling.steps: [4] has 1 entries for 2 levels; give one per level",
+            "sampling.steps: [4] has 1 entries for 2 levels; give one per level.",
         ),
         (
             "micro_batch_size=3",
-            "micro_batch_size: 3 does not divide global_batch_size 4; choose a divisor",
+            "micro_batch_size: 3 is wrong because it does not divide global_batch_size 4; choose a "
+            "divisor.",
         ),
         (
             "data.sources=[{path: a, weight: 2}, {path: b}]",
             "data.sources: weights [2, 1] make 3 equal parts, which do not divide "
-            "global_batch_size 4; choose weights whose parts do",
+            "global_batch_size 4; choose weights whose parts do.",
         ),
         (
             "model.latent_head_dim=5",
-            "model.latent_head_dim: 5 does not divide latent_dim 16; choose a divisor",
+            "model.latent_head_dim: 5 is wrong because it does not divide latent_dim 16; choose a "
+            "divisor.",
         ),
         (
             "engine.dp_replicate=2",
-            "engine: dp_replicate 2 is wrong because engine.kind 'single' has no replicas; use 1, "
-            "or kind fsdp",
+            "engine.dp_replicate: 2 is wrong because engine.kind 'single' has no replicas; use 1, "
+            "or kind fsdp.",
         ),
         (
             "engine={kind: zero, zero_stage: 3, activation_checkpointing: selective}",
-            "engine: activation_checkpointing 'selective' is wrong because ZeRO stage 3 gathers "
-            "weights inside of blocks; use blocks, or zero_stage 2",
+            "engine.activation_checkpointing: 'selective' is wrong because ZeRO stage 3 gathers "
+            "weights inside of blocks; use blocks, or zero_stage 2.",
         ),
         (
             "engine={kind: zero, zero_stage: 3, compile: true}",
-            "engine: compile is wrong because ZeRO stage 3 gathers weights inside of blocks; use "
-            "false, zero_stage 2, or kind fsdp",
+            "engine.compile: true is wrong because ZeRO stage 3 gathers weights inside of blocks; "
+            "use false, zero_stage 2, or kind fsdp.",
         ),
         (
             "engine.offload_optimizer=true",
-            "engine: offload_optimizer is wrong because engine.kind 'single' steps where its "
-            "weights are; use false, or kind zero",
+            "engine.offload_optimizer: true is wrong because engine.kind 'single' steps where its "
+            "weights are; use false, or kind zero.",
         ),
         ("foo", "foo: is not an override; write dotted.key=value."),
         (
@@ -188,14 +191,14 @@ def test_a_tile_that_would_cut_tokens_is_refused():
         tiny_config(model={"token_size": [2, 3, 4]}, sampling={"overlap": "fhw"})
     assert str(caught.value) == (
         "tiny: sampling.overlap: 'f' is wrong because half of pyramid.patch_size 2 (frames) is "
-        "not whole tokens of 2; leave 'f' out"
+        "not whole tokens of 2; leave 'f' out."
     )
 
 
 def test_lamb_under_zero_is_refused(tmp_path):
     assert message(tmp_path, ["engine.kind=zero", "optimizer.name=lamb"]) == (
         "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the norms of "
-        "whole ones; use adamw, or engine.kind fsdp"
+        "whole ones; use adamw, or engine.kind fsdp."
     )
 
 

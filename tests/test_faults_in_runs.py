@@ -30,7 +30,12 @@ from tests.test_loop import (
 )
 
 __all__ = ["dataset"]
-TIMES = {"setup_seconds": 100.0, "data_seconds": 6.0, "step_seconds": 6.0}
+TIMES = {
+    "setup_seconds": 100.0,
+    "data_seconds": 6.0,
+    "step_seconds": 6.0,
+    "checkpoint_seconds": 10.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +238,12 @@ def test_unknown_fault_ends_training_with_one_line(dataset, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-SECTIONS = {"data": "data", "forward": "step", "collective": "step"}
+SECTIONS = {
+    "data": "data",
+    "forward": "step",
+    "collective": "step",
+    "checkpoint.copy": "checkpoint",
+}
 
 
 @pytest.mark.dist
@@ -243,18 +253,19 @@ SECTIONS = {"data": "data", "forward": "step", "collective": "step"}
         "forward",
         pytest.param("data", marks=pytest.mark.slow),
         pytest.param("collective", marks=pytest.mark.slow),
+        pytest.param("checkpoint.copy", marks=pytest.mark.slow),
     ],
 )
 def test_rank_that_hangs_is_named_and_all_end(dataset, tmp_path, site):
     """R11: the report names the rank that hangs, not those that wait for it."""
     config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"}, watchdog=TIMES)
-    job, output = run_job(config, f"{site}:1:3:hang")
+    nth = 1 if site == "checkpoint.copy" else 3
+    job, output = run_job(config, f"{site}:1:{nth}:hang")
     (struck,) = job.fault_times()
     assert time.time() - struck < TIMES["step_seconds"] + 20
     assert [rank.returncode for rank in job.ranks] == [71, 71]
-    assert (
-        f"rank 1 on {os.uname().nodename} hangs in section '{SECTIONS[site]}' of step 3" in output
-    )
+    where = f"section '{SECTIONS[site]}' of step {2 if site == 'checkpoint.copy' else 3}"
+    assert f"rank 1 on {os.uname().nodename} hangs in {where}" in output
     assert "rank 0 on" not in output
     assert "in _break" in output
     status = status_of(tmp_path / "run")

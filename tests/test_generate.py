@@ -159,7 +159,7 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
         (["--set=overlap=whf"], "sampling.overlap: value 'whf' is wrong because it is none of f,"),
         (["--set=overlap=[h,w]"], "sampling.overlap: ['h', 'w'] has 2 entries for 3 levels"),
         (["--set=guidance_scale=[1]"], "sampling.guidance_scale: [1.0] has 1 entries"),
-        (["--set=shifted=w"], "--set: sampling: shifted: 'w' is wrong because tiles already"),
+        (["--set=shifted=w"], "--set: sampling.shifted: 'w' is wrong because tiles already"),
     ],
 )
 def test_a_request_that_cannot_be_is_one_line(run, tmp_path, capsys, more, words):

@@ -48,29 +48,29 @@ class EngineConfig(Strict):
     def _refuse_what_an_engine_lacks(self) -> "EngineConfig":
         if self.dp_replicate > 1 and self.kind != "fsdp":
             raise ValueError(
-                f"dp_replicate {self.dp_replicate} is wrong because engine.kind '{self.kind}' has "
+                f"dp_replicate: {self.dp_replicate} is wrong because engine.kind '{self.kind}' has "
                 "no replicas; use 1, or kind fsdp"
             )
         if self.accumulate == "shards" and self.kind != "fsdp":
             raise ValueError(
-                f"accumulate 'shards' is wrong because engine.kind '{self.kind}' adds up whole "
+                f"accumulate: 'shards' is wrong because engine.kind '{self.kind}' adds up whole "
                 "gradients; use whole, or kind fsdp"
             )
         if self.offload_optimizer and self.kind != "zero":
             raise ValueError(
-                f"offload_optimizer is wrong because engine.kind '{self.kind}' steps where its "
-                "weights are; use false, or kind zero"
+                f"offload_optimizer: true is wrong because engine.kind '{self.kind}' steps where "
+                "its weights are; use false, or kind zero"
             )
         if self.kind == "zero" and self.zero_stage == 3:
             # DeepSpeed gathers weights in the middle of a block, which neither can follow.
             if self.activation_checkpointing == "selective":
                 raise ValueError(
-                    "activation_checkpointing 'selective' is wrong because ZeRO stage 3 gathers "
+                    "activation_checkpointing: 'selective' is wrong because ZeRO stage 3 gathers "
                     "weights inside of blocks; use blocks, or zero_stage 2"
                 )
             if self.compile:
                 raise ValueError(
-                    "compile is wrong because ZeRO stage 3 gathers weights inside of blocks; use "
-                    "false, zero_stage 2, or kind fsdp"
+                    "compile: true is wrong because ZeRO stage 3 gathers weights inside of blocks; "
+                    "use false, zero_stage 2, or kind fsdp"
                 )
         return self

@@ -20,7 +20,8 @@ import torch
 from pydantic import Field
 
 from data_pipeline import storage
-from data_pipeline.errors import NumericError, StorageError, UserError
+from data_pipeline.errors import ConfigError, NumericError, StorageError, UserError
+from data_pipeline.host_memory import available_memory
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
 from t2v.train.contract import WEIGHTS, model_signature
@@ -41,6 +42,7 @@ from t2v.train.tensor_files import INDEX, Slice, WrittenFile, join_index, write_
 STAGING = ".staging-"
 REFUSED = "refused-"
 SETTLE_SECONDS = 60.0
+GIB = 2**30
 
 
 class CheckpointConfig(Strict):
@@ -98,7 +100,6 @@ class Checkpoints:
         self._news: list[Saved] = []
         self._copy = HostCopy()
         self._copied = threading.Event()
-        self._copied.set()
         self._stall = 0.0
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -129,19 +130,21 @@ class Checkpoints:
         self._join()
         finish_writes(slices)
         self._copied.clear()
-        self._writer = threading.Thread(
+        writer = threading.Thread(
             target=self._write, args=(slices, facts, started), name="checkpoint", daemon=True
         )
         self._stall = time.perf_counter() - started
-        self._writer.start()
+        writer.start()
+        self._writer = writer
         if not self.config.asynchronous:
             self._join()
 
     def wait_for_copy(self) -> None:
         """Until the tensors of the last save may change."""
-        started = time.perf_counter()
-        self._copied.wait()
-        self._stall += time.perf_counter() - started
+        if self._writer is not None:
+            started = time.perf_counter()
+            self._copied.wait()
+            self._stall += time.perf_counter() - started
 
     def finish(self) -> None:
         """Wait for the save under way; StorageError where the last one was not committed."""
@@ -315,12 +318,21 @@ class HostCopy:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def reserve(self, slices: dict[str, Slice]) -> None:
-        """Claim the memory, and touch it: fresh pages cost more than the copy itself."""
-        for name, piece in slices.items():
-            if piece.place.kept and name not in self._buffers:
-                pinned = piece.part.device.type == "cuda"
-                shape, dtype = piece.part.shape, piece.part.dtype
-                self._buffers[name] = torch.zeros(shape, dtype=dtype, pin_memory=pinned).fill_(1)
+        """Claim the memory, and touch it: fresh pages cost more than the copy itself. ConfigError
+        where the host has less."""
+        kept = {name: piece for name, piece in slices.items() if piece.place.kept}
+        new = {name: piece.part for name, piece in kept.items() if name not in self._buffers}
+        needed = sum(part.numel() * part.itemsize for part in new.values())
+        if needed > (left := available_memory()):
+            raise ConfigError(
+                f"checkpoint: is wrong because its copy takes {needed / GIB:.1f} GiB of this "
+                f"rank's host memory, and {left / GIB:.1f} are left; split the model over more "
+                "ranks, or give each more memory."
+            )
+        for name, part in new.items():
+            pinned = part.device.type == "cuda"
+            buffer = torch.zeros(part.shape, dtype=part.dtype, pin_memory=pinned)
+            self._buffers[name] = buffer.fill_(1)
 
     def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
         """Those slices that this rank writes, as they are now; valid until the next call."""

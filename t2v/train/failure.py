@@ -46,6 +46,7 @@ HANG_ADVICE = {
     "watchdog.checkpoint_seconds.",
 }
 CRASH_ADVICE = "The stack below says where; the logs of the rank say more."
+OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "can't allocate memory")
 MEMORY_ADVICE = (
     "Lower micro_batch_size, set engine.activation_checkpointing, or use more GPUs: `t2v plan` "
     "says what fits."
@@ -94,7 +95,9 @@ def ring(folder: Path, *, rank: int, is_hang: bool, exit_code: int, reason: str 
     """Wake the other ranks; the first to ring is heard. Returns when, for later records to be
     later whatever their host's clock says."""
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+        # A run folder that is gone was taken back: its start was refused.
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         alarm = {"rank": rank, "is_hang": is_hang, "exit_code": exit_code, "at": timestamp()}
         alarm |= {"reason": reason}
         staging = folder / f".{ALARM}.{rank}"
@@ -185,7 +188,7 @@ def advice(failure: Failure) -> str:
     """The knob to turn, by exit code and section."""
     if failure.exit_code == HANG:
         return HANG_ADVICE.get(failure.section, CRASH_ADVICE)
-    if "OutOfMemory" in failure.reason or "out of memory" in failure.reason:
+    if any(words in failure.reason for words in OUT_OF_MEMORY):
         return MEMORY_ADVICE
     return ADVICE.get(failure.exit_code, CRASH_ADVICE)
 

@@ -143,9 +143,12 @@ def print_checkpoints(infos: list[CheckpointInfo]) -> None:
     for info in infos:
         size = f"{info.size_bytes / 2**30:.3f} GiB"
         loss = "" if info.held_out_loss is None else f"{info.held_out_loss:.5f}"
-        state = info.problem or "committed"
+        state = "refused" if info.problem else "committed"
         table.add_row(str(info.step), size, info.saved_at, loss, state)
     Console().print(table)
+    for info in infos:
+        if info.problem:
+            print(info.problem)
 
 
 def load_weights(

@@ -70,11 +70,14 @@ def train(
             started = time.perf_counter()
             watchdog.enter("data", state.step)
             micro_batches = world.together(lambda: read(steps, state))
-            watchdog.enter("step", state.step, (i for batch in micro_batches for i in batch.ids))
+            samples = [name for batch in micro_batches for name in batch.ids]
+            watchdog.enter("step", state.step, samples)
             losses = accumulate_gradients(state, wait(micro_batches), config, report)
             rates = learning_rates(config, state.step, state.engine.updates)
             grad_norm = float(state.engine.gradient_norm())
+            watchdog.enter("checkpoint", state.step)
             checkpoints.wait_for_copy()
+            watchdog.enter("step", state.step, samples)
             if math.isfinite(grad_norm):
                 state.update(rates, grad_norm)
             else:

@@ -117,13 +117,18 @@ def write_slices(folder: Path, slices: dict[str, Slice], rank: int) -> WrittenFi
     kept = {n: s for n, s in slices.items() if s.place.kept and s.part.numel()}
     header, starts = _header(kept)
     hasher, size_bytes = hashlib.sha256(), 0
-    with (folder / file_of(rank)).open("wb") as file:
-        for content in (header, *(_bytes(piece.part) for piece in kept.values())):
-            hasher.update(content)
-            size_bytes += file.write(content)
-        fault("checkpoint.write")
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / file_of(rank)
+    try:
+        with path.open("wb") as file:
+            for content in (header, *(_bytes(piece.part) for piece in kept.values())):
+                hasher.update(content)
+                size_bytes += file.write(content)
+            fault("checkpoint.write")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as failure:
+        failure.filename = str(path)  # which neither a write nor a sync tells
+        raise
     entries = {
         name: Entry(
             shape=list(piece.place.shape),
