@@ -5,6 +5,7 @@ What fails on every node is the job's fault; what fails on some is theirs.
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -78,7 +79,7 @@ def check_together(
     absent = await_keys(store, "name", meeting)
     if absent:
         # The others cannot be asked; each of those present comes to the same answer.
-        numbers = ", ".join(map(str, absent))
+        numbers = ", ".join(numbered(number, meeting) for number in absent)
         raise StorageError(
             f"preflight: of {meeting.nnodes} nodes, number {numbers} did not come within "
             f"{meeting.timeout_seconds:.0f} s; look at their logs."
@@ -184,6 +185,12 @@ def await_keys(store: dist.Store, name: str, meeting: Meeting) -> list[int]:
             break
         time.sleep(0.1)
     return missing
+
+
+def numbered(number: int, meeting: Meeting) -> str:
+    """A node's number, and its name where a batch script tells those of all nodes."""
+    names = os.environ.get("T2V_NODE_NAMES", "").split()
+    return f"{number} ({names[number]})" if len(names) == meeting.nnodes else str(number)
 
 
 def agreed_clock(store: dist.Store, meeting: Meeting) -> float:

@@ -1,7 +1,8 @@
 """What a site is: a SLURM or Kubernetes cluster with its nodes, disks, environment and secrets."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -21,16 +22,51 @@ DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 ABSOLUTE_PATH = r"^/[^\x00-\x1f\x7f:]*$"
 IMAGE_BY_DIGEST = r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$"
 
-# Set by the script itself; a profile that sets them too would be overruled or break the job.
-OWN_DIRECTIVES = {
-    *("account", "partition", "qos", "exclude", "exclusive", "nodes", "ntasks-per-node"),
-    *("cpus-per-task", "gpus-per-node", "mem", "time", "array", "wrap"),
-    *("chdir", "export", "job-name", "open-mode", "output", "requeue", "signal"),
-    # These would contradict one of the above, or keep the job from being submitted.
-    *("ntasks", "gpus", "mem-per-cpu", "mem-per-gpu", "no-requeue", "test-only", "wait"),
+# sbatch options that a profile must not give, and why.
+REFUSED_DIRECTIVES = {
+    **dict.fromkeys(
+        (
+            *("account", "partition", "qos", "exclude", "exclusive", "nodes", "ntasks-per-node"),
+            *("cpus-per-task", "gpus-per-node", "mem", "time", "array", "wrap"),
+            *("chdir", "export", "job-name", "open-mode", "output", "requeue", "signal"),
+        ),
+        "is set by t2v launch",
+    ),
+    **dict.fromkeys(
+        (
+            *("ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket", "tres-per-task"),
+            *("gpus", "gpus-per-socket", "gpus-per-task", "cpus-per-gpu", "mem-per-cpu"),
+            *("mem-per-gpu", "overcommit", "oversubscribe"),
+        ),
+        "contradicts the nodes, tasks, CPUs, GPUs and memory that t2v launch asks for",
+    ),
+    **dict.fromkeys(("error", "parsable", "quiet"), "hides what t2v launch and its users read"),
+    **dict.fromkeys(
+        ("help", "hold", "no-requeue", "test-only", "usage", "version", "wait"),
+        "keeps the job from being submitted, started or requeued",
+    ),
+    **dict.fromkeys(("no-kill",), "keeps a job that has lost a node from starting anew"),
+    **dict.fromkeys(("gid", "uid"), "makes the job another user's"),
+    **dict.fromkeys(
+        ("export-file", "get-user-env"), "changes variables, which stand under `environment`"
+    ),
+    **dict.fromkeys(("container", "container-image"), "is what the field `container` is for"),
 }
+# What bash itself reads or keeps, and the names of the script's own variables.
+SHELL_NAMES = {
+    *("BASHOPTS", "BASH_ENV", "ENV", "EUID", "IFS", "POSIXLY_CORRECT", "PPID"),
+    *("SHELLOPTS", "UID", "attempt", "bad", "container", "head", "launch", "pid"),
+    *("port", "rc", "run_dir", "step", "T2V_BAD_NODES", "T2V_NODE_NAMES", "T2V_TASKS"),
+}
+SCHEDULER_NAMES = ("SBATCH_", "SLURM_", "SLURMD_", "SRUN_")
 # Where pods have volumes of our own; cluster/pod.py mounts them.
 OWN_MOUNTS = ("/etc/t2v", "/tmp", "/cache", "/dev/shm")
+# Where the image has the program; the Dockerfile says so.
+PROGRAM_FOLDERS = ("/opt/t2v", "/app")
+IMAGE_FOLDERS = (
+    *PROGRAM_FOLDERS,
+    *("/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr"),
+)
 
 Directive = Annotated[str, Field(pattern=DIRECTIVE_VALUE)]
 Folder = Annotated[str, Field(pattern=ABSOLUTE_PATH)]
@@ -43,12 +79,18 @@ class Site(Strict):
 
     nodes: int = Field(ge=1, le=4096, description="a job's nodes, unless told; never more")
     gpus_per_node: int = Field(ge=0, le=64, description="ranks of a node; 0: one rank on its CPUs")
-    gpu_memory_gib: float = Field(default=0.0, ge=0, description="of one GPU; 0 where none are")
-    cpus_per_node: int = Field(ge=1)
-    memory_gib: int = Field(ge=1, description="main memory of a node that a job may use")
+    gpu_memory_gib: float = Field(
+        default=0.0, ge=0, le=4096, description="of one GPU; 0 where none are"
+    )
+    # Upper bounds are far above any machine: they catch a value in another unit.
+    cpus_per_node: int = Field(ge=1, le=4096)
+    memory_gib: int = Field(ge=1, le=65536, description="main memory of a node that a job may use")
     workdir: Folder = Field(description="folder on the shared disk: relative paths begin there")
     storage_gib_per_second: float = Field(
-        default=2.0, gt=0, description="what all nodes together write to it; sizes the grace period"
+        default=2.0,
+        gt=0,
+        le=65536,
+        description="what all nodes together write to it; sizes the grace period",
     )
     restart_limit: int = Field(default=50, ge=0, le=1000)
     environment: dict[str, str] = Field(default={}, description="NCCL and fabric settings go here")
@@ -126,13 +168,20 @@ class Apptainer(Strict):
             refuse_unprintable("binds", bind)
         return binds
 
+    @property
+    def mounted(self) -> dict[str, bool]:
+        """Folders inside that are the site's, and whether they are read-only."""
+        return _mounted(self.binds)
+
 
 class Pyxis(Strict):
     """Run inside an image by SLURM's pyxis plugin (enroot)."""
 
     kind: Literal["pyxis"]
     image: str = Field(
-        pattern=r"^(/[^\x00-\x1f\x7f]+\.sqsh|[^\x00-\x20\x7f]+@sha256:[0-9a-f]{64})$"
+        pattern=r"^(/[^\x00-\x1f\x7f]+\.sqsh|[^\x00-\x20\x7f]+@sha256:[0-9a-f]{64})$",
+        description="a .sqsh file, which always works; or name@sha256:..., which needs an enroot "
+        "that knows digests: older ones take the name before the @ for a user's",
     )
     mounts: list[str] = Field(default=[], description="what is mounted, as pyxis writes it")
 
@@ -142,6 +191,11 @@ class Pyxis(Strict):
         for mount in mounts:
             refuse_unprintable("mounts", mount)
         return mounts
+
+    @property
+    def mounted(self) -> dict[str, bool]:
+        """Folders inside that are the site's, and whether they are read-only."""
+        return _mounted(self.mounts)
 
 
 class SlurmProfile(Site):
@@ -153,10 +207,12 @@ class SlurmProfile(Site):
     qos: Directive | None = None
     gpu_type: Directive | None = Field(default=None, description="as in --gpus-per-node=h100:8")
     exclusive: bool = Field(default=True, description="no other job on our nodes; all their memory")
-    time_limit_minutes: int = Field(ge=5)
+    time_limit_minutes: int = Field(ge=5, le=366 * 24 * 60)
     exclude: list[Directive] = Field(default=[], description="nodes that are never used")
-    directives: dict[str, Directive] = Field(
-        default={}, description="other sbatch options by their long name, such as switches: 1@10:00"
+    directives: dict[str, str | Literal[True]] = Field(
+        default={},
+        description="other sbatch options by their long name, such as switches: 1@10:00; "
+        "true for one without a value, such as contiguous",
     )
     container: Annotated[Apptainer | Pyxis, Field(discriminator="kind")] | None = None
     setup: list[str] = Field(
@@ -166,12 +222,26 @@ class SlurmProfile(Site):
 
     @field_validator("directives")
     @classmethod
-    def _refuse_our_own(cls, directives: dict[str, str]) -> dict[str, str]:
-        for name in directives:
+    def _refuse_contradictions(
+        cls, directives: dict[str, str | Literal[True]]
+    ) -> dict[str, str | Literal[True]]:
+        for name, value in directives.items():
             if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
                 raise ValueError(f"{name!r} is no long option of sbatch; see `man sbatch`")
-            if name in OWN_DIRECTIVES:
-                raise ValueError(f"{name!r} is set by t2v launch; leave it out")
+            # sbatch takes the beginning of a name for the whole.
+            refused = (known for known in REFUSED_DIRECTIVES if known.startswith(name))
+            if meant := next(refused, None):
+                raise ValueError(f"{name!r} {REFUSED_DIRECTIVES[meant]}; leave it out")
+            if value is not True and not re.fullmatch(DIRECTIVE_VALUE, value):
+                raise ValueError(
+                    f"{name!r} has a value that sbatch would read otherwise; use letters, digits "
+                    "and @+=:,./_[]*&|- only"
+                )
+            if name == "gres" and "gpu" in str(value):
+                raise ValueError(
+                    f"'gres' of {value!r} contradicts the GPUs that t2v launch asks for; give "
+                    "gpus_per_node and gpu_type instead"
+                )
         return directives
 
     @field_validator("setup")
@@ -184,6 +254,24 @@ class SlurmProfile(Site):
             if holds_secret(line):
                 raise ValueError("a line holds a secret; name where it is kept under `secrets`")
         return setup
+
+    @model_validator(mode="after")
+    def _refuse_variables_of_the_script(self) -> "SlurmProfile":
+        given = [("environment", name) for name in self.environment]
+        given += [("secrets", secret.variable) for secret in self.secrets]
+        for field, name in given:
+            if name in SHELL_NAMES or name.startswith(SCHEDULER_NAMES):
+                raise ValueError(
+                    f"{field}: {name!r} is wrong because SLURM, bash or the job's script uses it; "
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_a_workdir_outside_the_container(self) -> "SlurmProfile":
+        if self.container:
+            _refuse_unmounted(self.workdir, self.container.mounted)
+        return self
 
 
 class KeySecret(Strict):
@@ -223,7 +311,9 @@ class KubernetesProfile(Site):
     service_account: str = Field(default="default", pattern=DNS_NAME)
     gpu_resource: Label = "nvidia.com/gpu"
     rdma_resource: Label | None = Field(default=None, description="such as rdma/ib; adds IPC_LOCK")
-    cache_gib: int = Field(default=64, ge=2, description="node disk for data from object stores")
+    cache_gib: int = Field(
+        default=64, ge=2, le=65536, description="node disk for data from object stores"
+    )
     mounts: list[Mount] = Field(min_length=1)
     secrets: list[KeySecret] = Field(default=[])
     queue: str | None = Field(default=None, pattern=DNS_LABEL, description="Kueue's LocalQueue")
@@ -234,28 +324,35 @@ class KubernetesProfile(Site):
     )
     node_selector: dict[Label, LabelValue] = Field(default={})
     tolerations: list[Toleration] = Field(default=[])
-    user: int = Field(default=1000, ge=1, description="user and group of all processes")
+    user: int = Field(
+        default=1000, ge=1, le=2**31 - 1, description="user and group of all processes"
+    )
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "KubernetesProfile":
-        paths = [mount.path for mount in self.mounts]
+        if "/" not in self.gpu_resource:
+            raise ValueError(
+                f"gpu_resource: {self.gpu_resource!r} is wrong because names of devices have a "
+                "domain, as nvidia.com/gpu has; correct it"
+            )
+        paths = [_plain_path(mount.path) for mount in self.mounts]
         if len(set(paths)) != len(paths):
-            raise ValueError(f"mounts: {paths} has a path twice; give each its own")
-        if own := next((path for path in paths if str(Path(path)) in OWN_MOUNTS), None):
-            raise ValueError(
-                f"mounts: {own!r} is wrong because pods have a volume of ours there; choose another"
-            )
-        holding = [m for m in self.mounts if Path(self.workdir).is_relative_to(m.path)]
-        if holding and max(holding, key=lambda mount: len(mount.path)).read_only:
-            raise ValueError(
-                f"workdir: {self.workdir!r} is wrong because its mount is read_only, and runs "
-                "write there; choose another"
-            )
-        if not holding:
-            raise ValueError(
-                f"workdir: {self.workdir!r} is lost with its pod because it is on none of the "
-                f"mounts {paths}; choose a folder on one"
-            )
+            raise ValueError(f"mounts: {list(map(str, paths))} has a path twice; give each its own")
+        for path in paths:
+            if str(path) in OWN_MOUNTS:
+                raise ValueError(
+                    f"mounts: '{path}' is wrong because pods have a volume of ours there; choose "
+                    "another"
+                )
+            inside = any(path.is_relative_to(folder) for folder in PROGRAM_FOLDERS)
+            if inside or any(
+                PurePosixPath(folder).is_relative_to(path) for folder in IMAGE_FOLDERS
+            ):
+                raise ValueError(
+                    f"mounts: '{path}' is wrong because it hides what the image has there; choose "
+                    "another"
+                )
+        _refuse_unmounted(self.workdir, {mount.path: mount.read_only for mount in self.mounts})
         if self.topology and not self.queue:
             raise ValueError("topology: is Kueue's to obey, but there is no queue; name one")
         return self
@@ -288,6 +385,37 @@ def refuse_unprintable(name: str, text: str, *, allowed: str = "") -> None:
         surrogate = "\ud800" <= character <= "\udfff"
         if surrogate or (not character.isprintable() and character not in allowed + " "):
             raise ValueError(f"{name} has the character {character!r}, which no job can hold")
+
+
+def _plain_path(path: str) -> PurePosixPath:
+    """A path without what does not change where it leads: `//`, `.`, `..` and a last `/`."""
+    return PurePosixPath("/", normpath(path).lstrip("/"))
+
+
+def _mounted(given: list[str]) -> dict[str, bool]:
+    """The folders of `SRC[:DST[:FLAGS]],...`, and whether they are read-only."""
+    found = {}
+    for mount in ",".join(given).split(","):
+        source, destination, flags, *_ = [*mount.split(":"), "", ""]
+        if source.startswith("/"):  # else one more flag of the mount before
+            found[destination or source] = "ro" in flags.split("+")
+    return found
+
+
+def _refuse_unmounted(workdir: str, mounts: dict[str, bool]) -> None:
+    """ValueError for a workdir that no mount holds or a read-only one."""
+    here = _plain_path(workdir)
+    holding = [path for path in mounts if here.is_relative_to(_plain_path(path))]
+    if not holding:
+        raise ValueError(
+            f"workdir: {workdir!r} ends with its container because it is on none of the mounts "
+            f"{list(mounts)}; choose a folder on one"
+        )
+    if mounts[max(holding, key=lambda path: len(_plain_path(path).parts))]:
+        raise ValueError(
+            f"workdir: {workdir!r} is wrong because its mount is read-only, and runs write there; "
+            "choose another"
+        )
 
 
 def _explain(error) -> str:

@@ -7,6 +7,7 @@ from shlex import join, quote
 
 from cluster.job import DataJob, TrainingJob, run_folder
 from cluster.profile import DIRECTIVE_VALUE, Apptainer, Pyxis, SlurmProfile, refuse_unprintable
+from cluster.status import HOPELESS
 from data_pipeline.errors import ConfigError
 
 # In these, sbatch replaces %x, %j and the like.
@@ -17,6 +18,11 @@ SCRIPT = "job.sbatch"
 EXPORTED = "HOME,LANG,PATH,USER"
 # Below 32768, where Linux takes ports for outgoing connections.
 FIRST_PORT, PORTS = 20000, 12000
+# As long as `t2v node` gives the same nodes; in a job's first step they also import the image, at
+# different speeds.
+MEETING_SECONDS = 600
+# Usage, a program that cannot be run, and what else another attempt would meet again.
+FATAL_CODES = sorted(HOPELESS | {2, 126, 127})
 ALONE = ("srun", "--export=ALL", "--overlap", "--nodes=1", "--ntasks=1")
 
 NODE_SHELL = 'exec t2v node --node-rank "$SLURM_NODEID" "$@"'
@@ -56,9 +62,11 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f"launch={_quote(launch)}",
         _array("step", _step(profile.cpus_per_node)),
         _array("container", _container(profile)),
+        'T2V_NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd " " -)',
+        "export T2V_NODE_NAMES",
         'export T2V_BAD_NODES="$run_dir/bad_nodes"',
         "attempt=${SLURM_RESTART_COUNT:-0}",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "head=${T2V_NODE_NAMES%% *}",
         f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
         'mkdir -p -- "$run_dir"',
         "",
@@ -71,18 +79,33 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "  local pid=$!",
         '  while :; do wait "$pid"; rc=$?; kill -0 "$pid" 2>/dev/null || break; done',
         "}",
+        "requeue() {",
+        f'  if [ "$attempt" -lt {profile.restart_limit} ]; then',
+        '    scontrol requeue "$SLURM_JOB_ID" && sleep 120',
+        "    exit 75",
+        "  fi",
+        '  echo "not requeued because it has restarted $attempt times; see t2v status" >&2',
+        "}",
         "",
-        f'follow "${{step[@]}}" "${{container[@]}}" bash -c {_quote(PREFLIGHT_SHELL)} \\',
+        'follow "${step[@]}" --kill-on-bad-exit=0 \\',
+        f"""  "${{container[@]}}" bash -c {_quote(PREFLIGHT_SHELL)} \\""",
         f"  preflight --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
-        '  --rdzv-endpoint "$head:$((port + 1))" -- "$launch/config.yaml"',
-        'if [ "$rc" != 0 ]; then',
+        f'  --rdzv-endpoint "$head:$((port + 1))" --timeout-seconds {MEETING_SECONDS} \\',
+        '  -- "$launch/config.yaml"',
+        'case "$rc" in',
+        "0) ;;",
+        "69)",
         "  # Only a pending job can be told to avoid nodes, so a new one takes this one's place.",
-        '  bad=$(sort -u -- "$T2V_BAD_NODES" 2>/dev/null)',
-        f'  if [ "$rc" = 69 ] && [ "$(wc -l <<<"$bad")" -le {job.nodes} ]; then',
+        '  bad=$(grep . -- "$T2V_BAD_NODES" 2>/dev/null | sort -u)',
+        f'  if [ -n "$bad" ] && [ "$(wc -l <<<"$bad")" -le {job.nodes} ]; then',
         f'    sbatch --exclude={excluded}"$(paste -sd, - <<<"$bad")" "$launch/{SCRIPT}"',
         "  fi",
-        '  exit "$rc"',
-        "fi",
+        "  exit 69 ;;",
+        f'{"|".join(map(str, FATAL_CODES))}) exit "$rc" ;;',
+        "*)",
+        "  requeue",
+        '  exit "$rc" ;;',
+        "esac",
         "",
         "# All nodes end by themselves, at the same step; --wait bounds how long one may linger.",
         f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={job.grace.seconds} \\',
@@ -94,12 +117,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "# The scheduler's exit codes say little: the run folder says what to do.",
         f'case $({_alone(profile)}t2v status "$run_dir" --decide) in',
         "done) exit 0 ;;",
-        "requeue)",
-        f'  if [ "$attempt" -lt {profile.restart_limit} ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID" && sleep 120',
-        "    exit 75",
-        "  fi",
-        '  echo "not requeued because it has restarted $attempt times; see t2v status" >&2 ;;',
+        "requeue) requeue ;;",
         "esac",
         'exit "$((rc ? rc : 1))"',
     ]
@@ -171,7 +189,8 @@ def _site(profile: SlurmProfile, excluded: tuple[str, ...] | list[str]) -> dict[
         "exclude": ",".join(dict.fromkeys(excluded)) or None,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    return {"chdir": profile.workdir, "export": EXPORTED, **given, **profile.directives}
+    others = {name: None if value is True else value for name, value in profile.directives.items()}
+    return {"chdir": profile.workdir, "export": EXPORTED, **given, **others}
 
 
 def _gpus(profile: SlurmProfile, count: int) -> dict[str, str | None]:
@@ -185,9 +204,22 @@ def _environment(profile: SlurmProfile) -> list[str]:
     # Not -e: the waiting loop needs codes other than 0. Lines of a site may not stand -u.
     lines = [*profile.setup, "set -uo pipefail", "umask 077"]
     lines += [f"export {name}={_quote(value)}" for name, value in profile.variables.items()]
-    # Values stay on the node: the script names only the file.
-    lines += [f'export {s.variable}="$(< {_quote(s.file)})"' for s in profile.secrets]
+    for secret in profile.secrets:
+        lines += _secret(secret.variable, secret.file)
     return lines
+
+
+def _secret(variable: str, file: str) -> list[str]:
+    # The value stays on the node: the script names only the file.
+    problem = (
+        f"secrets: {variable} is wrong because {file} is missing, empty or not readable on this "
+        "node; put it there."
+    )
+    return [
+        f'{variable}="$(cat -- {_quote(file)} 2>/dev/null)"',
+        f'[ -n "${variable}" ] || {{ echo {_quote(problem)} >&2; exit 78; }}',
+        f"export {variable}",
+    ]
 
 
 def _step(cpus: int) -> list[str]:
@@ -210,10 +242,16 @@ def _container(profile: SlurmProfile) -> list[str]:
     match profile.container:
         case Apptainer(image=image, binds=binds):
             gpu = ["--nv"] if profile.gpus_per_node else []
-            return ["apptainer", "exec", *gpu, *(f"--bind={bind}" for bind in binds), image]
+            bound = [f"--bind={bind}" for bind in binds]
+            return ["apptainer", "exec", *gpu, *bound, f"--pwd={profile.workdir}", image]
         case Pyxis(image=image, mounts=mounts):
             mounted = [f"--container-mounts={','.join(mounts)}"] if mounts else []
-            return [f"--container-image={image}", *mounted]
+            # Else commands begin in the image's own folder, and relative paths there.
+            return [
+                f"--container-image={image}",
+                *mounted,
+                f"--container-workdir={profile.workdir}",
+            ]
     return []
 
 

@@ -212,12 +212,17 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
         refuse_other_shape(tiny_config(), ranks=1, nnodes=3)
 
 
-def test_a_node_that_does_not_come_is_told_by_its_number(dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("", "number 0, 2 did not come"), ("n1 n2 n3", r"number 0 \(n1\), 2 \(n3\) did not come")],
+)
+def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch, names, said):
+    monkeypatch.setenv("T2V_NODE_NAMES", names)
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
     )
     meeting = Meeting(3, 1, "127.0.0.1", store.port, timeout_seconds=0.5)
-    with pytest.raises(StorageError, match="of 3 nodes, number 0, 2 did not come"):
+    with pytest.raises(StorageError, match=f"of 3 nodes, {said}"):
         check_together(config_of(dataset, tmp_path / "run"), meeting, ranks=1)
 
 

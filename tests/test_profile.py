@@ -71,7 +71,43 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (SLURM, {"kind": "lsf"}, "kind: 'lsf' is wrong because it is none of 'slurm', "),
         (SLURM, {"container": {"kind": "x"}}, "container.kind: 'x' is wrong"),
         (SLURM, {"directives": {"n": "9"}}, "no long option"),
-        (SLURM, {"directives": {"no-requeue": "1"}}, "'no-requeue' is set by t2v launch"),
+        (SLURM, {"directives": {"no-requeue": "1"}}, "'no-requeue' keeps the job from"),
+        (SLURM, {"directives": {"gres": "gpu:h100:8"}}, "'gres' of 'gpu:h100:8' contradicts"),
+        (SLURM, {"directives": {"gpus-per-task": "1"}}, "'gpus-per-task' contradicts the nodes"),
+        (SLURM, {"directives": {"hold": True}}, "'hold' keeps the job from"),
+        (SLURM, {"directives": {"error": "x.err"}}, "'error' hides what"),
+        (SLURM, {"directives": {"arr": "0-9"}}, "'arr' is set by t2v launch"),
+        (SLURM, {"directives": {"nice": "9 --hold"}}, "'nice' has a value that sbatch"),
+        (SLURM, {"directives": {"contiguous": False}}, "contiguous"),
+        (SLURM, {"environment": {"BASH_ENV": "x"}}, "environment: 'BASH_ENV' is wrong because"),
+        (SLURM, {"environment": {"SLURM_NNODES": "9"}}, "environment: 'SLURM_NNODES' is wrong"),
+        (SLURM, {"environment": {"step": "9"}}, "environment: 'step' is wrong because"),
+        (SLURM, {"secrets": [{"variable": "IFS", "file": "/a"}]}, "secrets: 'IFS' is wrong"),
+        (SLURM, {"time_limit_minutes": 10**9}, "time_limit_minutes: 1000000000 is wrong"),
+        (SLURM, {"cpus_per_node": 10**6}, "cpus_per_node: 1000000 is wrong"),
+        (KUBERNETES, {"memory_gib": 10**9}, "memory_gib: 1000000000 is wrong"),
+        (KUBERNETES, {"gpu_resource": "cpu"}, "gpu_resource: 'cpu' is wrong because"),
+        (KUBERNETES, {"mounts": [{"claim": "x", "path": "/"}]}, "mounts: '/' is wrong because it"),
+        (
+            KUBERNETES,
+            {"mounts": [*KUBERNETES["mounts"], {"claim": "x", "path": "/opt"}]},
+            "mounts: '/opt' is wrong because it hides what the image has there",
+        ),
+        (
+            KUBERNETES,
+            {"mounts": [*KUBERNETES["mounts"], {"claim": "x", "path": "/opt/t2v/lib/"}]},
+            "mounts: '/opt/t2v/lib' is wrong because it hides",
+        ),
+        (
+            KUBERNETES,
+            {"mounts": [*KUBERNETES["mounts"], {"claim": "x", "path": "/shared/"}]},
+            "has a path twice",
+        ),
+        (
+            KUBERNETES,
+            {"mounts": [*KUBERNETES["mounts"], {"claim": "x", "path": "/x/..//tmp/"}]},
+            "mounts: '/tmp' is wrong because pods have a volume",
+        ),
         (
             SLURM,
             {"environment": {"A": "1"}, "secrets": [{"variable": "A", "file": "/a"}]},
@@ -85,7 +121,7 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (
             KUBERNETES,
             {"mounts": [{"claim": "x", "path": "/shared", "read_only": True}]},
-            "workdir: '/shared/t2v' is wrong because its mount is read_only",
+            "workdir: '/shared/t2v' is wrong because its mount is read-only",
         ),
         (SLURM, {"patition": "gpu"}, "patition: unknown field"),
         (SLURM, {"nodes": "4"}, "nodes: '4' is wrong because"),
@@ -114,6 +150,38 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
 )
 def test_refusals_name_the_field(base, change, said):
     assert said in refusal({**base, **change})
+
+
+APPTAINER = {"kind": "apptainer", "image": "/images/t2v.sif"}
+PYXIS = {"kind": "pyxis", "image": "/images/t2v.sqsh"}
+
+
+@pytest.mark.parametrize(
+    "mounted",
+    [
+        {**APPTAINER, "binds": ["/data:/data:ro,nosuid,/shared/"]},
+        {**APPTAINER, "binds": ["/data", "/mnt/disk:/shared/t2v"]},
+        {**PYXIS, "mounts": ["/mnt/disk:/shared:rw+rprivate"]},
+        {**PYXIS, "mounts": ["/shared:/shared:ro", "/shared/t2v:/shared/t2v"]},
+    ],
+)
+def test_a_container_may_mount_the_workdir_as_its_program_writes_it(mounted):
+    assert isinstance(parse_profile({**SLURM, "container": mounted}, "site.yaml"), SlurmProfile)
+
+
+@pytest.mark.parametrize(
+    ("mounted", "said"),
+    [
+        ({**APPTAINER}, "on none of the mounts []"),
+        ({**APPTAINER, "binds": ["/shared:/mnt"]}, "on none of the mounts ['/mnt']"),
+        ({**PYXIS, "mounts": ["/shared/t2v2"]}, "on none of the mounts ['/shared/t2v2']"),
+        ({**PYXIS, "mounts": ["/shared:/shared:rprivate+ro"]}, "its mount is read-only"),
+    ],
+)
+def test_a_workdir_that_the_container_does_not_see_is_refused(mounted, said):
+    refused = refusal({**SLURM, "container": mounted})
+    assert refused.startswith("site.yaml: workdir: '/shared/t2v'")
+    assert said in refused
 
 
 def test_every_mistake_is_told_at_once():

@@ -119,11 +119,12 @@ def verbs(calls: list) -> list[str]:
 
 def test_directives_say_what_profile_and_job_say(tmp_path):
     profile = site(tmp_path, partition="gpu", account="t2v", gpu_type="h100", exclude=["n9"],
-                   directives={"switches": "1@10:00"})  # fmt: skip
+                   directives={"switches": "1@10:00", "contiguous": True})  # fmt: skip
     found = directives_of(training_script(job(bad_nodes=("n7",)), profile))
     assert set(found) == {
         "#SBATCH --account=t2v",
         f"#SBATCH --chdir={tmp_path}",
+        "#SBATCH --contiguous",
         "#SBATCH --cpus-per-task=16",
         "#SBATCH --exclude=n9,n7",
         "#SBATCH --exclusive",
@@ -147,13 +148,21 @@ def test_directives_say_what_profile_and_job_say(tmp_path):
 @pytest.mark.parametrize("container", ["none", "apptainer", "pyxis"])
 def test_scripts_are_bash(tmp_path, container):
     digest = "registry.example/t2v@sha256:" + "0" * 64
+    mounts = ["/a b:/c", str(tmp_path)]
     kinds = {
         "none": None,
-        "apptainer": {"kind": "apptainer", "image": f"docker://{digest}", "binds": ["/a b:/c"]},
-        "pyxis": {"kind": "pyxis", "image": digest, "mounts": ["/a b:/c", "/d"]},
+        "apptainer": {"kind": "apptainer", "image": f"docker://{digest}", "binds": mounts},
+        "pyxis": {"kind": "pyxis", "image": digest, "mounts": mounts},
     }
     profile = site(tmp_path, container=kinds[container])
-    refuse_bad_shell(training_script(job(), profile))
+    script = training_script(job(), profile)
+    refuse_bad_shell(script)
+    line = next(line for line in script.splitlines() if line.startswith("container=("))
+    begins = {"none": [], "apptainer": ["--pwd"], "pyxis": ["--container-workdir"]}[container]
+    words = shlex.split(line.removeprefix("container=(").removesuffix(")"))
+    assert [word for word in words if "wd=" in word or "workdir=" in word] == [
+        f"{option}={tmp_path}" for option in begins
+    ]
     with pytest.raises(ConfigError, match="bash cannot read"):
         refuse_bad_shell(training_script(job(), site(tmp_path, setup=["if true"])))
 
@@ -183,6 +192,20 @@ def test_environment_and_arguments_reach_the_program_as_they_were_given(tmp_path
     assert "s3cret" not in script
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_secret_that_is_not_on_the_node_ends_the_job_at_once(tmp_path, content):
+    file = tmp_path / "my key"
+    if content is not None:
+        file.write_text(content)
+    profile = site(tmp_path, secrets=[{"variable": "KEY", "file": str(file)}])
+    process, calls = start_script(training_script(job(), profile), tmp_path)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 78
+    assert said.startswith(f"secrets: KEY is wrong because {file} is missing, empty or")
+    assert said.count("\n") == 1
+    assert not calls.exists()
+
+
 @pytest.mark.parametrize("text", ["x\0y", "x\x1b[31my", "x\ud800y", "x\ry"])
 def test_what_no_job_can_hold_is_refused(tmp_path, text):
     data = DataJob("words", ("build", text), 3, 2, 4, 8, 0, {})
@@ -202,11 +225,19 @@ def test_directives_cannot_be_forged_by_paths(tmp_path, text):
 
 def test_a_run_is_told_where_and_what(tmp_path):
     script = training_script(job(), site(tmp_path))
-    code, calls = run_script(script, tmp_path, SLURM_RESTART_COUNT="3", SLURM_NODEID="1")
+    code, calls = run_script(
+        script, tmp_path, SLURM_RESTART_COUNT="3", SLURM_NODEID="1", TELL="T2V_NODE_NAMES"
+    )
     assert code == 0
     assert verbs(calls) == ["show", "preflight", "node", "status"]
+    assert calls[1][2] == {"T2V_NODE_NAMES": "n1 n2"}
+    assert script.count('follow "${step[@]}" --kill-on-bad-exit=0') == 2
     folder = tmp_path / "runs" / "tiny"
     recipe = f"{folder}/launch/{job().snapshot}/config.yaml"
+    assert calls[1][1] == [
+        *("preflight", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
+        *("--rdzv-endpoint", "n1:20018", "--timeout-seconds", "600", "--", recipe),
+    ]
     assert calls[2][1] == [
         *("node", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
         *("--rdzv-endpoint", "n1:20017", "--rdzv-id", "17-3"),
@@ -272,7 +303,23 @@ def test_a_bad_node_is_avoided_by_the_job_that_takes_over(tmp_path):
     assert (tmp_path / "runs/tiny/bad_nodes").read_text() == "n2\n"
 
 
-@pytest.mark.parametrize("code", ["66", "78", "1"])
+def test_a_bad_node_without_a_name_is_not_avoided_for_ever(tmp_path):
+    script = training_script(job(), site(tmp_path))
+    code, calls = run_script(script, tmp_path, PREFLIGHT="69", SLURMD_NODENAME="")
+    assert code == 69
+    assert verbs(calls) == ["show", "preflight"]
+
+
+@pytest.mark.parametrize("code", ["1", "71", "74", "137"])
+@pytest.mark.parametrize(("restarts", "asked"), [("49", True), ("50", False)])
+def test_nodes_that_did_not_meet_try_again_within_the_limit(tmp_path, code, restarts, asked):
+    script = training_script(job(), site(tmp_path))
+    returned, calls = run_script(script, tmp_path, PREFLIGHT=code, SLURM_RESTART_COUNT=restarts)
+    assert returned == (-9 if asked else int(code))
+    assert verbs(calls) == ["show", "preflight", *(["requeue"] if asked else [])]
+
+
+@pytest.mark.parametrize("code", ["2", "65", "66", "70", "73", "78", "127"])
 def test_a_bad_recipe_is_no_bad_node(tmp_path, code):
     bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
     bad_nodes.parent.mkdir(parents=True)
