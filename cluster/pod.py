@@ -104,7 +104,7 @@ def container_of(
     environment: list[Object],
 ) -> Object:
     capabilities: Object = {"drop": ["ALL"]}
-    if profile.rdma_resource:
+    if profile.rdma_resource in resources["limits"]:
         capabilities["add"] = ["IPC_LOCK"]  # registers memory with the network card
     mounts = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},

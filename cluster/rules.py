@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
@@ -40,8 +41,9 @@ ONE_OF = {
 }
 
 
-def faults(objects: list[Object]) -> list[str]:
-    """All that is wrong with the objects of a job, as `Kind/name: what`."""
+def faults(objects: list[Object], *, rdma_resource: str | None = None) -> list[str]:
+    """All that is wrong with the objects of a job, as `Kind/name: what`; `rdma_resource` is the
+    site's, if it has one."""
     found = []
     for described in objects:
         metadata = described.get("metadata", {})
@@ -50,7 +52,7 @@ def faults(objects: list[Object]) -> list[str]:
         for rule in rules:
             found += [f"{where}: {fault}" for fault in rule(described)]
     for where, job, labels in _indexed_jobs(objects):
-        for rule in (_gang, _restricted, _patience, _image):
+        for rule in (_gang, partial(_restricted, rdma_resource), _patience, _image):
             found += [f"{where}: {fault}" for fault in rule(job)]
         found += [f"{where}: {fault}" for fault in _meeting_point(job, labels, objects)]
     return found
@@ -125,8 +127,9 @@ def _gang(job: Object) -> Iterator[str]:
         yield f"resources: {gpus} GPUs for {ranks} ranks"
 
 
-def _restricted(job: Object) -> Iterator[str]:
-    """The restricted Pod Security Standard, and a root file system that cannot be written to.
+def _restricted(rdma_resource: str | None, job: Object) -> Iterator[str]:
+    """The restricted Pod Security Standard, and a root file system that cannot be written to;
+    RDMA alone adds a capability.
 
     https://kubernetes.io/docs/concepts/security/pod-security-standards/
     """
@@ -142,7 +145,7 @@ def _restricted(job: Object) -> Iterator[str]:
         yield "securityContext: the root file system can be written to"
     capabilities = of_container.get("capabilities", {})
     limits = container.get("resources", {}).get("limits", {})
-    allowed = {"IPC_LOCK"} if any("rdma" in name for name in limits) else set()
+    allowed = {"IPC_LOCK"} if rdma_resource in limits else set()
     if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - allowed:
         yield f"securityContext: capabilities {capabilities} are too many"
     for field in HOST_FIELDS:

@@ -89,7 +89,7 @@ def round_trip(model: Any, described: dict) -> None:
     assert model.from_dict(copy.deepcopy(described)).to_dict() == described
 
 
-def validate(objects: list[dict]) -> None:
+def validate(objects: list[dict], *, rdma_resource: str | None = None) -> None:
     """Ask every validator there is."""
     for described in objects:
         kind = described["kind"]
@@ -107,7 +107,7 @@ def validate(objects: list[dict]) -> None:
             crd("jobset", "spec").validate(spec)
         else:
             raise AssertionError(f"nothing validates {kind}")
-    assert faults(objects) == []
+    assert faults(objects, rdma_resource=rdma_resource) == []
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -359,10 +359,13 @@ def test_our_own_rules_catch_planted_faults(flavour, place, path, value, said):
     assert not any(secret in fault for fault in found for secret in SECRETS)
 
 
-def test_rdma_adds_one_capability_and_the_rules_know_it():
-    objects = objects_of("jobset", rdma_resource="rdma/ib")
-    validate(objects)
+@pytest.mark.parametrize("resource", ["rdma/ib", "nvidia.com/hostdev"])
+def test_rdma_adds_one_capability_and_the_rules_know_it(resource):
+    objects = objects_of("jobset", rdma_resource=resource)
+    validate(objects, rdma_resource=resource)
     assert container_of(objects)["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+    assert any("too many" in fault for fault in faults(objects))
+    assert render(job(), site(rdma_resource=resource))
 
 
 def test_without_a_queue_nothing_waits_suspended():
