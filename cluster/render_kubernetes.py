@@ -21,6 +21,7 @@ from cluster.pod import (
     resources_of,
 )
 from cluster.profile import KubernetesProfile
+from cluster.rules import POD_SUFFIX
 from cluster.status import HOPELESS, PREEMPTED
 from data_pipeline.errors import ConfigError
 
@@ -45,7 +46,8 @@ DATA_FATAL_CODES = [USAGE, 65, 66, 78]
 
 def training_objects(job: TrainingJob, profile: KubernetesProfile) -> list[Object]:
     """What is created for a run, in order; the last one is the workload."""
-    name = object_name(job.name, room=len(f"-{GROUP}-0-{job.nodes - 1}"))
+    suffix = "" if profile.flavour == "job" else POD_SUFFIX
+    name = object_name(job.name, room=len(f"-{GROUP}-0-{job.nodes - 1}{suffix}"))
     recipe = _config_map(name, job, profile)
     match profile.flavour:
         case "jobset":

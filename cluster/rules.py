@@ -27,6 +27,8 @@ SAFE_VOLUMES = {
 HOST_FIELDS = ("hostNetwork", "hostPID", "hostIPC")
 OWN_GPU = re.compile(r"[a-z0-9.-]+/gpu")
 WORKLOADS = ("Job", "JobSet", "TrainJob")
+# What is appended to the name of a pod: JobSet refuses what is too long with it, a bare Job cuts.
+POD_SUFFIX = "-abcde"
 ONE_OF = {
     "restartPolicy": {"Never"},
     "completionMode": {"Indexed"},
@@ -197,7 +199,9 @@ def _meeting_point(job: Object, owner: Object, objects: list[Object]) -> Iterato
     host = f"{name}-0.{name}" if is_bare else f"{name}-{owner['group']}-0-0.{name}"
     if endpoint.rpartition(":")[0] != host:
         yield f"--rdzv-endpoint {endpoint!r} is not {host!r}, the name of the first pod"
-    longest = len(f"{host.partition('.')[0][:-1]}{job['spec'].get('completions', 1) - 1}")
+    suffix = "" if is_bare else POD_SUFFIX
+    first = host.partition(".")[0]
+    longest = len(f"{first[:-1]}{job['spec'].get('completions', 1) - 1}{suffix}")
     if longest > 63:
         yield f"pods would have names of {longest} letters, more than 63"
     if is_bare:

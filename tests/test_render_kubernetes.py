@@ -192,6 +192,28 @@ def test_names_too_long_for_their_pods_are_refused():
         assert caught.value.exit_code == 78
 
 
+@pytest.mark.parametrize("flavour", ["jobset", "trainjob"])
+def test_names_leave_room_for_the_suffix_that_jobset_counts(flavour):
+    """`-node-0-1-abcde` has 15 letters; JobSet's webhook refuses pods' names of more than 63."""
+    longest = training_objects(replace(job(), name="x" * 48), site(flavour=flavour))
+    validate(longest)
+    with pytest.raises(ConfigError, match="64 letters, more than 63"):
+        training_objects(replace(job(), name="x" * 49), site(flavour=flavour))
+    text = to_yaml(longest).replace("x" * 48, "x" * 49)
+    assert any("names of 64 letters" in fault for fault in faults(list(yaml.safe_load_all(text))))
+    training_objects(replace(job(), name="x" * 49), site(flavour="job"))
+
+
+def test_another_runtime_has_another_name():
+    """What is applied before a TrainJob is refused must not change that of a live one."""
+    one, same, other = (
+        training_objects(job(), site(flavour="trainjob", **changes))[1]
+        for changes in ({}, {}, {"restart_limit": 3})
+    )
+    assert one == same
+    assert one["metadata"]["name"] != other["metadata"]["name"]
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_no_secret_is_written(flavour):
     text = to_yaml(objects_of(flavour))
