@@ -4,11 +4,12 @@ A gang is only ever restarted whole. What an exit code of `t2v node` means stand
 policies: a saved preemption and a lost node are free, what would fail again ends the job.
 """
 
+import json
 import re
 
 import yaml
 
-from cluster.job import DataJob, TrainingJob, record_text, run_folder
+from cluster.job import DataJob, TrainingJob, digest_of, record_text, run_folder
 from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
@@ -165,18 +166,22 @@ def _train_job(
     what = {key: container.pop(key) for key in ("image", "command", "args", "env", "resources")}
     indexed = _indexed(pod, job.nodes)
     indexed["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-    runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", name, profile)
-    runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
-    runtime["spec"] = {
+    spec = {
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {"spec": _gang(indexed, profile)},
     }
+    # Named by what it says: a job that is refused must not have changed the runtime of a live one.
+    named = f"{name}-{digest_of(json.dumps(spec))}"
+    runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", named, profile)
+    runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
+    runtime["metadata"]["labels"]["app.kubernetes.io/instance"] = name
+    runtime["spec"] = spec
     train_job = _workload("trainer.kubeflow.org/v1alpha1", "TrainJob", name, profile)
     train_job["spec"] = _suspended(profile) | {
         "runtimeRef": {
             "apiGroup": "trainer.kubeflow.org",
             "kind": "TrainingRuntime",
-            "name": name,
+            "name": named,
         },
         "trainer": {
             "numNodes": job.nodes,
