@@ -54,6 +54,7 @@ class TrainingJob:
     record: dict[str, Any]  # version, image and where it all came from
     grace: Grace
     shared_memory: SharedMemory
+    setup_seconds: float  # the recipe's deadline for the setup of its ranks
     bad_nodes: tuple[str, ...] = ()
 
     @property

@@ -1,5 +1,6 @@
 """One pod of a job: its container, volumes, environment, probes and what it may do."""
 
+import math
 from typing import Any
 
 from cluster.profile import KubernetesProfile, refuse_unprintable
@@ -13,7 +14,9 @@ CONTAINER = "node"
 TMP_GIB = 16
 LAYER_GIB = 4  # what logs and the container's own layer take of the node's disk
 PROBE_SECONDS = 60
-STARTUP_MINUTES = 60
+RENDEZVOUS_SECONDS = 600
+# Ranks import torch before their watchdog begins, and it asks all ranks before it ends them.
+WATCHDOG_SECONDS = 300
 HEARTBEAT_SECONDS = 900
 
 
@@ -26,8 +29,9 @@ def literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def probes() -> Object:
-    """On the node's own heartbeat, and patient: a slow step must not cost the gang a restart."""
+def probes(setup_seconds: float) -> Object:
+    """On the node's own heartbeat, and patient: a slow step must not cost the gang a restart, and a
+    start that takes too long is for the wrapper and the watchdog to end, who say why."""
 
     def probe(*arguments: str, failures: int) -> Object:
         return {
@@ -38,7 +42,9 @@ def probes() -> Object:
         }
 
     aged = ("--max-age", str(HEARTBEAT_SECONDS))
-    failures = STARTUP_MINUTES * 60 // PROBE_SECONDS
+    # Nodes wait for the first one's name, then for each other.
+    startup_seconds = 2 * RENDEZVOUS_SECONDS + setup_seconds + WATCHDOG_SECONDS
+    failures = math.ceil(startup_seconds / PROBE_SECONDS)
     return {
         "startupProbe": probe(*aged, "--startup", failures=failures),
         "livenessProbe": probe(*aged, failures=3),

@@ -13,6 +13,7 @@ from cluster.job import DataJob, TrainingJob, digest_of, record_text, run_folder
 from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
+    RENDEZVOUS_SECONDS,
     Object,
     container_of,
     environment_of,
@@ -247,6 +248,7 @@ def _training_pod(
             *("--node-rank", "$(JOB_COMPLETION_INDEX)"),
             *("--rdzv-endpoint", f"{host}:{PORT}"),
             *("--rdzv-id", f"{name}-$(T2V_RESTART)" if restart else name),
+            *("--rendezvous-timeout-seconds", str(RENDEZVOUS_SECONDS)),
             *("--run-dir", literal(str(run_folder(job.run_dir, profile)))),
             *("--grace-seconds", str(job.grace.seconds)),
             *("--", f"{CONFIG_FOLDER}/config.yaml"),
@@ -259,7 +261,7 @@ def _training_pod(
     pod = pod_template(
         profile,
         name,
-        container | probes(),
+        container | probes(job.setup_seconds),
         recipe,
         shared_memory_gib=job.shared_memory.gib,
         grace_seconds=job.grace.notice_seconds,

@@ -123,6 +123,16 @@ def test_data_jobs_are_valid():
     validate(data_objects(replace(data_job(), gpus=0), site()))
 
 
+@pytest.mark.parametrize("setup_seconds", [1800.0, 3 * 3600.0])
+def test_a_slow_setup_is_for_the_watchdog_to_end(setup_seconds):
+    container = container_of(training_objects(job(setup_seconds=setup_seconds), site()))
+    arguments, probe = container["args"], container["startupProbe"]
+    rendezvous = int(arguments[arguments.index("--rendezvous-timeout-seconds") + 1])
+    patience = probe["failureThreshold"] * probe["periodSeconds"]
+    assert patience > 2 * rendezvous + setup_seconds
+    assert patience < 2 * rendezvous + setup_seconds + 600
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_yaml_reads_back_as_the_same_objects(flavour):
     objects = objects_of(flavour)
