@@ -77,6 +77,11 @@ class DataJob:
     record: dict[str, Any]
 
     @property
+    def downloads(self) -> bool:
+        """Whether tasks may fetch an encoder from the model hub."""
+        return self.arguments[:1] == ("embed",)
+
+    @property
     def snapshot(self) -> str:
         """Names the arguments and the code."""
         return digest_of("\0".join(self.arguments) + record_text(self.record))

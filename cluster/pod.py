@@ -10,6 +10,7 @@ Object = dict[str, Any]
 
 CONFIG_FOLDER = "/etc/t2v"
 CACHE_FOLDER = "/cache"
+HUB_FOLDER = f"{CACHE_FOLDER}/huggingface"
 CONTAINER = "node"
 TMP_GIB = 16
 LAYER_GIB = 4  # what logs and the container's own layer take of the node's disk
@@ -153,12 +154,14 @@ def _volumes(profile: KubernetesProfile, config: Object, shared_memory_gib: int)
     return volumes
 
 
-def environment_of(profile: KubernetesProfile) -> list[Object]:
+def environment_of(profile: KubernetesProfile, *, hub_gib: int = 0) -> list[Object]:
+    """Variables of a pod, of whose cache `hub_gib` are kept for what the model hub gives."""
     # Nothing else of the container's root can be written to; a user that the image does not know
     # has no name, which torch.compile asks for.
     own = {"HOME": "/tmp", "USER": "t2v"}
-    cache = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - 1)}
-    values = {**own, **cache, **profile.variables}
+    quota = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - hub_gib - 1)}
+    hub = {"HF_HOME": HUB_FOLDER} if hub_gib else {}
+    values = {**own, **quota, **hub, **profile.variables}
     secrets = [
         {
             "name": secret.variable,

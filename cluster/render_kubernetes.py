@@ -14,6 +14,7 @@ from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
     RENDEZVOUS_SECONDS,
+    TMP_GIB,
     Object,
     container_of,
     environment_of,
@@ -44,6 +45,11 @@ RESTART = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
 USAGE = 2
 FATAL_CODES = sorted(HOPELESS | {USAGE})
 DATA_FATAL_CODES = [USAGE, 65, 66, 78]
+# An encoder of 11 B parameters in fp32 is 42 GiB, in both formats of weights twice that; downloads
+# keep up to 10 GB of chunks beside it.
+HUB_GIB = 96
+LEAST_CACHE_GIB = 2
+DATA_SECRETS = ("AWS_", "HF_", "HUGGING_FACE_")
 
 
 def training_objects(job: TrainingJob, profile: KubernetesProfile) -> list[Object]:
@@ -72,13 +78,15 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
     """An Indexed Job whose pods are the tasks of a data job; none waits for another."""
     name = object_name(job.name, room=len(f"-{job.tasks - 1}"))
     record = _config_map(name, job, profile)
+    hub_gib = _hub_gib(profile) if job.downloads else 0
+    profile = _of_one_task(job, profile, hub_gib=hub_gib)
     task = f"$(JOB_COMPLETION_INDEX)/{job.tasks}"
     container = container_of(
         profile,
         command=["t2v", "data"],
         arguments=[*(literal(argument) for argument in job.arguments), "--task", task],
         resources=resources_of(profile, job.cpus, job.memory_gib, job.gpus),
-        environment=environment_of(profile),
+        environment=environment_of(profile, hub_gib=hub_gib),
     )
     pod = pod_template(profile, name, container, record, shared_memory_gib=1, grace_seconds=60)
     indexed = _workload("batch/v1", "Job", name, profile)
@@ -94,6 +102,26 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
         "template": pod,
     }
     return [record, indexed]
+
+
+def _hub_gib(profile: KubernetesProfile) -> int:
+    """What of a cache may hold encoders; none where a pod's /tmp has more room for them."""
+    there = min(HUB_GIB, profile.cache_gib - LEAST_CACHE_GIB)
+    return there if there > TMP_GIB else 0
+
+
+def _of_one_task(job: DataJob, profile: KubernetesProfile, *, hub_gib: int) -> KubernetesProfile:
+    """The profile as a data task needs it: its CPUs' share of the cache beside `hub_gib`, secrets
+    of stores alone, and nothing that brings tasks together, for none waits for another."""
+    share = (profile.cache_gib - hub_gib) * job.cpus // profile.cpus_per_node
+    return profile.model_copy(
+        update={
+            "cache_gib": max(share, LEAST_CACHE_GIB) + hub_gib,
+            "secrets": [s for s in profile.secrets if s.variable.startswith(DATA_SECRETS)],
+            "topology": None,
+            "rdma_resource": None,
+        }
+    )
 
 
 def to_yaml(objects: list[Object]) -> str:

@@ -123,6 +123,45 @@ def test_data_jobs_are_valid():
     validate(data_objects(replace(data_job(), gpus=0), site()))
 
 
+def variables(objects: list[dict]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value") for entry in container_of(objects)["env"]}
+
+
+def test_a_data_task_takes_its_share_of_a_node_and_secrets_that_it_uses():
+    secrets = [{"variable": name, "secret": "keys", "key": name.lower()}
+               for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")]  # fmt: skip
+    profile = site(**{**EVERYTHING, "secrets": secrets}, cache_gib=512, rdma_resource="rdma/ib")
+    build = replace(data_job(), arguments=("build", "media", "data/videos"), gpus=0)
+    objects = data_objects(build, profile)
+    validate(objects, rdma_resource="rdma/ib")
+    limits = container_of(objects)["resources"]["limits"]
+    assert limits["ephemeral-storage"] == f"{512 * 2 // 16 + 16 + 4}Gi"
+    told = variables(objects)
+    assert told["T2V_CACHE_GIB"] == "63"
+    assert "HF_HOME" not in told
+    assert {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= told.keys()
+    assert "WANDB_API_KEY" not in told
+    assert "topology" not in to_yaml(objects)
+
+
+@pytest.mark.parametrize(("node", "hub", "quota"), [(512, 96, 51), (64, 62, 1)])
+def test_an_encoder_is_downloaded_where_there_is_room_for_it(node, hub, quota):
+    objects = data_objects(data_job(), site(cache_gib=node))
+    told = variables(objects)
+    assert told["HF_HOME"].startswith(f"{told['T2V_CACHE']}/")
+    assert told["T2V_CACHE_GIB"] == str(quota)
+    volumes = objects[-1]["spec"]["template"]["spec"]["volumes"]
+    (cache,) = [each["emptyDir"] for each in volumes if each["name"] == "cache"]
+    assert cache["sizeLimit"] == f"{hub + quota + 1}Gi"
+    assert hub + quota + 1 <= node
+    limits = container_of(objects)["resources"]["limits"]
+    assert limits["ephemeral-storage"] == f"{hub + quota + 1 + 16 + 4}Gi"
+
+
+def test_an_encoder_stays_in_tmp_where_the_cache_is_smaller():
+    assert "HF_HOME" not in variables(data_objects(data_job(), site(cache_gib=16)))
+
+
 @pytest.mark.parametrize("setup_seconds", [1800.0, 3 * 3600.0])
 def test_a_slow_setup_is_for_the_watchdog_to_end(setup_seconds):
     container = container_of(training_objects(job(setup_seconds=setup_seconds), site()))
