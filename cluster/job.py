@@ -54,6 +54,7 @@ class TrainingJob:
     record: dict[str, Any]  # version, image and where it all came from
     grace: Grace
     shared_memory: SharedMemory
+    setup_seconds: float  # the recipe's deadline for the setup of its ranks
     bad_nodes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +75,11 @@ class DataJob:
     memory_gib: int
     gpus: int
     record: dict[str, Any]
+
+    @property
+    def downloads(self) -> bool:
+        """Whether tasks may fetch an encoder from the model hub."""
+        return self.arguments[:1] == ("embed",)
 
     @property
     def snapshot(self) -> str:

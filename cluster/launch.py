@@ -63,6 +63,7 @@ def training_job(
         record=_record(profile, code) | {"nodes": nodes, "world_size": forecast.gpus},
         grace=grace_of(config, forecast, profile),
         shared_memory=shared_memory_of(config, profile),
+        setup_seconds=config.watchdog.setup_seconds,
         bad_nodes=_bad_nodes(run_folder(config.run_dir, profile)),
     )
 

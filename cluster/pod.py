@@ -1,5 +1,6 @@
 """One pod of a job: its container, volumes, environment, probes and what it may do."""
 
+import math
 from typing import Any
 
 from cluster.profile import KubernetesProfile, refuse_unprintable
@@ -9,11 +10,14 @@ Object = dict[str, Any]
 
 CONFIG_FOLDER = "/etc/t2v"
 CACHE_FOLDER = "/cache"
+HUB_FOLDER = f"{CACHE_FOLDER}/huggingface"
 CONTAINER = "node"
 TMP_GIB = 16
 LAYER_GIB = 4  # what logs and the container's own layer take of the node's disk
 PROBE_SECONDS = 60
-STARTUP_MINUTES = 60
+RENDEZVOUS_SECONDS = 600
+# Ranks import torch before their watchdog begins, and it asks all ranks before it ends them.
+WATCHDOG_SECONDS = 300
 HEARTBEAT_SECONDS = 900
 
 
@@ -26,8 +30,9 @@ def literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def probes() -> Object:
-    """On the node's own heartbeat, and patient: a slow step must not cost the gang a restart."""
+def probes(setup_seconds: float) -> Object:
+    """On the node's own heartbeat, and patient: a slow step must not cost the gang a restart, and a
+    start that takes too long is for the wrapper and the watchdog to end, who say why."""
 
     def probe(*arguments: str, failures: int) -> Object:
         return {
@@ -38,7 +43,9 @@ def probes() -> Object:
         }
 
     aged = ("--max-age", str(HEARTBEAT_SECONDS))
-    failures = STARTUP_MINUTES * 60 // PROBE_SECONDS
+    # Nodes wait for the first one's name, then for each other.
+    startup_seconds = 2 * RENDEZVOUS_SECONDS + setup_seconds + WATCHDOG_SECONDS
+    failures = math.ceil(startup_seconds / PROBE_SECONDS)
     return {
         "startupProbe": probe(*aged, "--startup", failures=failures),
         "livenessProbe": probe(*aged, failures=3),
@@ -104,7 +111,7 @@ def container_of(
     environment: list[Object],
 ) -> Object:
     capabilities: Object = {"drop": ["ALL"]}
-    if profile.rdma_resource:
+    if profile.rdma_resource in resources["limits"]:
         capabilities["add"] = ["IPC_LOCK"]  # registers memory with the network card
     mounts = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
@@ -147,12 +154,14 @@ def _volumes(profile: KubernetesProfile, config: Object, shared_memory_gib: int)
     return volumes
 
 
-def environment_of(profile: KubernetesProfile) -> list[Object]:
+def environment_of(profile: KubernetesProfile, *, hub_gib: int = 0) -> list[Object]:
+    """Variables of a pod, of whose cache `hub_gib` are kept for what the model hub gives."""
     # Nothing else of the container's root can be written to; a user that the image does not know
     # has no name, which torch.compile asks for.
     own = {"HOME": "/tmp", "USER": "t2v"}
-    cache = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - 1)}
-    values = {**own, **cache, **profile.variables}
+    quota = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - hub_gib - 1)}
+    hub = {"HF_HOME": HUB_FOLDER} if hub_gib else {}
+    values = {**own, **quota, **hub, **profile.variables}
     secrets = [
         {
             "name": secret.variable,

@@ -26,7 +26,7 @@ def render(job: TrainingJob | DataJob, profile: Profile) -> dict[str, str]:
     else:
         is_run = isinstance(job, TrainingJob)
         objects = training_objects(job, profile) if is_run else data_objects(job, profile)
-        if found := faults(objects):
+        if found := faults(objects, rdma_resource=profile.rdma_resource):
             raise ConfigError("\n".join(f"{fault}; correct profile or recipe." for fault in found))
         files = {OBJECTS: to_yaml(objects)}
     for name, text in files.items():

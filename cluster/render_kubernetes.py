@@ -4,14 +4,17 @@ A gang is only ever restarted whole. What an exit code of `t2v node` means stand
 policies: a saved preemption and a lost node are free, what would fail again ends the job.
 """
 
+import json
 import re
 
 import yaml
 
-from cluster.job import DataJob, TrainingJob, record_text, run_folder
+from cluster.job import DataJob, TrainingJob, digest_of, record_text, run_folder
 from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
+    RENDEZVOUS_SECONDS,
+    TMP_GIB,
     Object,
     container_of,
     environment_of,
@@ -21,6 +24,7 @@ from cluster.pod import (
     resources_of,
 )
 from cluster.profile import KubernetesProfile
+from cluster.rules import POD_SUFFIX
 from cluster.status import HOPELESS, PREEMPTED
 from data_pipeline.errors import ConfigError
 
@@ -41,11 +45,17 @@ RESTART = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
 USAGE = 2
 FATAL_CODES = sorted(HOPELESS | {USAGE})
 DATA_FATAL_CODES = [USAGE, 65, 66, 78]
+# An encoder of 11 B parameters in fp32 is 42 GiB, in both formats of weights twice that; downloads
+# keep up to 10 GB of chunks beside it.
+HUB_GIB = 96
+LEAST_CACHE_GIB = 2
+DATA_SECRETS = ("AWS_", "HF_", "HUGGING_FACE_")
 
 
 def training_objects(job: TrainingJob, profile: KubernetesProfile) -> list[Object]:
     """What is created for a run, in order; the last one is the workload."""
-    name = object_name(job.name, room=len(f"-{GROUP}-0-{job.nodes - 1}"))
+    suffix = "" if profile.flavour == "job" else POD_SUFFIX
+    name = object_name(job.name, room=len(f"-{GROUP}-0-{job.nodes - 1}{suffix}"))
     recipe = _config_map(name, job, profile)
     match profile.flavour:
         case "jobset":
@@ -68,13 +78,15 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
     """An Indexed Job whose pods are the tasks of a data job; none waits for another."""
     name = object_name(job.name, room=len(f"-{job.tasks - 1}"))
     record = _config_map(name, job, profile)
+    hub_gib = _hub_gib(profile) if job.downloads else 0
+    profile = _of_one_task(job, profile, hub_gib=hub_gib)
     task = f"$(JOB_COMPLETION_INDEX)/{job.tasks}"
     container = container_of(
         profile,
         command=["t2v", "data"],
         arguments=[*(literal(argument) for argument in job.arguments), "--task", task],
         resources=resources_of(profile, job.cpus, job.memory_gib, job.gpus),
-        environment=environment_of(profile),
+        environment=environment_of(profile, hub_gib=hub_gib),
     )
     pod = pod_template(profile, name, container, record, shared_memory_gib=1, grace_seconds=60)
     indexed = _workload("batch/v1", "Job", name, profile)
@@ -90,6 +102,26 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
         "template": pod,
     }
     return [record, indexed]
+
+
+def _hub_gib(profile: KubernetesProfile) -> int:
+    """What of a cache may hold encoders; none where a pod's /tmp has more room for them."""
+    there = min(HUB_GIB, profile.cache_gib - LEAST_CACHE_GIB)
+    return there if there > TMP_GIB else 0
+
+
+def _of_one_task(job: DataJob, profile: KubernetesProfile, *, hub_gib: int) -> KubernetesProfile:
+    """The profile as a data task needs it: its CPUs' share of the cache beside `hub_gib`, secrets
+    of stores alone, and nothing that brings tasks together, for none waits for another."""
+    share = (profile.cache_gib - hub_gib) * job.cpus // profile.cpus_per_node
+    return profile.model_copy(
+        update={
+            "cache_gib": max(share, LEAST_CACHE_GIB) + hub_gib,
+            "secrets": [s for s in profile.secrets if s.variable.startswith(DATA_SECRETS)],
+            "topology": None,
+            "rdma_resource": None,
+        }
+    )
 
 
 def to_yaml(objects: list[Object]) -> str:
@@ -163,18 +195,22 @@ def _train_job(
     what = {key: container.pop(key) for key in ("image", "command", "args", "env", "resources")}
     indexed = _indexed(pod, job.nodes)
     indexed["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
-    runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", name, profile)
-    runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
-    runtime["spec"] = {
+    spec = {
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {"spec": _gang(indexed, profile)},
     }
+    # Named by what it says: a job that is refused must not have changed the runtime of a live one.
+    named = f"{name}-{digest_of(json.dumps(spec))}"
+    runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", named, profile)
+    runtime["metadata"]["labels"]["trainer.kubeflow.org/framework"] = "torch"
+    runtime["metadata"]["labels"]["app.kubernetes.io/instance"] = name
+    runtime["spec"] = spec
     train_job = _workload("trainer.kubeflow.org/v1alpha1", "TrainJob", name, profile)
     train_job["spec"] = _suspended(profile) | {
         "runtimeRef": {
             "apiGroup": "trainer.kubeflow.org",
             "kind": "TrainingRuntime",
-            "name": name,
+            "name": named,
         },
         "trainer": {
             "numNodes": job.nodes,
@@ -240,6 +276,7 @@ def _training_pod(
             *("--node-rank", "$(JOB_COMPLETION_INDEX)"),
             *("--rdzv-endpoint", f"{host}:{PORT}"),
             *("--rdzv-id", f"{name}-$(T2V_RESTART)" if restart else name),
+            *("--rendezvous-timeout-seconds", str(RENDEZVOUS_SECONDS)),
             *("--run-dir", literal(str(run_folder(job.run_dir, profile)))),
             *("--grace-seconds", str(job.grace.seconds)),
             *("--", f"{CONFIG_FOLDER}/config.yaml"),
@@ -252,7 +289,7 @@ def _training_pod(
     pod = pod_template(
         profile,
         name,
-        container | probes(),
+        container | probes(job.setup_seconds),
         recipe,
         shared_memory_gib=job.shared_memory.gib,
         grace_seconds=job.grace.notice_seconds,

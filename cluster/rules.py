@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
@@ -26,6 +27,8 @@ SAFE_VOLUMES = {
 HOST_FIELDS = ("hostNetwork", "hostPID", "hostIPC")
 OWN_GPU = re.compile(r"[a-z0-9.-]+/gpu")
 WORKLOADS = ("Job", "JobSet", "TrainJob")
+# What is appended to the name of a pod: JobSet refuses what is too long with it, a bare Job cuts.
+POD_SUFFIX = "-abcde"
 ONE_OF = {
     "restartPolicy": {"Never"},
     "completionMode": {"Indexed"},
@@ -40,8 +43,9 @@ ONE_OF = {
 }
 
 
-def faults(objects: list[Object]) -> list[str]:
-    """All that is wrong with the objects of a job, as `Kind/name: what`."""
+def faults(objects: list[Object], *, rdma_resource: str | None = None) -> list[str]:
+    """All that is wrong with the objects of a job, as `Kind/name: what`; `rdma_resource` is the
+    site's, if it has one."""
     found = []
     for described in objects:
         metadata = described.get("metadata", {})
@@ -50,7 +54,7 @@ def faults(objects: list[Object]) -> list[str]:
         for rule in rules:
             found += [f"{where}: {fault}" for fault in rule(described)]
     for where, job, labels in _indexed_jobs(objects):
-        for rule in (_gang, _restricted, _patience, _image):
+        for rule in (_gang, partial(_restricted, rdma_resource), _patience, _image):
             found += [f"{where}: {fault}" for fault in rule(job)]
         found += [f"{where}: {fault}" for fault in _meeting_point(job, labels, objects)]
     return found
@@ -125,8 +129,9 @@ def _gang(job: Object) -> Iterator[str]:
         yield f"resources: {gpus} GPUs for {ranks} ranks"
 
 
-def _restricted(job: Object) -> Iterator[str]:
-    """The restricted Pod Security Standard, and a root file system that cannot be written to.
+def _restricted(rdma_resource: str | None, job: Object) -> Iterator[str]:
+    """The restricted Pod Security Standard, and a root file system that cannot be written to;
+    RDMA alone adds a capability.
 
     https://kubernetes.io/docs/concepts/security/pod-security-standards/
     """
@@ -142,7 +147,7 @@ def _restricted(job: Object) -> Iterator[str]:
         yield "securityContext: the root file system can be written to"
     capabilities = of_container.get("capabilities", {})
     limits = container.get("resources", {}).get("limits", {})
-    allowed = {"IPC_LOCK"} if any("rdma" in name for name in limits) else set()
+    allowed = {"IPC_LOCK"} if rdma_resource in limits else set()
     if capabilities.get("drop") != ["ALL"] or set(capabilities.get("add", [])) - allowed:
         yield f"securityContext: capabilities {capabilities} are too many"
     for field in HOST_FIELDS:
@@ -194,7 +199,9 @@ def _meeting_point(job: Object, owner: Object, objects: list[Object]) -> Iterato
     host = f"{name}-0.{name}" if is_bare else f"{name}-{owner['group']}-0-0.{name}"
     if endpoint.rpartition(":")[0] != host:
         yield f"--rdzv-endpoint {endpoint!r} is not {host!r}, the name of the first pod"
-    longest = len(f"{host.partition('.')[0][:-1]}{job['spec'].get('completions', 1) - 1}")
+    suffix = "" if is_bare else POD_SUFFIX
+    first = host.partition(".")[0]
+    longest = len(f"{first[:-1]}{job['spec'].get('completions', 1) - 1}{suffix}")
     if longest > 63:
         yield f"pods would have names of {longest} letters, more than 63"
     if is_bare:

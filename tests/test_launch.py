@@ -253,8 +253,12 @@ def test_kubectl_applies_what_may_stay_and_creates_what_must_be_new(
     for word in ("watch:", "stop:", "resume:", "kubectl -n team delete trainjob tiny"):
         assert word in told
     monkeypatch.setenv("REFUSED", "create")
+    profile = site(KUBERNETES, flavour="trainjob", restart_limit=3)
     assert main(["launch", recipe, "--cluster", profile, "--submit"]) == 78
     assert "already exists" in capsys.readouterr().err
+    live = {(each["kind"], each["metadata"]["name"]): each for each in applied}
+    for each in yaml.safe_load_all((tmp_path / "calls.apply").read_text()):
+        assert live.get((each["kind"], each["metadata"]["name"]), each) == each
 
 
 def test_reference_manifests_are_what_the_renderer_gives():

@@ -58,6 +58,7 @@ def manifest(run: str) -> list[dict]:
         record={},
         grace=Grace(120, "a test"),
         shared_memory=SharedMemory(1, "a test"),
+        setup_seconds=config.watchdog.setup_seconds,
     )
     return list(yaml.safe_load_all(render(job, profile)[OBJECTS]))
 

@@ -89,7 +89,7 @@ def round_trip(model: Any, described: dict) -> None:
     assert model.from_dict(copy.deepcopy(described)).to_dict() == described
 
 
-def validate(objects: list[dict]) -> None:
+def validate(objects: list[dict], *, rdma_resource: str | None = None) -> None:
     """Ask every validator there is."""
     for described in objects:
         kind = described["kind"]
@@ -107,7 +107,7 @@ def validate(objects: list[dict]) -> None:
             crd("jobset", "spec").validate(spec)
         else:
             raise AssertionError(f"nothing validates {kind}")
-    assert faults(objects) == []
+    assert faults(objects, rdma_resource=rdma_resource) == []
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -121,6 +121,55 @@ def test_every_flavour_is_valid(flavour):
 def test_data_jobs_are_valid():
     validate(data_objects(data_job(), site(**EVERYTHING)))
     validate(data_objects(replace(data_job(), gpus=0), site()))
+
+
+def variables(objects: list[dict]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value") for entry in container_of(objects)["env"]}
+
+
+def test_a_data_task_takes_its_share_of_a_node_and_secrets_that_it_uses():
+    secrets = [{"variable": name, "secret": "keys", "key": name.lower()}
+               for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")]  # fmt: skip
+    profile = site(**{**EVERYTHING, "secrets": secrets}, cache_gib=512, rdma_resource="rdma/ib")
+    build = replace(data_job(), arguments=("build", "media", "data/videos"), gpus=0)
+    objects = data_objects(build, profile)
+    validate(objects, rdma_resource="rdma/ib")
+    limits = container_of(objects)["resources"]["limits"]
+    assert limits["ephemeral-storage"] == f"{512 * 2 // 16 + 16 + 4}Gi"
+    told = variables(objects)
+    assert told["T2V_CACHE_GIB"] == "63"
+    assert "HF_HOME" not in told
+    assert {"AWS_SECRET_ACCESS_KEY", "HF_TOKEN"} <= told.keys()
+    assert "WANDB_API_KEY" not in told
+    assert "topology" not in to_yaml(objects)
+
+
+@pytest.mark.parametrize(("node", "hub", "quota"), [(512, 96, 51), (64, 62, 1)])
+def test_an_encoder_is_downloaded_where_there_is_room_for_it(node, hub, quota):
+    objects = data_objects(data_job(), site(cache_gib=node))
+    told = variables(objects)
+    assert told["HF_HOME"].startswith(f"{told['T2V_CACHE']}/")
+    assert told["T2V_CACHE_GIB"] == str(quota)
+    volumes = objects[-1]["spec"]["template"]["spec"]["volumes"]
+    (cache,) = [each["emptyDir"] for each in volumes if each["name"] == "cache"]
+    assert cache["sizeLimit"] == f"{hub + quota + 1}Gi"
+    assert hub + quota + 1 <= node
+    limits = container_of(objects)["resources"]["limits"]
+    assert limits["ephemeral-storage"] == f"{hub + quota + 1 + 16 + 4}Gi"
+
+
+def test_an_encoder_stays_in_tmp_where_the_cache_is_smaller():
+    assert "HF_HOME" not in variables(data_objects(data_job(), site(cache_gib=16)))
+
+
+@pytest.mark.parametrize("setup_seconds", [1800.0, 3 * 3600.0])
+def test_a_slow_setup_is_for_the_watchdog_to_end(setup_seconds):
+    container = container_of(training_objects(job(setup_seconds=setup_seconds), site()))
+    arguments, probe = container["args"], container["startupProbe"]
+    rendezvous = int(arguments[arguments.index("--rendezvous-timeout-seconds") + 1])
+    patience = probe["failureThreshold"] * probe["periodSeconds"]
+    assert patience > 2 * rendezvous + setup_seconds
+    assert patience < 2 * rendezvous + setup_seconds + 600
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -190,6 +239,28 @@ def test_names_too_long_for_their_pods_are_refused():
         with pytest.raises(ConfigError, match="too long") as caught:
             training_objects(long, site(flavour=flavour))
         assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize("flavour", ["jobset", "trainjob"])
+def test_names_leave_room_for_the_suffix_that_jobset_counts(flavour):
+    """`-node-0-1-abcde` has 15 letters; JobSet's webhook refuses pods' names of more than 63."""
+    longest = training_objects(replace(job(), name="x" * 48), site(flavour=flavour))
+    validate(longest)
+    with pytest.raises(ConfigError, match="64 letters, more than 63"):
+        training_objects(replace(job(), name="x" * 49), site(flavour=flavour))
+    text = to_yaml(longest).replace("x" * 48, "x" * 49)
+    assert any("names of 64 letters" in fault for fault in faults(list(yaml.safe_load_all(text))))
+    training_objects(replace(job(), name="x" * 49), site(flavour="job"))
+
+
+def test_another_runtime_has_another_name():
+    """What is applied before a TrainJob is refused must not change that of a live one."""
+    one, same, other = (
+        training_objects(job(), site(flavour="trainjob", **changes))[1]
+        for changes in ({}, {}, {"restart_limit": 3})
+    )
+    assert one == same
+    assert one["metadata"]["name"] != other["metadata"]["name"]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -359,10 +430,13 @@ def test_our_own_rules_catch_planted_faults(flavour, place, path, value, said):
     assert not any(secret in fault for fault in found for secret in SECRETS)
 
 
-def test_rdma_adds_one_capability_and_the_rules_know_it():
-    objects = objects_of("jobset", rdma_resource="rdma/ib")
-    validate(objects)
+@pytest.mark.parametrize("resource", ["rdma/ib", "nvidia.com/hostdev"])
+def test_rdma_adds_one_capability_and_the_rules_know_it(resource):
+    objects = objects_of("jobset", rdma_resource=resource)
+    validate(objects, rdma_resource=resource)
     assert container_of(objects)["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+    assert any("too many" in fault for fault in faults(objects))
+    assert render(job(), site(rdma_resource=resource))
 
 
 def test_without_a_queue_nothing_waits_suspended():

@@ -82,6 +82,7 @@ def job(**changes) -> TrainingJob:
         record={"t2v": "1"},
         grace=Grace(120, "because"),
         shared_memory=SharedMemory(2, "because"),
+        setup_seconds=1800.0,
     )
     return replace(plain, **changes)
 
