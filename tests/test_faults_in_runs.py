@@ -115,6 +115,8 @@ def test_no_update_changes_what_a_save_still_copies(dataset, tmp_path, engine):
     assert max(stalls) > 0.1  # or it was not slow enough to show anything
 
 
+@pytest.mark.slow
+@pytest.mark.dist
 def test_copy_that_fails_on_one_rank_costs_one_checkpoint_of_all(dataset, tmp_path):
     config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"})
     job, log = run_job(config, "checkpoint.copy:1:2:eio")

@@ -70,7 +70,9 @@ def test_more_nodes_than_the_site_has_are_refused(recipe, site):
 
 
 def test_a_dev_shm_larger_than_the_node_is_refused(recipe, site):
-    said = refusal(recipe, ["data.prefetch_batches=90000000"], site(KUBERNETES))
+    queues = ["data.prefetch_batches=512", "data.num_workers=512"]
+    batches = ["global_batch_size=16000", "micro_batch_size=1000"]
+    said = refusal(recipe, queues + batches, site(KUBERNETES))
     assert "memory_gib: 64 is wrong because /dev/shm alone needs" in said
     assert "2 ranks x" in said
 
