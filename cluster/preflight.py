@@ -170,7 +170,7 @@ def meet(meeting: Meeting) -> dist.Store:
     except (dist.DistError, RuntimeError) as failure:
         raise StorageError(
             f"{meeting.host}:{meeting.port}: the nodes cannot meet because "
-            f"{str(failure).splitlines()[0]}; check the first node and its port."
+            f"{str(failure).splitlines()[0].rstrip('.')}; check the first node and its port."
         ) from None
     return dist.PrefixStore(PREFIX, store)
 

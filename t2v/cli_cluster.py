@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+from data_pipeline.errors import ConfigError
 from t2v.cli_parser import add_config, add_verb, count, positive, seconds
 
 
 def node(options: argparse.Namespace) -> int:
     from cluster.node import NodeJob, run_node
 
+    refuse_strange_rank(options)
     return run_node(
         NodeJob(
             run_dir=Path(options.run_dir),
@@ -27,7 +30,19 @@ def node(options: argparse.Namespace) -> int:
     )
 
 
+def refuse_strange_rank(options: argparse.Namespace) -> None:
+    """ConfigError for a node that the job does not have."""
+    if not 0 <= options.node_rank < options.nnodes:
+        raise ConfigError(
+            f"--node-rank: {options.node_rank} is wrong because --nnodes is {options.nnodes}; give "
+            f"0 to {options.nnodes - 1}."
+        )
+
+
 def preflight(options: argparse.Namespace) -> int:
+    # Before torch is imported: its C++ tells pages of frames of what is one line here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    refuse_strange_rank(options)
     from cluster import preflight as flight
     from cluster.node import split_endpoint
     from t2v.config import load_config

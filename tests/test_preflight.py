@@ -39,6 +39,7 @@ from cluster.preflight import (
 )
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
 from data_pipeline.loader import NoConditioning
+from t2v.cli import main
 from t2v.config import dump_config
 from tests.distributed import run_distributed
 from tests.test_loop import config_of, dataset
@@ -224,6 +225,28 @@ def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch, name
     meeting = Meeting(3, 1, "127.0.0.1", store.port, timeout_seconds=0.5)
     with pytest.raises(StorageError, match=f"of 3 nodes, {said}"):
         check_together(config_of(dataset, tmp_path / "run"), meeting, ranks=1)
+
+
+def test_a_first_node_that_is_not_there_is_one_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(tiny_config(run_dir=str(tmp_path / "run"))))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        meeting = ["--rdzv-endpoint", f"localhost:{nobody.getsockname()[1]}"]
+        command = [sys.executable, "-m", "t2v.cli", "preflight", str(recipe), *meeting]
+        command += ["--nnodes", "2", "--node-rank", "1", "--timeout-seconds", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 74
+    (line,) = done.stderr.splitlines()
+    assert "the nodes cannot meet because" in line
+
+
+@pytest.mark.parametrize("verb", ["preflight", "node"])
+def test_a_node_that_the_job_does_not_have_is_refused(verb, tmp_path, capsys):
+    run_dir = ["--run-dir", str(tmp_path / "run")] if verb == "node" else []
+    assert main([verb, *run_dir, "--nnodes", "2", "--node-rank", "2", "--", "any.yaml"]) == 78
+    assert "--node-rank: 2 is wrong because --nnodes is 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
