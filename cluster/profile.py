@@ -54,7 +54,7 @@ REFUSED_DIRECTIVES = {
 }
 # What bash itself reads or keeps, and the names of the script's own variables.
 SHELL_NAMES = {
-    *("BASHOPTS", "BASH_ENV", "ENV", "EUID", "IFS", "POSIXLY_CORRECT", "PPID"),
+    *("BASHOPTS", "EUID", "IFS", "POSIXLY_CORRECT", "PPID"),
     *("SHELLOPTS", "UID", "attempt", "bad", "container", "head", "launch", "pid"),
     *("port", "rc", "run_dir", "step", "T2V_BAD_NODES", "T2V_NODE_NAMES", "T2V_TASKS"),
 }

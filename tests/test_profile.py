@@ -79,7 +79,7 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (SLURM, {"directives": {"arr": "0-9"}}, "'arr' is set by t2v launch"),
         (SLURM, {"directives": {"nice": "9 --hold"}}, "'nice' has a value that sbatch"),
         (SLURM, {"directives": {"contiguous": False}}, "contiguous"),
-        (SLURM, {"environment": {"BASH_ENV": "x"}}, "environment: 'BASH_ENV' is wrong because"),
+        (SLURM, {"environment": {"IFS": "x"}}, "environment: 'IFS' is wrong because"),
         (SLURM, {"environment": {"SLURM_NNODES": "9"}}, "environment: 'SLURM_NNODES' is wrong"),
         (SLURM, {"environment": {"step": "9"}}, "environment: 'step' is wrong because"),
         (SLURM, {"secrets": [{"variable": "IFS", "file": "/a"}]}, "secrets: 'IFS' is wrong"),
