@@ -15,7 +15,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout 1500 $(PARALLEL)
+	$(BIN)/python -m pytest -m slow --timeout 1500 $(PARALLEL) --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -67,3 +67,9 @@ def bucket(tmp_path, monkeypatch) -> Iterator[str]:
     urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     storage._remote.cache_clear()
     server.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of one test that takes minutes go first, or one process would end with it alone."""
+    longest = ("test_quickstart.py", "test_dockerfile.py")
+    items.sort(key=lambda item: item.path.name not in longest)
