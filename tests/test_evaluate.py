@@ -1,7 +1,6 @@
 """Evaluation by a protocol, with stand-in networks that are random: what scores are laws of."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,97 +8,34 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.build import build
 from data_pipeline.errors import ConfigError
 from data_pipeline.loader import NoConditioning, TextConditioning
-from data_pipeline.pyramid import Clip, level_clip
-from data_pipeline.video import decode_clip, encode_clip
+from data_pipeline.pyramid import level_clip
+from data_pipeline.video import decode_clip
 from t2v.cli import main
 from t2v.config import load_config
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window
 from t2v.evaluation.conditions import request_for
 from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
 from tests.distributed import run_distributed
+from tests.scenes import (
+    CLIPS,
+    SIZE,
+    home,
+    result_of,
+    rules,
+    run_evaluate,
+    scene,
+    write_rules,
+    write_samples,
+)
 from tests.stand_ins import (
-    NoProbabilities,
-    StandInC3D,
-    StandInI3D,
     write_clip_model,
-    write_script,
 )
 from tests.tiny import RECIPE, tiny_config
 
+__all__ = ["home"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SIZE = (4, 12, 16)
-CLIPS = 48
-
-
-def scene(number: int, noise: float = 0.0) -> Clip:
-    """Blurred noise that drifts; `noise` of another kind over it."""
-    rng = np.random.default_rng(number)
-    coarse = rng.uniform(96, 160, (5, 6, 3)).repeat(4, 0).repeat(4, 1)
-    clip = np.stack([coarse[t : t + SIZE[1], t : t + SIZE[2]] for t in range(SIZE[0])])
-    clip = clip + noise * rng.normal(size=clip.shape)
-    return clip.round().clip(0, 255).astype(np.uint8)
-
-
-def write_samples(folder: Path, numbers: range, noise: float = 0.0) -> Path:
-    """A folder of mp4 files of unknown origin."""
-    folder.mkdir(parents=True)
-    for number in numbers:
-        (folder / f"{number:04d}.mp4").write_bytes(encode_clip(scene(number, noise), 8.0))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """`real`, a dataset of scenes with labels and captions; `other`, as many other scenes; and
-    the networks."""
-    home = tmp_path_factory.mktemp("evaluation")
-    media = write_samples(home / "media", range(CLIPS))
-    lines = [
-        {"file": f"{n:04d}.mp4", "caption": f"scene {n % 3}", "label": n % 3} for n in range(CLIPS)
-    ]
-    (media / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    frames, height, width = SIZE
-    build(media, home / "real", frames=frames, height=height, width=width, fps=8.0,
-          shard_samples=20, notes={"split": "train01"})  # fmt: skip
-    write_samples(home / "other", range(1000, 1000 + CLIPS))
-    write_script(StandInI3D, home / "i3d.pt", 8)
-    write_script(StandInC3D, home / "c3d.pt")
-    write_script(NoProbabilities, home / "none.pt")
-    torch.save({"weight": torch.zeros(3)}, home / "weights.pt")
-    (home / "text.pt").write_text("no network")
-    return home
-
-
-def rules(home: Path, **changes: object) -> dict:
-    """The smallest protocol of the scenes, with sections changed."""
-    return {
-        "format": 1,
-        "name": "scenes",
-        "real": {"dataset": str(home / "real")},
-        "generated": {"clips": CLIPS},
-        "fps": 8.0,
-        "views": [{"name": "whole", "size": list(SIZE), "frames": 4, "metrics": ["fvd"]}],
-        "i3d": {"path": str(home / "i3d.pt"), "resolution": 16},
-        "uncertainty": {"resamples": 8},
-    } | changes
-
-
-def write_rules(path: Path, content: dict) -> Path:
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def run_evaluate(target: Path, protocol: Path, out: Path, *more: str) -> int:
-    cache = [] if "--cache" in more else ["--cache", str(out.parent / "cache")]
-    command = ["evaluate", str(target), "--protocol", str(protocol), "--out", str(out)]
-    return main([*command, "--workers", "1", *cache, *more])
-
-
-def result_of(out: Path) -> dict:
-    return json.loads((out / "result.json").read_text())
 
 
 def test_protocol_is_read_back_equal_and_known_by_what_it_says(home, tmp_path):
@@ -113,25 +49,6 @@ def test_protocol_is_read_back_equal_and_known_by_what_it_says(home, tmp_path):
                    "uncertainty.seed=1", "i3d.resolution=24", "real.seed=1"):  # fmt: skip
         other = load_protocol(path, [change])
         assert (other.fingerprint == protocol.fingerprint) == (other == protocol), change
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"fps": "25"}, "p.yaml: fps: value '25' is wrong because"),
-        ({"frames": 16}, "p.yaml: frames: unknown field"),
-        ({"i3d": None}, "i3d: missing, but view 'whole' asks for fvd"),
-        ({"views": [{"name": "a", "size": [4, 8, 8], "frames": 3, "stride": 2, "metrics": ["seam"]
-                     }]},
-         "views.0: frames: 3 with stride 2 is wrong because clips have 4 frames"),
-        ({"generated": {"clips": 1}}, "generated.clips: value 1 is wrong"),
-        ({"c3d": {"path": "c3d.pt", "splits": 40}}, "c3d.splits: 40 is wrong because 48"),
-    ],
-)  # fmt: skip
-def test_a_wrong_protocol_is_one_line(home, tmp_path, changes, words):
-    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
-        load_protocol(write_rules(tmp_path / "p.yaml", rules(home, **changes)))
-    assert "\n" not in str(caught.value)
 
 
 def test_shipped_protocols_are_whole_and_fit_their_recipes():
@@ -233,140 +150,6 @@ def test_few_clips_for_the_dimensions_are_told(home, tmp_path, capsys):
     assert not told["views"]["whole"]["fvd"]["full_rank"]
     assert "no full rank with 6 clips" in capsys.readouterr().out
     assert any("no full rank" in caveat for caveat in told["caveats"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "words"),
-    [
-        ({"i3d.path": "text.pt"}, 78, "text.pt is wrong because it is no TorchScript file"),
-        ({"i3d.path": "weights.pt"}, 78, "weights.pt is wrong because it is no TorchScript file"),
-        ({"i3d.path": "c3d.pt"}, 78, "c3d.pt is wrong because it takes no clips of 4x12x16"),
-        ({"i3d.path": "lost.pt"}, 66, "lost.pt: no such file"),
-        ({"i3d.path": "."}, 66, "no such file"),
-        ({"i3d.sha256": "0" * 64}, 78, "i3d.sha256: is wrong because"),
-        ({"c3d.path": "none.pt"}, 78, "none.pt is wrong because its answers are no probabilities"),
-        ({"c3d.path": "i3d.pt"}, 78, "i3d.pt is wrong because it takes no clips"),
-        ({"clip.path": "media"}, 66, "media is wrong because it holds no model.safetensors"),
-        ({"generated.clips": CLIPS + 1}, 78, "48 clips are too few because the protocol has 49"),
-        ({"real.clips": CLIPS + 1}, 78, "real.clips: 49 is wrong"),
-        ({"real.split": "test01"}, 78, "real.split: 'test01' is wrong because"),
-        ({"real.fingerprint": "0" * 64}, 78, "real.fingerprint: is wrong because"),
-        ({"real.dataset": "media"}, 66, "media: is no dataset"),
-        ({"fps": 25.0}, 78, "8 fps is wrong because the protocol has 25"),
-        ({"views.0.size": [4, 16, 16]}, 78, "4x12x16 is wrong because view 'whole' has 4x16x16"),
-        ({"views.0.level": 0}, 78, "has no clip of level 0; sample with --levels"),
-        ({"views.0.metrics": ["seam"]}, 78, "do not all tell the same tiles"),
-    ],
-)
-def test_input_that_cannot_be_judged_is_one_line(home, tmp_path, capsys, changes, code, words):
-    content = rules(home, c3d={"path": str(home / "c3d.pt"), "splits": 2})
-    content["clip"] = {"path": str(home / "clip")} if "clip.path" in changes else None
-    metrics = ["fvd", "inception_score", *(["text_score"] if content["clip"] else [])]
-    content["views"][0]["metrics"] = metrics
-    more = []
-    for name, value in changes.items():
-        if name.endswith((".path", ".dataset")):
-            value = str(home / str(value))
-        more += ["--set", f"{name}={json.dumps(value)}"]
-    protocol = write_rules(tmp_path / "p.yaml", content)
-    assert run_evaluate(home / "other", protocol, tmp_path / "out", *more) == code
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert "\n" not in error
-    assert not (tmp_path / "out" / "result.json").exists()
-
-
-def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
-    protocol = write_rules(tmp_path / "p.yaml", rules(home))
-    for target, rule, words in (
-        (tmp_path / "none", protocol, f"{tmp_path / 'none'}"),
-        (home / "other", tmp_path / "q.yaml", "q.yaml: no such protocol"),
-    ):
-        assert run_evaluate(target, rule, tmp_path / "out") == 66
-        error = capsys.readouterr().err.strip()
-        assert words in error
-        assert "\n" not in error
-    assert main(["scores", str(tmp_path)]) == 66
-    assert "result.json: no such result" in capsys.readouterr().err
-    (tmp_path / "result.json").write_text("[]")
-    assert main(["scores", str(tmp_path)]) == 65
-    assert "is no result because" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("summary", "code", "words"),
-    [
-        ("{", 65, "samples.json: is damaged because"),
-        ("[1, 2]", 65, "samples.json: is damaged because it is no list of samples"),
-        ('[{"file": "../real/dataset.json"}]', 65, "is wrong because it leaves the folder"),
-        ("[]", 66, "holds no samples.json and no mp4"),
-        (None, 66, "0003.mp4: missing although samples.json names it"),
-        ("sha256", 65, "0000.mp4: is not the file that samples.json tells of"),
-        ("cut", 65, "0001.mp4: cannot be decoded"),
-        ("cut first", 65, "0000.mp4: cannot be decoded"),
-    ],
-)
-def test_damaged_samples_are_one_line(home, tmp_path, capsys, summary, code, words):
-    folder = write_samples(tmp_path / "samples", range(4))
-    records = [{"file": f"{n:04d}.mp4", "prompt": n} for n in range(4)]
-    if summary is None:
-        (folder / "0003.mp4").unlink()
-    elif summary == "sha256":
-        records[0]["sha256"] = "0" * 64
-    elif summary == "cut":
-        (folder / "0001.mp4").write_bytes((folder / "0001.mp4").read_bytes()[:300])
-    elif summary == "cut first":
-        (folder / "0000.mp4").write_bytes(b"")
-    told = summary if summary and summary[0] in "[{" else json.dumps(records)
-    (folder / "samples.json").write_text(told)
-    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
-    assert run_evaluate(folder, protocol, tmp_path / "out") == code
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert "\n" not in error
-
-
-def test_a_damaged_result_is_never_shown(home, tmp_path, capsys):
-    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 8}))
-    assert run_evaluate(home / "other", protocol, tmp_path / "out") == 0
-    whole = json.loads((tmp_path / "out" / "result.json").read_text())
-    other = json.loads(json.dumps(whole["pinned"])) | {"fps": 9.0}
-    bad = tmp_path / "bad.json"
-    for changes in (
-        {"views": {}},
-        {"views": [1]},
-        {"views": {"whole": {"fvd": {"value": None, "low": 0.0}}}},
-        {"pinned": {}},
-        {"pinned": other},
-        {"fingerprint": "0" * 64},
-        {"real": {}},
-        {"caveats": 5},
-    ):
-        bad.write_text(json.dumps(whole | changes))
-        capsys.readouterr()
-        assert main(["scores", str(tmp_path / "out"), str(bad)]) == 65, changes
-        error = capsys.readouterr().err.strip()
-        assert error.startswith(f"{bad}: is ")
-        assert "\n" not in error
-    bad.write_bytes(b"\xff" * 1000)
-    assert main(["scores", str(bad)]) == 65
-    assert len(capsys.readouterr().err) < 300 + len(str(bad))
-
-
-def test_an_out_that_is_no_folder_is_refused_before_measuring(home, tmp_path, capsys):
-    protocol, out = write_rules(tmp_path / "p.yaml", rules(home)), tmp_path / "out"
-    out.touch()
-    assert run_evaluate(home / "other", protocol, out) == 74
-    assert "out: cannot be used because" in capsys.readouterr().err
-
-
-def test_one_clip_has_no_covariance(home, tmp_path, capsys):
-    one = write_samples(tmp_path / "one", range(1))
-    protocol = write_rules(tmp_path / "p.yaml", rules(home, generated={"clips": 4}))
-    assert run_evaluate(one, protocol, tmp_path / "out") == 78
-    assert "1 clips are too few because the protocol has 4, and a covariance needs two" in (
-        capsys.readouterr().err
-    )
 
 
 def test_real_and_generated_clips_come_to_a_view_alike():

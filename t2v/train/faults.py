@@ -21,7 +21,7 @@ COUNTED_SITES = (
     *("checkpoint.rename", "checkpoint.retire"),
 )
 ACTIONS = ("kill", "term", "hang", "slow", "crash", "nan", "enospc", "eio")
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 5.0
 
 
 class Fault(NamedTuple):
