@@ -57,7 +57,8 @@ SPLIT = {
     **(ONE | WIDE),
     **{"engine.kind": "zero", "optimizer.name": "adamw", "micro_batch_size": "1"},
 }
-TWICE = {"global_batch_size": "4", "micro_batch_size": "1"}
+# With LAMB's update as the fullest moment, the way of adding up would not show.
+TWICE = {"global_batch_size": "4", "micro_batch_size": "1", "optimizer.name": "adamw"}
 
 
 @dataclass(frozen=True)

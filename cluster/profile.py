@@ -408,8 +408,8 @@ def _refuse_unmounted(workdir: str, mounts: dict[str, bool]) -> None:
     holding = [path for path in mounts if here.is_relative_to(_plain_path(path))]
     if not holding:
         raise ValueError(
-            f"workdir: {workdir!r} ends with its container because it is on none of the mounts "
-            f"{list(mounts)}; choose a folder on one"
+            f"workdir: {workdir!r} is wrong because it is on none of the mounts {list(mounts)} and "
+            "ends with its container; choose a folder on one"
         )
     if mounts[max(holding, key=lambda path: len(_plain_path(path).parts))]:
         raise ValueError(

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from t2v.config import RunConfig
 from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE
 from t2v.model.hpdm import build_model
+from t2v.train import checkpoint
 from t2v.train.checkpoint import CheckpointConfig, Checkpoints
 from t2v.train.contract import refuse_other_run
 from t2v.train.ema import Ema
 from t2v.train.finding import (
     list_checkpoints,
     load_weights,
+    print_checkpoints,
     resolve_checkpoint,
     step_folder,
     verify_checkpoint,
@@ -180,6 +183,35 @@ def test_what_is_saved_is_the_state_at_the_call(state, tmp_path):
     own.restore(*made.newest())
     for name, tensor in tensors_of(own).items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_the_table_of_steps_names_the_file_that_is_wrong(state, tmp_path, capsys):
+    folder, _ = save(state, checkpoints(tmp_path), 1, 2)
+    (folder / INDEX).unlink()
+    print_checkpoints(list_checkpoints(tmp_path))
+    told = capsys.readouterr().out
+    assert f"{folder / INDEX}: missing" in told.splitlines()
+    assert "refused" in told
+    assert "committed" in told
+
+
+def test_a_copy_that_the_host_cannot_hold_is_refused_before_training(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"its copy takes [\d.]+ GiB .* and 0\.0 are left"):
+        checkpoints(tmp_path).reserve(state.slices())
+
+
+def test_a_save_that_cannot_start_is_no_save_to_wait_for(state, tmp_path, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = checkpoints(tmp_path)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        made.save(state.slices(), facts(tiny_config(), 1))
+    made.wait_for_copy()
+    made.settle()
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_files_are_plain_safetensors(state, tmp_path):

@@ -14,7 +14,7 @@ from data_pipeline.embed import make_tiny_encoder
 from data_pipeline.errors import ConfigError
 from data_pipeline.toy import write_toy
 from data_pipeline.video import decode_clip
-from t2v.cli import main
+from t2v.cli import is_mine, main
 from t2v.train.metrics import sample_digest
 from tests.tiny import RECIPE
 
@@ -316,3 +316,16 @@ def test_checkpoints_of_nowhere_are_missing_input(tmp_path, capsys):
     assert main(["checkpoint", "ls", str(tmp_path / "nowhere")]) == 66
     assert main(["checkpoint", "verify", str(tmp_path / "nowhere")]) == 66
     assert capsys.readouterr().err.count("no such") == 2
+
+
+@pytest.mark.parametrize(
+    ("met_by", "rank", "local_rank", "tells"),
+    [(None, "9", "1", False), (None, "8", "0", True), (9, "9", "1", True), (9, "8", "0", False)],
+)
+def test_one_process_tells_an_error(monkeypatch, met_by, rank, local_rank, tells):
+    """The rank that met it; of what all find before they meet, the first of each machine."""
+    error = ConfigError("wrong")
+    error.rank = met_by
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert is_mine(error) is tells

@@ -164,6 +164,11 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "watchdog.step_seconds: value 10000000000.0 is wrong because input should be less than "
             "or equal to 1000000000; correct it.",
         ),
+        (
+            "data.num_workers=100000",
+            "data.num_workers: value 100000 is wrong because input should be less than or equal to "
+            "512; correct it.",
+        ),
         ("seed=2026-99-99", "seed=2026-99-99: the value is not valid YAML; quote it."),
         ("data={a: 1, a: 2}", "data={a: 1, a: 2}: the value is not valid YAML; quote it."),
         ("seed=[", "seed=[: the value is not valid YAML; quote it."),

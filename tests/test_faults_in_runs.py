@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.soak import Job
 from data_pipeline.errors import ConfigError, InputMissing, NumericError
+from t2v.train.failure import heard_alarm, ring
 from t2v.train.loop import train
 from tests.faulty_runs import TIMES, ends_of, recipe_of, run_job, steps_of, train_with
 from tests.test_loop import (
@@ -62,6 +63,15 @@ def test_start_that_is_refused_leaves_no_run_folder(dataset, tmp_path):
     with pytest.raises(InputMissing, match="nothing"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_alarm_does_not_bring_back_a_run_folder_that_was_taken_away(tmp_path):
+    logs = tmp_path / "refused" / "logs" / "attempt-0001"
+    ring(logs, rank=1, is_hang=False, exit_code=75)
+    assert not (tmp_path / "refused").exists()
+    (tmp_path / "refused").mkdir()
+    ring(logs, rank=1, is_hang=False, exit_code=75)
+    assert heard_alarm(logs)["rank"] == 1
 
 
 def test_unknown_fault_ends_training_with_one_line(dataset, tmp_path):

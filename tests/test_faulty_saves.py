@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.errors import StorageError
 from t2v.train.loop import train
+from t2v.train.tensor_files import file_of
 from tests.faulty_runs import ends_of, run_job, steps_of, train_with
 from tests.test_loop import (
     assert_same_tensors,
@@ -28,7 +29,9 @@ def test_disk_that_is_full_once_costs_one_checkpoint(dataset, tmp_path, monkeypa
     config = config_of(dataset, tmp_path / "run")
     assert train_with(monkeypatch, "checkpoint.write:0:2:enospc", config) == 0
     assert steps_of(tmp_path / "run") == [2, 6]
-    assert "step 4 was not saved because" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "step 4 was not saved because" in told
+    assert f"{file_of(0)}: cannot be used because no space left" in told
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step-00000002", "step-00000006"}
 

@@ -126,6 +126,11 @@ def test_what_no_number_of_gpus_can_hold_is_said():
         plan(recipe("ucf101_s"), gpus=8, gpu_memory_gib=2.1)
 
 
+def test_a_gpu_smaller_than_what_is_set_aside_is_no_fault_of_the_model():
+    with pytest.raises(ConfigError, match="2 GiB are set aside: give a GPU that has more"):
+        plan(tiny_config(), gpus=1, gpu_memory_gib=1.0)
+
+
 def test_a_world_that_does_not_divide_the_batch_is_refused():
     with pytest.raises(ConfigError, match="global_batch_size: 768 is wrong because 7 ranks"):
         plan(recipe("ucf101_s"), gpus=7, gpu_memory_gib=80)
