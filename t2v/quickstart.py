@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline import storage
 from data_pipeline.build import build
 from data_pipeline.embed import embed, make_tiny_encoder
 from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
@@ -31,7 +32,7 @@ BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
 def run_quickstart(workdir: Path) -> int:
     """Run every part in `workdir`; prints what was measured and where everything is."""
     console, started = Console(), time.monotonic()
-    if workdir.exists() and any(workdir.iterdir()):
+    if not storage.is_empty(str(workdir)):
         raise ConfigError(f"{workdir}: is not empty; remove it or give --workdir another folder.")
     if not (CONFIGS / "quickstart_base.yaml").is_file():
         raise InputMissing(f"{CONFIGS}: no recipes here; run from a clone of the repository.")

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data_pipeline import storage
 from data_pipeline.errors import DataError, InputMissing, UserError
+from data_pipeline.page import GENERATOR, write_page
 from data_pipeline.video import decode_clip
 from t2v.charts import COLOURS, Series, line_chart, shade, short
 from t2v.config import load_config
@@ -43,7 +43,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise InputMissing(f"{run_dir}: no such run; give a run folder, which holds metrics.jsonl.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(str(out), page(run_dir).encode())
+    write_page(str(out), page(run_dir))
     return out
 
 
@@ -74,7 +74,8 @@ def page(run_dir: Path) -> str:
     )
     name = escape(run_dir.resolve().name)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
+        f"<title>{name}</title>"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'

@@ -3,18 +3,19 @@
 import contextlib
 import json
 import os
-import shutil
+import re
 import threading
 import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, InputMissing, UserError
+from t2v.config import RunConfig, dump_config
 from t2v.engine.world import World
 from t2v.train import preemption
+from t2v.train.attempts import FILE as ATTEMPTS
 from t2v.train.attempts import (
     INTERRUPTED,
     append_attempt,
@@ -30,13 +31,13 @@ from t2v.train.failure import Failure, failure_page, first_failure, heard_alarm,
 from t2v.train.failure import record_failure as record
 from t2v.train.finding import list_checkpoints
 from t2v.train.manifest import fingerprint, present_versions, read_manifest
-from t2v.train.run_folder import State, StatusFile, locked, timestamp, whoami
+from t2v.train.run_folder import LOCK, State, StatusFile, locked, timestamp, whoami
 from t2v.train.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
-
 FOLLOW_SECONDS = 4.0
+RECORDS = ("status.json", "failure.md")
+# What ranks leave in an attempt's folder.
+OF_RANKS = re.compile(r"\.?alarm\.json(\.\d+)?|(failure|position)-rank-\d{5}\.(json|part)")
 
 
 class Attempt:
@@ -206,7 +207,7 @@ def from_a_collective(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def begin_attempt(
-    config: "RunConfig", world: World, watchdog: Watchdog, *, clear_failures: bool
+    config: RunConfig, world: World, watchdog: Watchdog, *, clear_failures: bool
 ) -> Iterator[Attempt]:
     """Own the run folder; a failure leaves its reason, a refused first start leaves nothing."""
     run_dir = Path(config.run_dir)
@@ -216,10 +217,11 @@ def begin_attempt(
         nonce = uuid.uuid4().hex
 
         def own() -> int:
-            is_new = not run_dir.exists()
-            if is_new:
-                exits.push(lambda kind, error, trace: _leave_nothing(run_dir, error))
+            refuse_strangers(config)
+            made = storage.absent_folders(str(run_dir))
             exits.enter_context(locked(run_dir))
+            if made:
+                exits.push(lambda kind, error, trace: _leave_nothing(run_dir, made, error))
             return _begin(config, world, status, nonce, clear_failures=clear_failures)
 
         number = world.on_first(own)
@@ -237,7 +239,7 @@ def begin_attempt(
 
 
 def _begin(
-    config: "RunConfig", world: World, status: StatusFile, nonce: str, *, clear_failures: bool
+    config: RunConfig, world: World, status: StatusFile, nonce: str, *, clear_failures: bool
 ) -> int:
     """Write the attempt's first line; its number. ConfigError where failures repeat."""
     run_dir = Path(config.run_dir)
@@ -283,11 +285,32 @@ def _begin(
     return number
 
 
-def _leave_nothing(run_dir: Path, error: BaseException | None) -> None:
-    """Take away a run folder that this start made, where it was refused before it trained."""
+def refuse_strangers(config: RunConfig) -> None:
+    """ConfigError where a folder that is no run has a file that a run would replace."""
+    run_dir = Path(config.run_dir)
+    if (run_dir / ATTEMPTS).exists():
+        return
+    for name in ("config.yaml", "metrics.jsonl", "quarantine.jsonl", *RECORDS):
+        path = run_dir / name
+        if os.path.lexists(path) and not (
+            name == "config.yaml" and path.read_bytes() == dump_config(config).encode()
+        ):
+            raise ConfigError(
+                f"{path}: is there already, but {run_dir} is no run; choose another run_dir, or "
+                "move the file away."
+            )
+
+
+def _leave_nothing(run_dir: Path, made: list[str], error: BaseException | None) -> None:
+    """Take back what this start wrote, and the folders it made, where it was refused before it
+    trained; the lock is held, so that no other start has written there."""
     trained = (run_dir / "metrics.jsonl").exists()
     if isinstance(error, (ConfigError, InputMissing)) and not trained:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        logs = run_dir / "logs" / "attempt-0001"
+        records = [path for path in logs.glob("*") if OF_RANKS.fullmatch(path.name)]
+        files = [run_dir / name for name in ("config.yaml", *RECORDS, ATTEMPTS, LOCK)]
+        folders = [*made, run_dir / "checkpoints", logs.parent, logs]
+        storage.take_back(map(str, [*records, *files]), map(str, folders))
 
 
 def job_id() -> str | None:

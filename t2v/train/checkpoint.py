@@ -6,6 +6,8 @@ it by a manifest that is written last, and renames it into place. Nothing is eve
 finished one.
 """
 
+import os
+import re
 import shutil
 import threading
 import time
@@ -40,6 +42,8 @@ from t2v.train.mirror import Mirror
 from t2v.train.tensor_files import INDEX, Slice, WrittenFile, join_index, write_slices
 
 STAGING = ".staging-"
+# What is being written here or fetched from the mirror, and what is being retired.
+STAGED = re.compile(rf"{re.escape(STAGING)}step-\d{{8,}}(-[0-9a-f]{{12}})?-[0-9a-f]{{32}}")
 REFUSED = "refused-"
 SETTLE_SECONDS = 60.0
 GIB = 2**30
@@ -98,6 +102,7 @@ class Checkpoints:
         self.mirror = Mirror(config.mirror, world) if config.mirror else None
         self.failures_in_a_row = 0
         self._news: list[Saved] = []
+        self._told: set[Path] = set()
         self._copy = HostCopy()
         self._copied = threading.Event()
         self._stall = 0.0
@@ -110,7 +115,8 @@ class Checkpoints:
         def remove() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for staging in self.folder.glob(f"{STAGING}*"):
-                shutil.rmtree(staging)
+                if STAGED.fullmatch(staging.name) and not staging.is_symlink():
+                    shutil.rmtree(staging)
 
         self.world.on_first(remove, self.world.storage)
 
@@ -249,9 +255,12 @@ class Checkpoints:
         return manifest.size_bytes
 
     def _stage(self, folder: Path) -> Path:
-        staging = folder.with_name(f"{STAGING}{folder.name}-{uuid.uuid4().hex}")
+        staging = self._staging_of(folder)
         staging.mkdir(parents=True)
         return staging
+
+    def _staging_of(self, folder: Path) -> Path:
+        return folder.with_name(f"{STAGING}{folder.name}-{uuid.uuid4().hex}")
 
     def _seal(
         self,
@@ -290,7 +299,7 @@ class Checkpoints:
 
     def _retire(self) -> None:
         """Delete old checkpoints; only finished ones count, and milestones and the one with the
-        lowest held-out loss stay."""
+        lowest held-out loss stay, as does one into which somebody else has put anything."""
         fault("checkpoint.retire")
         every = self.config.milestone_every_steps
         finished = [info for info in list_checkpoints(self.folder) if info.problem is None]
@@ -298,13 +307,23 @@ class Checkpoints:
         for info in finished[: -self.config.keep_last]:
             milestone = bool(every) and info.step % every == 0
             best = info.held_out_loss is not None and info.held_out_loss == min(losses)
-            if not milestone and not best:
+            if not milestone and not best and not self._holds_strangers(info.folder):
                 # Renamed first: a deletion that is cut short leaves no half checkpoint.
-                dying = info.folder.with_name(f"{STAGING}{info.folder.name}-retired")
+                dying = self._staging_of(info.folder)
                 info.folder.rename(dying)
                 if self.mirror is not None:
                     self.mirror.retire(read_manifest(dying))
                 shutil.rmtree(dying)
+
+    def _holds_strangers(self, folder: Path) -> bool:
+        """Whether a step holds more than was saved, or is kept elsewhere by a link."""
+        own = {MANIFEST, *read_manifest(folder).files}
+        if not folder.is_symlink() and own.issuperset(os.listdir(folder)):
+            return False
+        if folder not in self._told:
+            self._told.add(folder)
+            print(f"{folder}: not retired because it holds more than was saved", flush=True)
+        return True
 
     def _news_of_failure(self) -> str:
         problems = [saved.problem for saved in self._news if saved.problem]
