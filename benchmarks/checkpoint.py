@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import noise_batch
-from t2v.config import RunConfig, load_config
+from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
-from t2v.model.hpdm import build_model
-from t2v.train.checkpoint import Checkpoints
+from t2v.methods.hpdm.network import build_model
+from t2v.methods.hpdm.objective import level_losses
+from t2v.recipe.recipe import RunConfig, load_config
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.state import TrainState
 
 ROOT = Path(__file__).parent.parent

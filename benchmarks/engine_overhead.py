@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import hardware, noise_batch
-from data_pipeline.loader import Batch
-from t2v.config import RunConfig, load_config
+from data_pipeline.feeding.loader import Batch
+from t2v import loop
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World
-from t2v.model.hpdm import build_model
-from t2v.train import loop
+from t2v.methods.hpdm.network import build_model
+from t2v.methods.hpdm.objective import level_losses
+from t2v.recipe.recipe import RunConfig, load_config
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.schedule import learning_rates
 
 ROOT = Path(__file__).parent.parent

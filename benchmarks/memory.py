@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.train_step import hardware, noise_batch
-from t2v.config import RunConfig, load_config
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
-from t2v.footprint import measure
-from t2v.memory import memory
-from t2v.model.hpdm import build_model
+from t2v.methods.hpdm.network import build_model
+from t2v.methods.hpdm.objective import level_losses
+from t2v.plan.footprint import measure
+from t2v.plan.memory import memory
+from t2v.recipe.recipe import RunConfig, load_config
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

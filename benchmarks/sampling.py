@@ -37,16 +37,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config, parse_config
-from t2v.generate import memory_left, to_bytes
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import HPDM, build_model
-from t2v.sampling import ALONE, generate, sample_level
-from t2v.sampling_config import level_tilings, network_calls
-from t2v.sampling_memory import plan_memory
-from t2v.sampling_store import Fetched, Kept, Store
-from t2v.sampling_tiles import Batch, LevelNetwork, read_level
-from t2v.tiling import Tiling
+from t2v.methods.hpdm.memory import plan_memory
+from t2v.methods.hpdm.network import HPDM, build_model
+from t2v.methods.hpdm.sampling import ALONE, generate, sample_level
+from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.store import Fetched, Kept, Store
+from t2v.methods.hpdm.tiles import Batch, LevelNetwork, read_level
+from t2v.methods.hpdm.tiling import Tiling
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, load_config, parse_config
+from t2v.sampling.generate import memory_left, to_bytes
 
 ROOT = Path(__file__).parent.parent
 PER_TILE, PER_STEP, KEPT, ON_DISK = "per tile", "per step", "kept", "on disk"

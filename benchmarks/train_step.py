@@ -28,15 +28,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from data_pipeline.loader import Batch
+from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import draw_offsets
-from t2v.config import RunConfig, load_config
 from t2v.engine.single import single_engine
 from t2v.engine.world import World
-from t2v.footprint import measure
-from t2v.model.hpdm import HPDM
-from t2v.plan import compute_per_sample
-from t2v.train.objective import level_losses
+from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.objective import level_losses
+from t2v.plan.footprint import measure
+from t2v.plan.plan import compute_per_sample
+from t2v.recipe.recipe import RunConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 FULL, FULL_COARSE = "full resolution", "full, big tokens"

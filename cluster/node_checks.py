@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.errors import DataError, StorageError, UserError
-from data_pipeline.loader import open_sources
-from t2v.config import RunConfig, text_shape
-from t2v.model.hpdm import build_model
+from data_pipeline.feeding.loader import open_sources
+from t2v.methods.hpdm.network import build_model
+from t2v.recipe.recipe import RunConfig, text_shape
 
 Verdict = Literal["ok", "warning", "failed"]
 

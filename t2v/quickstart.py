@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.build import build
-from data_pipeline.embed import embed, make_tiny_encoder
 from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
-from data_pipeline.loader import TextConditioning
-from data_pipeline.toy import Toy, all_toys, write_toy
-from data_pipeline.toy_score import read_toy
-from data_pipeline.video import decode_clip
-from t2v.config import RunConfig, load_config
-from t2v.train.finding import resolve_checkpoint
+from data_pipeline.feeding.loader import TextConditioning
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import Toy, all_toys, write_toy
+from data_pipeline.making.toy_score import read_toy
+from data_pipeline.media.video import decode_clip
+from data_pipeline.text.embed import embed, make_tiny_encoder
+from t2v.checkpoint.finding import resolve_checkpoint
+from t2v.recipe.recipe import RunConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PROCESSES = 2

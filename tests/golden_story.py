@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.embed import make_tiny_encoder
-from data_pipeline.toy import all_toys
+from data_pipeline.making.toy import all_toys
+from data_pipeline.text.embed import make_tiny_encoder
+from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
 from t2v.cli import main
-from t2v.train.tensor_files import read_whole, tensor_kinds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 20

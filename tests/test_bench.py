@@ -9,9 +9,9 @@ from test_loader import NONE, PYRAMID, TEXT, config
 from tiny import RECIPE
 
 from data_pipeline import stages
-from data_pipeline.bench import bench
-from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import ConfigError
+from data_pipeline.feeding.bench import bench
+from data_pipeline.shards.dataset import open_dataset
 from t2v.cli import main
 
 

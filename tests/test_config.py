@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import dump_config, load_config, parse_config
+from t2v.recipe.recipe import dump_config, load_config, parse_config
 from tests.tiny import RECIPE, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.loader import NoConditioning, TextConditioning
+from data_pipeline.feeding.loader import NoConditioning, TextConditioning
+from data_pipeline.media.video import decode_clip
 from data_pipeline.pyramid import level_clip
-from data_pipeline.video import decode_clip
 from t2v.cli import main
-from t2v.config import load_config
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window
 from t2v.evaluation.conditions import request_for
 from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
+from t2v.recipe.recipe import load_config
 from tests.distributed import run_distributed
 from tests.scenes import (
     CLIPS,

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, StorageError
+from t2v.checkpoint.export import export_checkpoint, load_exported, read_export
 from t2v.cli import main
-from t2v.export import export_checkpoint, load_exported, read_export
-from t2v.model.hpdm import build_model
+from t2v.methods.hpdm.network import build_model
 from tests.test_checkpoint import checkpoints, facts, save, shuffled_state, tensors_of
 from tests.tiny import THREE_LEVELS, tiny_config
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from t2v.config import RunConfig, load_config
-from t2v.footprint import measure
-from t2v.model.hpdm import build_model
-from t2v.model.layers import Attention
+from t2v.methods.hpdm.network import build_model
+from t2v.network.layers import Attention
+from t2v.plan.footprint import measure
+from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import THREE_LEVELS, class_condition, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from data_pipeline.embed import TextEncoder
 from data_pipeline.errors import ConfigError, StorageError
-from data_pipeline.loader import NoConditioning, TextConditioning
-from data_pipeline.video import decode_clip
+from data_pipeline.feeding.loader import NoConditioning, TextConditioning
+from data_pipeline.media.video import decode_clip
+from data_pipeline.text.embed import TextEncoder
 from t2v.cli import main
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import join_world
-from t2v.generate import Means, rooms_for
-from t2v.sampling import generate
-from t2v.sampling_memory import LevelRoom, canvas_bytes, plan_memory, row_bytes, volume_bytes
-from t2v.sampling_store import Store
-from t2v.sampling_subjects import Conditions, Request, read_prompts, subjects_of
-from t2v.sampling_tiles import Team
+from t2v.methods.hpdm.memory import LevelRoom, canvas_bytes, plan_memory, row_bytes, volume_bytes
+from t2v.methods.hpdm.sampling import generate
+from t2v.methods.hpdm.store import Store
+from t2v.methods.hpdm.tiles import Team
+from t2v.sampling.generate import Means, rooms_for
+from t2v.sampling.subjects import Conditions, Request, read_prompts, subjects_of
 from tests.distributed import next_world, run_distributed
 from tests.tiny import RECIPE, THREE_LEVELS, class_condition, stirred_model, tiny_config
 
@@ -271,7 +271,7 @@ def taken(model, config, rooms: list[LevelRoom], clips: int) -> list[int]:
 
 
 def tiling_offsets(config, level: int) -> list[list[int]]:
-    from t2v.sampling_config import level_tilings
+    from t2v.methods.hpdm.settings import level_tilings
 
     return level_tilings(config.sampling, config.pyramid, level)[0].offsets.tolist()
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.held_out import held_out_reader
-from data_pipeline.loader import Loader, global_order, open_sources
-from data_pipeline.order import held_out_rows
-from t2v.config import RunConfig, parse_config
-from t2v.train.finding import list_checkpoints
+from data_pipeline.feeding.held_out import held_out_reader
+from data_pipeline.feeding.loader import Loader, global_order, open_sources
+from data_pipeline.feeding.order import held_out_rows
+from t2v.checkpoint.finding import list_checkpoints
+from t2v.loop import train
+from t2v.recipe.recipe import RunConfig, parse_config
 from t2v.train.held_out import fixed_noise, noise_bins, passes, sigma_at
-from t2v.train.loop import train
 from tests.distributed import next_world, run_distributed
 from tests.test_loop import (
     STEPS,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config
 from t2v.engine.compute import make_deterministic
-from t2v.model.hpdm import HPDM, build_model
+from t2v.methods.hpdm.network import HPDM, build_model
+from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import THREE_LEVELS, class_condition, noise_batch, stirred_model, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2v.config import RunConfig
-from t2v.diffusion import c_in, c_nrm, c_out, v_target
-from t2v.train.objective import draw_noise, level_losses, mix, to_patches
+from t2v.methods.hpdm.diffusion import c_in, c_nrm, c_out, v_target
+from t2v.methods.hpdm.objective import draw_noise, level_losses, mix, to_patches
+from t2v.recipe.recipe import RunConfig
 from tests.tiny import THREE_LEVELS, noise_batch, stirred_model, tiny_config
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from benchmarks.memory import CASES, compare
 from data_pipeline.errors import ConfigError
-from t2v.config import RunConfig, load_config
 from t2v.engine.config import BUCKET_ELEMENTS
-from t2v.footprint import Footprint, measure
-from t2v.memory import GIB, memory
-from t2v.plan import plan, print_plan
+from t2v.plan.footprint import Footprint, measure
+from t2v.plan.memory import GIB, memory
+from t2v.plan.plan import plan, print_plan
+from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

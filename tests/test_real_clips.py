@@ -9,14 +9,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from data_pipeline.build import build
-from data_pipeline.embed import embed, make_tiny_encoder
-from data_pipeline.loader import Loader
+from data_pipeline.feeding.loader import Loader
+from data_pipeline.making.build import build
+from data_pipeline.text.embed import embed, make_tiny_encoder
+from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.cli import main
-from t2v.config import RunConfig, load_config
-from t2v.model.hpdm import build_model
-from t2v.train.finding import load_weights, resolve_checkpoint
-from t2v.train.objective import level_losses
+from t2v.methods.hpdm.network import build_model
+from t2v.methods.hpdm.objective import level_losses
+from t2v.recipe.recipe import RunConfig, load_config
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 pytestmark = [

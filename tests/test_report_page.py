@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import InputMissing
-from data_pipeline.video import encode_clip
-from t2v.config import dump_config
-from t2v.report_files import condensed, spread
-from t2v.report_page import page, video, write_report
+from data_pipeline.media.video import encode_clip
+from t2v.recipe.recipe import dump_config
+from t2v.watching.page import page, video, write_report
+from t2v.watching.page_files import condensed, spread
 from tests.tiny import tiny_config
 
 EVIL = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config
-from t2v.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
-from t2v.model.conditioning import Condition
-from t2v.model.context import TokenGrid
-from t2v.sampling import ALONE, denoising_step, generate, noise_levels
-from t2v.sampling_config import level_tilings, network_calls
-from t2v.sampling_memory import plan_memory
-from t2v.sampling_store import Store
-from t2v.sampling_tiles import LevelNetwork, TiledDenoiser, read_level
-from t2v.tiling import OVERLAPS, Slab, cut_tile
+from t2v.methods.hpdm.context import TokenGrid
+from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
+from t2v.methods.hpdm.memory import plan_memory
+from t2v.methods.hpdm.sampling import ALONE, denoising_step, generate, noise_levels
+from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.store import Store
+from t2v.methods.hpdm.tiles import LevelNetwork, TiledDenoiser, read_level
+from t2v.methods.hpdm.tiling import OVERLAPS, Slab, cut_tile
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from t2v.evaluation.seam import seam_energies, seam_scores, tile_borders
-from t2v.tiling import tile_level
+from t2v.methods.hpdm.tiling import tile_level
 
 SIZE, PATCH = (8, 48, 64), (4, 12, 16)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
-from t2v.config import load_config
-from t2v.tiling import OVERLAPS, Tiling, cut_tile, tile_level
+from t2v.methods.hpdm.tiling import OVERLAPS, Tiling, cut_tile, tile_level
+from t2v.recipe.recipe import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE, PATCH = (4, 12, 8), (2, 6, 4)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import RunConfig
+from t2v.checkpoint.tensor_files import TensorKind
 from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE, join_world
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import build_model
-from t2v.train.tensor_files import TensorKind
+from t2v.methods.hpdm.network import build_model
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig
 from t2v.train.warm_start import plan_warm_start, resize_table, warm_start
 from tests.distributed import run_distributed
 from tests.test_checkpoint import checkpoints, facts, fresh_state, shuffled_state, tensors_of

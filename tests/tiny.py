@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.pyramid import draw_offsets
-from t2v.config import RunConfig, parse_config
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import HPDM, build_model
+from t2v.methods.hpdm.network import HPDM, build_model
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, parse_config
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",

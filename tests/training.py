@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.world import World, join_world
-from t2v.model.hpdm import build_model
+from t2v.methods.hpdm.network import build_model
+from t2v.methods.hpdm.objective import level_losses
+from t2v.recipe.recipe import RunConfig
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.schedule import learning_rates
 from tests.tiny import noise_batch
 

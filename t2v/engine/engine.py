@@ -7,10 +7,10 @@ from torch import Tensor
 
 from t2v.engine.place import Place
 from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
+from t2v.methods.hpdm.network import HPDM
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
 
 
 class Engine(Protocol):

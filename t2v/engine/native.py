@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from t2v.engine.compute import autocast
-from t2v.engine.place import Place
-from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
-from t2v.train.optim import (
+from t2v.engine.optimizer import (
     build_optimizer,
     parameter_groups,
     set_rates,
     squared_norms,
     start_moments,
 )
+from t2v.engine.place import Place
+from t2v.engine.world import World
+from t2v.methods.hpdm.network import HPDM
 from t2v.train.schedule import frozen_updates
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,10 +6,10 @@ from t2v.engine.compute import prepare_blocks, set_matmul_precision
 from t2v.engine.native import NativeEngine
 from t2v.engine.place import Place
 from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
+from t2v.methods.hpdm.network import HPDM
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
 
 
 def single_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:

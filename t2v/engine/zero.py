@@ -21,22 +21,22 @@ from torch.distributed.tensor import DTensor, Shard
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
 from t2v.engine.config import BUCKET_ELEMENTS
 from t2v.engine.native import MOMENTS
-from t2v.engine.place import Place
-from t2v.engine.whole_init import WholeInit
-from t2v.engine.world import World
-from t2v.engine.zero_parts import partitions_of_stage_3, partitions_of_stages_1_and_2
-from t2v.model.hpdm import HPDM
-from t2v.train.optim import (
+from t2v.engine.optimizer import (
     build_optimizer,
     parameter_groups,
     set_rates,
     squared_norms,
     start_moments,
 )
+from t2v.engine.place import Place
+from t2v.engine.whole_init import WholeInit
+from t2v.engine.world import World
+from t2v.engine.zero_parts import partitions_of_stage_3, partitions_of_stages_1_and_2
+from t2v.methods.hpdm.network import HPDM
 from t2v.train.schedule import BASE, NEW, frozen_updates
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
 
 
 class ZeroEngine:

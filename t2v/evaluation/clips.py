@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.media.video import Size, decode_clip, encode_clip, probe, reduce_clip, reduction
 from data_pipeline.pyramid import Clip
-from data_pipeline.shards import digest64
-from data_pipeline.video import Size, decode_clip, encode_clip, probe, reduce_clip, reduction
+from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
+from data_pipeline.shards.tar import digest64
 from t2v.evaluation.protocol import FrameRule, RealSet, View
 from t2v.evaluation.protocol import Protocol as Rules
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError
 from data_pipeline.pyramid import Pyramid
+from data_pipeline.store import storage
 from t2v.engine.world import World
 from t2v.evaluation.clips import GeneratedClips, RealClips, is_samples, open_generated, open_real
 from t2v.evaluation.collect import Task, collect
@@ -34,9 +34,9 @@ from t2v.evaluation.scores import (
     split_inception_score,
 )
 from t2v.evaluation.seam import seam_scores, tile_borders
-from t2v.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
-from t2v.sampling_config import SamplingConfig, level_tilings
-from t2v.source import open_source
+from t2v.methods.hpdm.settings import SamplingConfig, level_tilings
+from t2v.sampling.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
+from t2v.sampling.source import open_source
 
 Measures = dict[str, dict[str, Measure]]  # by view and metric
 

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from data_pipeline.dataset import digest_json
 from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.shards.dataset import digest_json
 from data_pipeline.strict import Size, Strict
-from t2v.config import apply_override, read_mapping
+from t2v.recipe.recipe import apply_override, read_mapping
 
 FrameRule = Literal["first", "center", "random"]
 Metric = Literal["fvd", "inception_score", "text_score", "seam"]

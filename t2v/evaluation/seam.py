@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_pipeline.pyramid import AXES, Clip
-from t2v.tiling import Tiling
+from t2v.methods.hpdm.tiling import Tiling
 
 Energies = Float[np.ndarray, "6"]  # (at borders, elsewhere) along each axis
 ROUNDING = 1 / 6  # energy of a difference of two values rounded to bytes

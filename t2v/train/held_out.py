@@ -11,17 +11,17 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from data_pipeline.held_out import held_out_reader
-from data_pipeline.loader import Loader, Source, TextConditioning, collate
-from data_pipeline.sample import Sample, SampleReader
+from data_pipeline.feeding.held_out import held_out_reader
+from data_pipeline.feeding.loader import Loader, Source, TextConditioning, collate
+from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.strict import Strict
-from t2v.diffusion import DiffusionConfig, draw_sigma
 from t2v.engine.world import World
-from t2v.model.hpdm import CHANNELS
-from t2v.train.objective import Patches, mix, weighted_errors
+from t2v.methods.hpdm.diffusion import DiffusionConfig, draw_sigma
+from t2v.methods.hpdm.network import CHANNELS
+from t2v.methods.hpdm.objective import Patches, mix, weighted_errors
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
     from t2v.train.state import TrainState
 
 KEY = 0x48454C444F5554  # keeps these draws apart from those of training

@@ -5,8 +5,8 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
-    from t2v.train.optim import OptimizerConfig
+    from t2v.engine.optimizer import OptimizerConfig
+    from t2v.recipe.recipe import RunConfig
 
 # What a base without finer levels does not have.
 PYRAMID_ONLY = re.compile(r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding")

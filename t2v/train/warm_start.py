@@ -11,22 +11,22 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
-from t2v.engine.engine import Engine
-from t2v.model.context import interpolation_matrix
-from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
-from t2v.train.finding import resolve_checkpoint
-from t2v.train.manifest import read_manifest
-from t2v.train.schedule import PYRAMID_ONLY
-from t2v.train.tensor_files import (
+from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.finding import resolve_checkpoint
+from t2v.checkpoint.manifest import read_manifest
+from t2v.checkpoint.tensor_files import (
     Slice,
     TensorKind,
     read_slices,
     read_whole,
     tensor_kinds,
 )
+from t2v.engine.engine import Engine
+from t2v.methods.hpdm.context import interpolation_matrix
+from t2v.train.schedule import PYRAMID_ONLY
 
 if TYPE_CHECKING:
-    from t2v.config import RunConfig
+    from t2v.recipe.recipe import RunConfig
 
 POSITIONS = re.compile(r"positions\.(frames|height|width)")
 # Fields whose change keeps every shape and still makes another network.
@@ -149,7 +149,7 @@ def refuse_other_network(folder: Path, base: dict, run: dict) -> None:
 def resize_table(table: Tensor, length: int, *, aligned_start: bool) -> Tensor:
     """A position table at another number of tokens over the same extent, by linear interpolation.
 
-    Space is aligned at token centres, time at frame starts, as in `t2v.model.context`.
+    Space is aligned at token centres, time at frame starts, as in `t2v.methods.hpdm.context`.
     """
     anchor = 0.0 if aligned_start else 0.5
     places = (torch.arange(length) + anchor) * (len(table) / length) - anchor

@@ -1,0 +1,199 @@
+"""What a recipe's network costs per sample: parameters, floating-point operations, kept bytes.
+
+Nothing is allocated: operations are counted on the meta device, bytes on fake tensors, whose
+attention keeps as little as a GPU's fused kernels do.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.feeding.loader import ClassConditioning
+from t2v.engine.compute import PRODUCTS
+from t2v.methods.hpdm.network import CHANNELS, HPDM, build_model
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, text_shape
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One sample's cost; bytes are those that the forward pass keeps for the backward pass."""
+
+    parameters: dict[str, int]
+    largest_block_parameters: int
+    forward_flops: int
+    kept_bytes: int
+    kept_between_blocks_bytes: int
+    kept_by_largest_block_bytes: int
+    kept_products_bytes: int
+    largest_tensor_bytes: int
+
+
+def measure(config: RunConfig) -> Footprint:
+    """The footprint of a recipe, whatever its engine and batch size; taken once per network."""
+    network = config.model_dump_json(include={"pyramid", "conditioning", "model"})
+    key = network, config.engine.precision
+    if key not in _measured:
+        _measured[key] = _measure(config)
+    return _measured[key]
+
+
+_measured: dict[tuple[str, str], Footprint] = {}
+
+
+def _measure(config: RunConfig) -> Footprint:
+    with torch.device("meta"):
+        model = build_model(config)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    kept = kept_storages(config)
+    products = kept.pop("products")
+    outside, inputs = kept.pop("outside"), kept.pop("inputs")
+    between = outside | inputs
+    every = outside | {key: size for block in kept.values() for key, size in block.items()}
+    by_block = [
+        sum(size for key, size in block.items() if key not in between) for block in kept.values()
+    ]
+    return Footprint(
+        parameters=parameters_by_part(model),
+        largest_block_parameters=max(blocks),
+        forward_flops=forward_flops(config),
+        kept_bytes=sum(every.values()),
+        kept_between_blocks_bytes=sum(between.values()),
+        kept_by_largest_block_bytes=max(by_block),
+        kept_products_bytes=sum(size for key, size in products.items() if key not in between),
+        largest_tensor_bytes=max(every.values()),
+    )
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Floating-point operations of one sample's forward pass."""
+    with torch.device("meta"):
+        model = build_model(config)
+        with FlopCounterMode(display=False) as counter:
+            model(**_inputs(config))
+    return counter.get_total_flops()
+
+
+def parameters_by_part(model: HPDM) -> dict[str, int]:
+    """Number of parameters by what they are for."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[_part(name)] += parameter.numel()
+    return dict(counts)
+
+
+def _part(name: str) -> str:
+    top, _, rest = name.partition(".")
+    if top != "blocks":
+        kinds = {"conditioning", "self_conditioning", "latents"}
+        return top if top in kinds else "tokenizer"
+    if ".fusion." in name:
+        return "fusion"
+    if ".modulation." in name:
+        return "modulation"
+    return "latent layers" if ".layers." in rest else "read and write"
+
+
+def _inputs(config: RunConfig) -> dict[str, Tensor | Condition]:
+    """One sample's inputs, on whatever device is the default."""
+    pyramid = config.pyramid
+    text, label = text_shape(config.conditioning), None
+    if isinstance(config.conditioning, ClassConditioning):
+        label = torch.zeros(1, dtype=torch.long)
+    condition = Condition(
+        fps=torch.ones(1),
+        original_size=torch.ones(1, 2),
+        text_tokens=torch.zeros(1, *text) if text else None,
+        text_mask=torch.ones(1, text[0], dtype=torch.bool) if text else None,
+        label=label,
+    )
+    return {
+        "x": torch.zeros(1, pyramid.levels, CHANNELS, *pyramid.patch_size),
+        "noise": torch.zeros(1, pyramid.levels),
+        "offsets": torch.zeros(1, pyramid.levels, 3, dtype=torch.long),
+        "condition": condition,
+    }
+
+
+class KeptStorages:
+    """Bytes of each storage kept for backward: by each block, outside of blocks, and, whether kept
+    or not, of the blocks' inputs and of the products in them. Parameters do not count."""
+
+    def __init__(self, model: HPDM) -> None:
+        self.bytes: dict[str, dict[int, int]] = {"outside": {}, "inputs": {}, "products": {}}
+        self._place = "outside"
+        self._own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._alive: list[Tensor] = []  # a storage's address names it only as long as it lives
+        for number, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(partial(self._enter, f"block {number}"))
+            block.register_forward_hook(self._leave)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd keeps a tensor."""
+        self._note(tensor, self._place)
+        return tensor
+
+    def product(self, tensor: Tensor) -> None:
+        """An operation that selective recomputation does not repeat has made a tensor."""
+        if self._place != "outside":
+            self._note(tensor, "products")
+
+    def _note(self, tensor: Tensor, place: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._alive.append(tensor)
+            self.bytes[place][storage._cdata] = storage.nbytes()
+
+    def _enter(self, name: str, block: nn.Module, inputs: tuple[Tensor | None, ...]) -> None:
+        for tensor in inputs:
+            if tensor is not None:
+                self._note(tensor, "inputs")
+        self._place = name
+        self.bytes[name] = {}
+
+    def _leave(self, *_: object) -> None:
+        self._place = "outside"
+
+
+class Products(TorchDispatchMode):
+    """Tells of everything that the operations kept by selective recomputation make."""
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            for tensor in tree_iter(made):
+                if isinstance(tensor, Tensor):
+                    self.tell(tensor)
+        return made
+
+
+def kept_storages(config: RunConfig) -> dict[str, dict[int, int]]:
+    """What a recipe's forward pass keeps of one sample, in the precision it computes in."""
+    halved = config.engine.precision == "bf16"
+    with FakeTensorMode():
+        model = build_model(config)
+        if halved:
+            for parameter in model.blocks.parameters():
+                parameter.data = parameter.data.bfloat16()
+        kept = KeptStorages(model)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=halved),
+            saved_tensors_hooks(kept.keep, lambda tensor: tensor),
+            Products(kept.product),
+        ):
+            model(**_inputs(config))
+    return kept.bytes
