@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_pipeline.feeding.loader import DataConfig, Loader, NoConditioning, Source
+from data_pipeline.feeding.config import DataConfig, NoConditioning, Source
+from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build
 from data_pipeline.media.video import decode_patches, encode_clip
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, draw_offsets

@@ -10,8 +10,9 @@ from typing import Any
 from cluster.profile import Profile, SlurmProfile
 from cluster.status import last_line, read_json, sound
 from data_pipeline.errors import ConfigError
+from data_pipeline.feeding.config import text_shape
 from t2v.plan.plan import GIB, Plan
-from t2v.recipe.recipe import RunConfig, text_shape
+from t2v.recipe.recipe import RunConfig
 
 # A step and a save may each take twice as long on a bad day; then come goodbye and exit.
 SLACK, MARGIN_SECONDS, LEAST_GRACE_SECONDS = 2.0, 60, 120

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.errors import DataError, StorageError, UserError
+from data_pipeline.feeding.config import text_shape
 from data_pipeline.feeding.loader import open_sources
 from t2v.methods.hpdm.network import build_model
-from t2v.recipe.recipe import RunConfig, text_shape
+from t2v.recipe.recipe import RunConfig
 
 Verdict = Literal["ok", "warning", "failed"]
 

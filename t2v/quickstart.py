@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
-from data_pipeline.feeding.loader import TextConditioning
+from data_pipeline.feeding.config import TextConditioning
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import Toy, all_toys, write_toy
 from data_pipeline.making.toy_score import read_toy

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_pipeline.feeding.loader import ClassConditioning, TextConditioning
+from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Pyramid
 from t2v.methods.hpdm.rin import RINBlock
 from t2v.network.conditioning import Condition, ConditionEmbedding

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.loader import NoConditioning, TextConditioning
+from data_pipeline.feeding.config import NoConditioning, TextConditioning
 from data_pipeline.media.video import decode_clip
 from data_pipeline.pyramid import level_clip
 from t2v.cli import main

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import yaml
 
 from data_pipeline.errors import ConfigError, StorageError
-from data_pipeline.feeding.loader import NoConditioning, TextConditioning
+from data_pipeline.feeding.config import NoConditioning, TextConditioning
 from data_pipeline.media.video import decode_clip
 from data_pipeline.text.embed import TextEncoder
 from t2v.cli import main

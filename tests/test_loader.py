@@ -15,15 +15,14 @@ import torch
 import webdataset
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing, StorageError
-from data_pipeline.feeding.loader import (
-    Batch,
+from data_pipeline.feeding.config import (
     ClassConditioning,
     DataConfig,
-    Loader,
     NoConditioning,
     Source,
     TextConditioning,
 )
+from data_pipeline.feeding.loader import Batch, Loader
 from data_pipeline.feeding.order import keyed_rng
 from data_pipeline.feeding.quarantine import Quarantine
 from data_pipeline.making.build import build, index

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.feeding.loader import DataConfig, Loader, Source, TextConditioning
+from data_pipeline.feeding.config import DataConfig, Source, TextConditioning
+from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build, index
 from data_pipeline.media.video import read_clip
 from data_pipeline.pyramid import Pyramid

@@ -38,7 +38,7 @@ from cluster.preflight import (
     refuse_other_shape,
 )
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
-from data_pipeline.feeding.loader import NoConditioning
+from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
 from t2v.recipe.recipe import dump_config
 from tests.distributed import run_distributed

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from data_pipeline.feeding.loader import DataConfig, global_order
+from data_pipeline.feeding.config import DataConfig
+from data_pipeline.feeding.loader import global_order
 from data_pipeline.feeding.sample import Source, sample_id
 from data_pipeline.shards.dataset import open_dataset
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from data_pipeline import stages
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.loader import Conditioning, DataConfig, Loader
+from data_pipeline.feeding.config import Conditioning, DataConfig
+from data_pipeline.feeding.loader import Loader
 from data_pipeline.progress import progress
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Strict

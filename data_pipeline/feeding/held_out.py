@@ -3,13 +3,8 @@
 from collections.abc import Sequence
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.loader import (
-    ClassConditioning,
-    Conditioning,
-    DataConfig,
-    Source,
-    open_sources,
-)
+from data_pipeline.feeding.config import ClassConditioning, Conditioning, DataConfig, Source
+from data_pipeline.feeding.loader import open_sources
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.feeding.sample import Source as OpenSource

@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Float32, Int64, UInt8
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.feeding.config import (
+    ClassConditioning,
+    Conditioning,
+    DataConfig,
+    NoConditioning,
+    TextConditioning,
+)
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.feeding.sample import Source as OpenSource
@@ -28,75 +34,12 @@ from data_pipeline.media.video import reduction
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.stages import stage
-from data_pipeline.strict import Share, Strict
 from data_pipeline.text.embeddings import open_embeddings
 
 START_SECONDS = 120.0  # for a worker to come up
 POLL_SECONDS = 1.0  # between two looks at whether workers live
 WORKER_LOST, WORKER_SILENT = "DataLoader worker", "DataLoader timed out"  # as torch says it
 QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Source(Strict):
-    """One dataset of the mixture."""
-
-    path: str = Field(description="dataset folder: a local path or s3://bucket/prefix")
-    weight: int = Field(default=1, ge=1, description="share of the batch, relative to the others")
-
-
-class DataConfig(Strict):
-    """Where samples come from and how patiently they are read."""
-
-    sources: list[Source] = Field(min_length=1)
-    num_workers: int = Field(
-        default=4, ge=0, le=512, description="decoding processes per rank; 0: none"
-    )
-    prefetch_batches: int = Field(
-        default=2, ge=1, le=512, description="micro-batches ahead, per worker"
-    )
-    block_shards: int = Field(
-        default=64, ge=1, description="shards that are shuffled together and so in use at a time"
-    )
-    held_out_share: Share = Field(
-        default=0.0, description="share of the samples, at the end of each shard, never trained on"
-    )
-    max_drop_rate: Share = Field(
-        default=0.001, description="share of samples that may be replaced before the run stops"
-    )
-    max_drops_in_a_row: int = Field(default=100, ge=1)
-    decode_deadline_seconds: float = Field(default=30.0, gt=0)
-
-
-class TextConditioning(Strict):
-    """Cached text-encoder embeddings of the captions."""
-
-    kind: Literal["text"]
-    encoder: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of the embedding set: dataset/embeddings/<encoder>",
-    )
-    width: int = Field(ge=1, description="channels of an embedding token (T5-11B: 1024)")
-    max_tokens: int = Field(ge=1, description="longer captions are cut to this many tokens")
-    dropout: Share = Field(default=0.1, description="share of captions replaced by the empty one")
-
-
-class ClassConditioning(Strict):
-    """Integer labels, `label` in a sample's metadata; `num_classes` itself is the null class."""
-
-    kind: Literal["class"]
-    num_classes: int = Field(ge=1)
-    dropout: Share = Field(default=0.1, description="share of labels replaced by the null class")
-
-
-class NoConditioning(Strict):
-    """Unconditional generation."""
-
-    kind: Literal["none"]
-
-
-Conditioning = Annotated[
-    TextConditioning | ClassConditioning | NoConditioning, Field(discriminator="kind")
-]
 
 
 Read = tuple[list[Sample], list[dict]]  # samples, and records of those they replace

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, StorageError
-from data_pipeline.feeding.loader import ClassConditioning
+from data_pipeline.feeding.config import ClassConditioning, text_shape
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance
@@ -32,7 +32,7 @@ from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_
 from t2v.checkpoint.tensor_files import SAFETENSORS_TYPES, TensorKind, read_whole, tensor_kinds
 from t2v.methods.hpdm.network import HPDM, build_model
 from t2v.network.conditioning import Condition
-from t2v.recipe.recipe import RunConfig, parse_config, text_shape
+from t2v.recipe.recipe import RunConfig, parse_config
 
 EXPORT = "export.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

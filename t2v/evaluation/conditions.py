@@ -3,7 +3,7 @@
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.feeding.loader import ClassConditioning, Conditioning, TextConditioning
+from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.tar import json_caption, parse_metadata, read_member, txt_caption
 from data_pipeline.store import storage

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data_pipeline.feeding.loader import ClassConditioning, Conditioning, TextConditioning
+from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
 from data_pipeline.pyramid import Pyramid
 from t2v.network.layers import INIT_STD, NORM_EPS, scalar_features
 

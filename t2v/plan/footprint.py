@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.feeding.loader import ClassConditioning
+from data_pipeline.feeding.config import ClassConditioning, text_shape
 from t2v.engine.compute import PRODUCTS
 from t2v.methods.hpdm.network import CHANNELS, HPDM, build_model
 from t2v.network.conditioning import Condition
-from t2v.recipe.recipe import RunConfig, text_shape
+from t2v.recipe.recipe import RunConfig
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.feeding.config import text_shape
 from data_pipeline.strict import Strict
 from t2v.loop import accumulation_steps
 from t2v.methods.hpdm.settings import network_calls
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
-from t2v.recipe.recipe import RunConfig, text_shape
+from t2v.recipe.recipe import RunConfig
 from t2v.watching.rates import peak_tflops
 
 ASSUMED_GPU = "H100 SXM"

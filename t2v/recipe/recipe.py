@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.feeding.loader import (
+from data_pipeline.feeding.config import (
     ClassConditioning,
     Conditioning,
     DataConfig,
@@ -212,18 +212,6 @@ def parse_config(content: dict, origin: str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved recipe as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def null_label(conditioning: Conditioning) -> int:
-    """The class that stands for "no class"; 0 where there are none."""
-    return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else 0
-
-
-def text_shape(conditioning: Conditioning) -> tuple[int, int] | None:
-    """(max_tokens, width) of text embeddings, if the recipe has any."""
-    if isinstance(conditioning, TextConditioning):
-        return conditioning.max_tokens, conditioning.width
-    return None
 
 
 def apply_override(content: dict, override: str) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.loader import ClassConditioning, TextConditioning
+from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
 from t2v.network.conditioning import Condition

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from data_pipeline.feeding.config import Source, TextConditioning
 from data_pipeline.feeding.held_out import held_out_reader
-from data_pipeline.feeding.loader import Loader, Source, TextConditioning, collate
+from data_pipeline.feeding.loader import Loader, collate
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.strict import Strict
 from t2v.engine.world import World

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_pipeline.feeding.loader import Conditioning
+from data_pipeline.feeding.config import Conditioning
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Share, Size, Strict
 from t2v.methods.hpdm.context import ContextFusion, TokenGrid, sample_volume
