@@ -137,7 +137,7 @@ class Trainer:
         self.device = device
         model_class = GridSampledHPDM if contender == "grid sample" else HPDM
         with torch.device("meta"):
-            sizes = (self.config.model, self.config.pyramid, self.config.conditioning)
+            sizes = (self.config.method.model, self.config.method.pyramid, self.config.conditioning)
             model = model_class(*sizes)
         self.engine = single_engine(model, self.config, World(device))
         self.batch = noise_batch(self.config, batch_size)
@@ -178,7 +178,7 @@ def recipe(geometry: Geometry, contender: str, device: torch.device) -> RunConfi
 
 def noise_batch(config: RunConfig, size: int) -> Batch:
     """Random patches at random windows."""
-    rng, pyramid = np.random.default_rng(0), config.pyramid
+    rng, pyramid = np.random.default_rng(0), config.method.pyramid
     shape = (size, pyramid.levels, *pyramid.patch_size, 3)
     return Batch(
         numbers=torch.arange(size),

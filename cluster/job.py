@@ -126,8 +126,8 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
 
 def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:
     """/dev/shm of a node: all batches that its workers may hold, and NCCL's buffers."""
-    pyramid, data = config.pyramid, config.data
-    sample = pyramid.levels * math.prod(pyramid.patch_size) * 3
+    view, data = config.method.view, config.data
+    sample = view.levels * math.prod(view.patch_size) * 3
     text = text_shape(config.conditioning)
     if text is not None:
         sample += 2 * math.prod(text)

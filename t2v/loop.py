@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, NumericError
-from data_pipeline.feeding.loader import Loader
+from data_pipeline.errors import NumericError
+from data_pipeline.feeding.held_out import held_out_reader
+from data_pipeline.feeding.loader import Batch, Loader
+from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.attempt import begin_attempt
@@ -22,19 +24,17 @@ from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compute import make_deterministic
 from t2v.engine.engine import build_engine
+from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
-from t2v.methods.hpdm.network import build_model
-from t2v.methods.hpdm.objective import level_losses
-from t2v.recipe.recipe import RunConfig, dump_config
+from t2v.methods.method import Method
+from t2v.plan.footprint import training_tflop
+from t2v.recipe.recipe import RunConfig, accumulation_steps, dump_config, method_of
 from t2v.train.ema import Ema
 from t2v.train.held_out import HeldOut
-from t2v.train.schedule import BASE, learning_rates
+from t2v.train.schedule import learning_rates
 from t2v.train.state import TrainState
 from t2v.train.warm_start import warm_start
-from t2v.watching.report import Report
-
-if TYPE_CHECKING:
-    from data_pipeline.feeding.loader import Batch
+from t2v.watching.report import Report, Watched
 
 T = TypeVar("T")
 
@@ -51,16 +51,21 @@ def train(
         watchdog = exits.enter_context(Watchdog(config.watchdog))
         world = exits.enter_context(join_world(config.engine))
         attempt = exits.enter_context(
-            begin_attempt(config, world, watchdog, clear_failures=clear_failures)
-        )
+            begin_attempt(
+                run_dir, world, watchdog, engine=config.engine.kind,
+                total_steps=config.total_steps, recipe=json.loads(config.model_dump_json()),
+                clear_failures=clear_failures,
+            )
+        )  # fmt: skip
+        method = method_of(config)
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
-        held_out = HeldOut(config, loader, world)
+        held_out = open_held_out(config, method, loader, world)
         checkpoints = Checkpoints(run_dir, config.checkpoint, world, attempt.may_commit)
         exits.callback(checkpoints.settle)
-        state = begin(config, world, checkpoints, loader)
+        state = begin(config, method, world, checkpoints, loader)
         recipe = dump_config(config).encode()
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
-        report = Report(run_dir, config, world, attempt.status, step=state.step)
+        report = Report(run_dir, watched(config, method), world, attempt.status, step=state.step)
         exits.enter_context(contextlib.closing(report))
         exits.push(attempt.on_exit)
         wait = Waiting()
@@ -72,8 +77,11 @@ def train(
             micro_batches = world.together(lambda: read(steps, state))
             samples = [name for batch in micro_batches for name in batch.ids]
             watchdog.enter("step", state.step, samples)
-            losses = accumulate_gradients(state, wait(micro_batches), config, report)
-            rates = learning_rates(config, state.step, state.engine.updates)
+            losses = accumulate_gradients(state, wait(micro_batches), config, method, report)
+            rates = learning_rates(
+                config.optimizer, config.warm_start, step=state.step,
+                total_steps=config.total_steps, updates=state.engine.updates,
+            )  # fmt: skip
             grad_norm = float(state.engine.gradient_norm())
             watchdog.enter("checkpoint", state.step)
             checkpoints.wait_for_copy()
@@ -108,12 +116,18 @@ def train(
         return attempt.finish(is_done=state.step >= config.total_steps)
 
 
-def begin(config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loader) -> TrainState:
+def begin(
+    config: RunConfig, method: Method, world: World, checkpoints: Checkpoints, loader: Loader
+) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     fault("setup")
     with torch.device("meta"):
-        model = build_model(config)
-    engine = build_engine(model, config, world)
+        network = method.network()
+    frozen = config.warm_start.freeze_base_steps if config.warm_start else 0
+    groups = Groups(method.new_parameters, freeze_base_steps=frozen)
+    engine = build_engine(
+        network, config.engine, config.optimizer, world, groups=groups, seed=config.seed
+    )
     state = TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
     checkpoints.clean()
     found = checkpoints.newest()
@@ -125,47 +139,40 @@ def begin(config: RunConfig, world: World, checkpoints: Checkpoints, loader: Loa
         if world.is_first:
             print(f"resumed from {folder}", flush=True)
     elif config.warm_start is not None:
-        warm_start(config, engine)
+        warm_start(config.warm_start, method, engine)
         state.ema.restart()
     checkpoints.reserve(state.slices())
     return state
 
 
-def read(steps: Iterator[list["Batch"]], state: TrainState) -> list["Batch"]:
+def read(steps: Iterator[list[Batch]], state: TrainState) -> list[Batch]:
     """The micro-batches of the next step."""
     fault("data", state.step + 1)
     return next(steps)
 
 
 def accumulate_gradients(
-    state: TrainState, micro_batches: Iterable["Batch"], config: RunConfig, report: Report
+    state: TrainState,
+    micro_batches: Iterable[Batch],
+    config: RunConfig,
+    method: Method,
+    report: Report,
 ) -> Tensor:
-    """Gradients of a step's loss; returns this rank's mean loss of each level."""
+    """Gradients of a step's loss; returns this rank's mean loss of each part."""
     engine = state.engine
     count = accumulation_steps(config, engine.world.world_size)
     device = engine.world.device
-    losses = torch.zeros(config.pyramid.levels, device=device)
+    losses = torch.zeros(len(method.parts), device=device)
     for number, batch in enumerate(micro_batches, start=1):
         report.samples(batch)
         with engine.autocast():
-            of_levels = level_losses(engine.model, batch, config, device) / count
+            of_parts = method.losses(engine.model, batch, seed=config.seed, device=device) / count
         if fault("forward", state.step + 1):
-            of_levels = of_levels * math.nan
-        engine.backward(of_levels.sum(), final=number == count)
-        losses += of_levels.detach()
+            of_parts = of_parts * math.nan
+        engine.backward(of_parts.sum(), final=number == count)
+        losses += of_parts.detach()
     fault("collective", state.step + 1)
     return losses
-
-
-def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per step and rank; derived, never set."""
-    count, rest = divmod(config.global_batch_size, config.micro_batch_size * world_size)
-    if rest:
-        raise ConfigError(
-            f"global_batch_size: {config.global_batch_size} is wrong because {world_size} ranks of "
-            f"micro_batch_size {config.micro_batch_size} do not divide it; change one of them."
-        )
-    return count
 
 
 def refuse_endless_skips(state: TrainState, config: RunConfig) -> None:
@@ -200,7 +207,7 @@ def open_loader(config: RunConfig, world: World) -> Loader:
         loaders.append(
             Loader(
                 config.data,
-                config.pyramid,
+                config.method.view,
                 config.conditioning,
                 seed=config.seed,
                 global_batch_size=config.global_batch_size,
@@ -212,6 +219,51 @@ def open_loader(config: RunConfig, world: World) -> Loader:
 
     world.on_all(open_one)
     return loaders[0]
+
+
+def open_held_out(config: RunConfig, method: Method, loader: Loader, world: World) -> HeldOut:
+    """The held-out samples of a recipe, if it measures any."""
+    settings, reader = config.held_out, None
+
+    def open_one() -> SampleReader:
+        assert settings is not None
+        return held_out_reader(
+            config.data,
+            settings.sources,
+            config.method.view,
+            config.conditioning,
+            seed=config.seed,
+            samples=settings.samples,
+            encoder=loader.text_encoder,
+        )
+
+    if settings is not None:
+        [reader, *_] = world.on_all(open_one)
+    return HeldOut(
+        settings,
+        method,
+        reader,
+        world,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        total_steps=config.total_steps,
+    )
+
+
+def watched(config: RunConfig, method: Method) -> Watched:
+    """What a report tells of a run."""
+    return Watched(
+        name=config.name,
+        engine=config.engine.kind,
+        precision=config.engine.precision,
+        parts=method.parts,
+        total_steps=config.total_steps,
+        global_batch_size=config.global_batch_size,
+        tflop_per_sample=lambda: training_tflop(method),
+        metrics=config.metrics,
+        data=config.data,
+        samples=config.samples,
+    )
 
 
 class Waiting:

@@ -43,7 +43,7 @@ def run_quickstart(workdir: Path) -> int:
     pyramid = load_config(CONFIGS / "quickstart_pyramid.yaml")
     part("toy clips and images, captioned")
     write_toy(
-        workdir / "media", videos=640, images=320, size=(pyramid.pyramid.clip_size[0], 96, 128)
+        workdir / "media", videos=640, images=320, size=(pyramid.method.view.clip_size[0], 96, 128)
     )
     part("media -> WebDataset shards")
     prepare_data(workdir, pyramid)
@@ -67,7 +67,7 @@ def run_quickstart(workdir: Path) -> int:
 
 def prepare_data(workdir: Path, config: RunConfig) -> None:
     """Shards of videos and images at the pyramid's clip size, and their caption embeddings."""
-    frames, height, width = config.pyramid.clip_size
+    frames, height, width = config.method.view.clip_size
     for kind in ("videos", "images"):
         build(
             workdir / "media" / kind,
@@ -75,7 +75,7 @@ def prepare_data(workdir: Path, config: RunConfig) -> None:
             frames=frames,
             height=height,
             width=width,
-            fps=config.sampling.fps,
+            fps=config.method.sampling.fps,
             shard_samples=160,
         )
     captions = sorted({toy.caption for toy in all_toys()} | {still_caption(t) for t in all_toys()})

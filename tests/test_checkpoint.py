@@ -30,8 +30,7 @@ from t2v.checkpoint.manifest import Manifest, read_manifest, record_file
 from t2v.checkpoint.tensor_files import INDEX, file_of
 from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE
-from t2v.methods.hpdm.network import build_model
-from t2v.recipe.recipe import RunConfig
+from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
 from t2v.train.state import TrainState
 from tests.tiny import tiny_config
@@ -41,7 +40,7 @@ TENSORS = file_of(0)
 
 def fresh_state(config: RunConfig) -> TrainState:
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     engine = build_engine(model, config, ALONE)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
@@ -439,7 +438,7 @@ def test_engine_and_length_of_a_run_may_change(state, tmp_path):
 def test_weights_load_without_a_process_group(state, tmp_path, weights, prefix):
     (folder,) = save(state, checkpoints(tmp_path), 1)
     assert resolve_checkpoint(tmp_path) == resolve_checkpoint(folder) == folder
-    model = build_model(tiny_config())
+    model = method_of(tiny_config()).network()
     load_weights(folder, model, weights=weights)
     saved = tensors_of(state)
     for name, parameter in model.named_parameters():

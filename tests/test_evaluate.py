@@ -59,10 +59,10 @@ def test_shipped_protocols_are_whole_and_fit_their_recipes():
         protocol = load_protocol(path)
         config = load_config(CONFIGS / recipes[path.name.partition("_")[0]])
         assert protocol.name == path.stem
-        assert protocol.fps == config.sampling.fps
+        assert protocol.fps == config.method.sampling.fps
         for view in protocol.views:
-            level = config.pyramid.levels - 1 if view.level is None else view.level
-            assert view.size == config.pyramid.size(level)
+            level = config.method.pyramid.levels - 1 if view.level is None else view.level
+            assert view.size == config.method.pyramid.size(level)
 
 
 def test_distance_between_halves_is_near_zero_and_rises_with_noise(home, tmp_path):

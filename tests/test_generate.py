@@ -22,7 +22,7 @@ from t2v.engine.world import join_world
 from t2v.methods.hpdm.memory import LevelRoom, canvas_bytes, plan_memory, row_bytes, volume_bytes
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import Team
+from t2v.methods.method import Team
 from t2v.sampling.generate import Means, rooms_for
 from t2v.sampling.subjects import Conditions, Request, read_prompts, subjects_of
 from tests.distributed import next_world, run_distributed
@@ -46,8 +46,8 @@ def sampled(team: Team = Team(), **more: object) -> list[np.ndarray]:  # noqa: B
         condition=class_condition([0, 2]),
         null=class_condition([3, 3]),
         seeds=[1, 2],
-        sampling=config.sampling,
-        diffusion=config.diffusion,
+        sampling=config.method.sampling,
+        diffusion=config.method.diffusion,
         team=team,
         **more,
     )
@@ -252,12 +252,12 @@ def taken(model, config, rooms: list[LevelRoom], clips: int) -> list[int]:
     """Bytes of the device at each level, counted anew from where things are kept."""
     totals = []
     for level, room in enumerate(rooms):
-        branches = len(config.sampling.branches(level))
+        branches = len(config.method.sampling.branches(level))
         total = 4 * clips * canvas_bytes(model, level)
         total += max(room.tile_batch, branches) * row_bytes(model, level)
         for coarse in range(min(level + 1, len(rooms) - 1)):
             if rooms[coarse].volumes == "device":
-                reads = config.sampling.read_branches(coarse)
+                reads = config.method.sampling.read_branches(coarse)
                 total += clips * reads * volume_bytes(model, coarse, level, 4)
         if room.latents == "device":
             tiles = max(
@@ -273,7 +273,7 @@ def taken(model, config, rooms: list[LevelRoom], clips: int) -> list[int]:
 def tiling_offsets(config, level: int) -> list[list[int]]:
     from t2v.methods.hpdm.settings import level_tilings
 
-    return level_tilings(config.sampling, config.pyramid, level)[0].offsets.tolist()
+    return level_tilings(config.method.sampling, config.method.pyramid, level)[0].offsets.tolist()
 
 
 @pytest.mark.parametrize("overlap", ["hw", "fhw"])
@@ -281,12 +281,12 @@ def test_the_plan_stays_within_the_budget_and_uses_what_there_is(overlap):
     config = three_levels(overlap=overlap, tile_batch=96)
     model = stirred_model(config)
     everything = max(taken(model, config, plan_memory(
-        model, config.sampling, clips=1, device_bytes=1 << 40), 1))  # fmt: skip
+        model, config.method.sampling, clips=1, device_bytes=1 << 40), 1))  # fmt: skip
     plans, least = [], 0
     for share in (2.0 * 0.9**n for n in range(60)):
         budget = int(share * everything)
         try:
-            rooms = plan_memory(model, config.sampling, clips=1, device_bytes=budget)
+            rooms = plan_memory(model, config.method.sampling, clips=1, device_bytes=budget)
         except ConfigError:
             least = budget
             break
@@ -304,7 +304,7 @@ def test_more_clips_go_together_only_where_nothing_suffers():
     config = three_levels()
     model, means = stirred_model(config), Means(clips_at_once=4)
     one = max(taken(model, config, plan_memory(
-        model, config.sampling, clips=1, device_bytes=1 << 40), 1))  # fmt: skip
+        model, config.method.sampling, clips=1, device_bytes=1 << 40), 1))  # fmt: skip
     assert rooms_for(model, config, 9, Team(), means, (1 << 40, 0))[0] == 4
     assert rooms_for(model, config, 2, Team(), means, (1 << 40, 0))[0] == 2
     assert rooms_for(model, config, 9, Team(), means, (int(1.1 * one), 0))[0] == 1
@@ -341,7 +341,9 @@ def test_a_full_or_missing_scratch_folder_is_one_line(tmp_path):
 
 def test_a_slower_place_for_everything_gives_the_same_levels(tmp_path):
     config = three_levels()
-    rooms = plan_memory(stirred_model(config), config.sampling, clips=2, device_bytes=1 << 40)
+    rooms = plan_memory(
+        stirred_model(config), config.method.sampling, clips=2, device_bytes=1 << 40
+    )
     far = [replace(room, volumes="disk", latents="disk") for room in rooms]
     with contextlib.closing(Store(torch.device("cpu"), tmp_path)) as store:
         found = sampled(rooms=far, store=store)

@@ -67,12 +67,12 @@ def test_the_split_takes_its_share_of_the_whole_and_never_more_than_a_shard_has(
 
 def test_training_and_held_out_samples_share_the_dataset_between_them(dataset):
     config = tiny_config(data={"sources": [{"path": str(dataset)}], "held_out_share": 0.4})
-    (source,) = open_sources(config.data, config.pyramid, config.conditioning)
+    (source,) = open_sources(config.data, config.method.pyramid, config.conditioning)
     count = int(source.dataset.shard_sizes.sum())
     training = global_order([source], config.data, seed=3)
     held_out = round(0.4 * count)
     reader = held_out_reader(
-        config.data, None, config.pyramid, config.conditioning,
+        config.data, None, config.method.pyramid, config.conditioning,
         seed=3, samples=held_out, encoder=None,
     )  # fmt: skip
     trained = {training.place(n) for n in range(5 * count)}
@@ -86,7 +86,7 @@ def test_a_split_is_part_of_the_fingerprint_and_none_leaves_it_as_it_was(dataset
     def fingerprint(**changes) -> str:
         config = tiny_config(data={"sources": [{"path": str(dataset)}], **changes})
         loader = Loader(
-            config.data, config.pyramid, config.conditioning, seed=3, global_batch_size=4,
+            config.data, config.method.pyramid, config.conditioning, seed=3, global_batch_size=4,
             micro_batch_size=1, rank=0, world_size=1,
         )  # fmt: skip
         return loader.fingerprint
@@ -107,7 +107,7 @@ def test_over_all_turns_each_level_visits_every_bin_once():
 
 def test_noise_falls_into_its_bin_and_is_a_function_of_sample_and_turn():
     config = tiny_config()
-    edges = sigma_at(torch.linspace(0, 1, 9), config.diffusion)
+    edges = sigma_at(torch.linspace(0, 1, 9), config.method.diffusion)
     numbers, turns = [3] * 8, list(range(8))
     places = noise_bins(config, numbers, turns, 8)
     noise, sigma, _ = fixed_noise(config, numbers, turns, places, 8)
@@ -122,7 +122,7 @@ def test_noise_falls_into_its_bin_and_is_a_function_of_sample_and_turn():
 def test_bins_are_equal_shares_of_the_training_noise():
     config = tiny_config()
     drawn = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    diffusion = config.diffusion
+    diffusion = config.method.diffusion
     logs = diffusion.sigma_mean + diffusion.sigma_std * drawn
     edges = sigma_at(torch.linspace(0, 1, 9), diffusion)[1:-1]
     counts = torch.bincount(torch.bucketize(logs.exp(), edges), minlength=8)
@@ -234,10 +234,16 @@ def test_captions_are_never_dropped_in_measuring(datasets, tmp_path):
         "held_out": {"every_steps": 1, "samples": 3, "bins": 2},
     }
     config = parse_config(recipe, "text")
-    (source,) = open_sources(config.data, config.pyramid, config.conditioning)
+    (source,) = open_sources(config.data, config.method.pyramid, config.conditioning)
     assert source.embeddings is not None
     reader = held_out_reader(
-        config.data, None, config.pyramid, config.conditioning, seed=3, samples=3, encoder=None
+        config.data,
+        None,
+        config.method.pyramid,
+        config.conditioning,
+        seed=3,
+        samples=3,
+        encoder=None,
     )
     null = source.embeddings.null.view(torch.uint16).numpy()
     for number in range(3):

@@ -14,9 +14,8 @@ from data_pipeline.making.build import build
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.cli import main
-from t2v.methods.hpdm.network import build_model
 from t2v.methods.hpdm.objective import level_losses
-from t2v.recipe.recipe import RunConfig, load_config
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 pytestmark = [
@@ -63,10 +62,17 @@ def losses_before_and_after(config: RunConfig, run: Path) -> tuple[Tensor, Tenso
     """Losses of each level on 32 fixed samples at fixed noise, untrained and trained."""
     settings = {"seed": 1, "global_batch_size": 32, "micro_batch_size": 32}
     with closing(
-        Loader(config.data, config.pyramid, config.conditioning, **settings, rank=0, world_size=1)
+        Loader(
+            config.data,
+            config.method.pyramid,
+            config.conditioning,
+            **settings,
+            rank=0,
+            world_size=1,
+        )
     ) as loader:
         [batch] = next(iter(loader.steps(0, 1)))
-    model = build_model(config)
+    model = method_of(config).network()
     model.init_weights(config.seed)
     losses = []
     for _ in range(2):

@@ -1,7 +1,6 @@
 """One attempt at a run: who owns the folder, what it leaves behind, however it ends."""
 
 import contextlib
-import json
 import os
 import shutil
 import threading
@@ -9,7 +8,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from data_pipeline.errors import ConfigError, InputMissing, UserError
 from data_pipeline.store import storage
@@ -32,9 +31,6 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.checkpoint.manifest import fingerprint, present_versions, read_manifest
 from t2v.engine.world import World
-
-if TYPE_CHECKING:
-    from t2v.recipe.recipe import RunConfig
 
 FOLLOW_SECONDS = 4.0
 
@@ -206,12 +202,19 @@ def from_a_collective(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def begin_attempt(
-    config: "RunConfig", world: World, watchdog: Watchdog, *, clear_failures: bool
+    run_dir: Path,
+    world: World,
+    watchdog: Watchdog,
+    *,
+    engine: str,
+    total_steps: int,
+    recipe: dict[str, Any],
+    clear_failures: bool,
 ) -> Iterator[Attempt]:
-    """Own the run folder; a failure leaves its reason, a refused first start leaves nothing."""
-    run_dir = Path(config.run_dir)
+    """Own the run folder; a failure leaves its reason, a refused first start leaves nothing.
+    `recipe` tells apart restarts of the same from starts of something else."""
     with contextlib.ExitStack() as exits:
-        status = StatusFile(run_dir, step=0, total_steps=config.total_steps)
+        status = StatusFile(run_dir, step=0, total_steps=total_steps)
         mine = status if world.is_first else None
         nonce = uuid.uuid4().hex
 
@@ -220,7 +223,9 @@ def begin_attempt(
             if is_new:
                 exits.push(lambda kind, error, trace: _leave_nothing(run_dir, error))
             exits.enter_context(locked(run_dir))
-            return _begin(config, world, status, nonce, clear_failures=clear_failures)
+            told = {"nonce": nonce, "world_size": world.world_size, "engine": engine}
+            told["config_fingerprint"] = fingerprint(recipe)
+            return _begin(run_dir, status, told, clear_failures=clear_failures)
 
         number = world.on_first(own)
         attempt = Attempt(run_dir, number, world, watchdog, mine, nonce)
@@ -236,11 +241,8 @@ def begin_attempt(
             raise
 
 
-def _begin(
-    config: "RunConfig", world: World, status: StatusFile, nonce: str, *, clear_failures: bool
-) -> int:
+def _begin(run_dir: Path, status: StatusFile, told: dict[str, Any], *, clear_failures: bool) -> int:
     """Write the attempt's first line; its number. ConfigError where failures repeat."""
-    run_dir = Path(config.run_dir)
     lines = read_attempts(run_dir)
     for start in unfinished(lines):
         lines.append(killed_line(start))
@@ -253,14 +255,13 @@ def _begin(
             "last_checkpoint": committed[-1].step,
             "last_checkpoint_at": committed[-1].saved_at,
         }
-    status.note({"attempt": number, "job_id": job_id(), "world_size": world.world_size, **facts})
-    recipe = fingerprint(json.loads(config.model_dump_json()))
+    status.note({"attempt": number, "job_id": job_id(), "world_size": told["world_size"], **facts})
     if clear_failures:
         lines.append({"attempt": number, "event": "clear", "at": timestamp()})
         append_attempt(run_dir, lines[-1])
     progress = read_manifest(committed[-1].folder).attempt if committed else 0
     try:
-        failed = failures_in_a_row(lines, fingerprint=recipe, progress=progress)
+        failed = failures_in_a_row(lines, fingerprint=told["config_fingerprint"], progress=progress)
         refuse_restart_storm(run_dir, failed)
     except ConfigError as refusal:
         status.write("failed", exit_code=refusal.exit_code, reason=str(refusal))
@@ -270,12 +271,9 @@ def _begin(
         "event": "start",
         "at": timestamp(),
         **whoami(),
-        "nonce": nonce,
+        **told,
         "job_id": job_id(),
-        "world_size": world.world_size,
-        "engine": config.engine.kind,
         "versions": present_versions(),
-        "config_fingerprint": recipe,
         "step": committed[-1].step if committed else 0,
     }
     append_attempt(run_dir, start)

@@ -13,7 +13,7 @@ WEIGHTS = {"ema": "ema.", "raw": "model."}
 # A run that goes on with one of these changed would not be the same run.
 FIXED = (
     *("seed", "global_batch_size", "ema_half_life_steps"),
-    *("pyramid", "conditioning", "model", "diffusion"),
+    *("method", "conditioning"),
 )
 
 
@@ -21,7 +21,7 @@ def refuse_other_run(
     folder: Path, manifest: Manifest, facts: dict[str, Any], *, told: bool
 ) -> None:
     """ConfigError where a checkpoint is of another run; `told` accepts other datasets."""
-    old, new = manifest.config, json.loads(json.dumps(facts["config"]))
+    old, new = _trained(manifest.config), _trained(json.loads(json.dumps(facts["config"])))
     changed = [line for name in FIXED for line in _changes(name, old.get(name), new.get(name))]
     before = (old.get("optimizer") or {}).get("name")
     changed += _changes("optimizer.name", before, new["optimizer"]["name"])
@@ -60,6 +60,12 @@ def refuse_differences(
         f"{folder}: does not fit the model because {len(rows)} tensors differ; use the recipe it "
         "was trained with.\n" + "\n".join(table)
     )
+
+
+def _trained(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what sampling is told, which training does not follow."""
+    method = {name: value for name, value in config["method"].items() if name != "sampling"}
+    return config | {"method": method}
 
 
 def kinds_of(slices: dict[str, Slice]) -> dict[str, TensorKind]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +21,18 @@ import yaml
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from data_pipeline.errors import ConfigError, StorageError
-from data_pipeline.feeding.config import ClassConditioning, text_shape
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance
 from t2v.checkpoint.contract import WEIGHTS, refuse_differences
-from t2v.checkpoint.finding import load_weights, resolve_checkpoint
+from t2v.checkpoint.finding import load_weights
 from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_file
 from t2v.checkpoint.tensor_files import SAFETENSORS_TYPES, TensorKind, read_whole, tensor_kinds
-from t2v.methods.hpdm.network import HPDM, build_model
-from t2v.network.conditioning import Condition
-from t2v.recipe.recipe import RunConfig, parse_config
+from t2v.methods.method import Method
+from t2v.network.network import Network
 
 EXPORT = "export.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,37 +57,35 @@ class Export(Strict):
 
 
 def export_checkpoint(
-    checkpoint: str | Path,
+    checkpoint: Path,
     out: Path,
+    method: Method,
     *,
     weights: Literal["ema", "raw"] = "ema",
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     file_gib: float = 5.0,
     self_test: bool = True,
 ) -> Export:
-    """Write the export of a proved checkpoint (a step folder, or a run's newest); it appears at
-    `out` when it is complete and right.
+    """Write the export of a proved step folder; it appears at `out` when it is complete and right.
 
     The self-test runs the model of the checkpoint, rounded as the export is, and the model of the
-    export on the same noise, at all levels; their outputs must be equal bit for bit.
+    export on the same noise; their outputs must be equal bit for bit.
     """
     if out.exists():
         raise ConfigError(f"{out}: is there already; choose another folder, or remove it.")
-    checkpoint = resolve_checkpoint(checkpoint)
     manifest = read_manifest(checkpoint)
-    config = parse_config(manifest.config, str(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     staging.mkdir()
     try:
         _write_weights(checkpoint, staging, weights, DTYPES[dtype], int(file_gib * GIB))
-        _write_words(staging, config, manifest, weights, dtype)
+        _write_words(staging, method, manifest, weights, dtype)
         if self_test:
-            _refuse_other_outputs(checkpoint, staging, config, weights, DTYPES[dtype])
+            _refuse_other_outputs(checkpoint, staging, method, weights, DTYPES[dtype])
         files = {path.name: record_file(path) for path in sorted(staging.iterdir())}
         kinds = _weights_of(checkpoint, weights)
         export = Export(
-            name=config.name,
+            name=manifest.config["name"],
             step=manifest.step,
             weights=weights,
             dtype=dtype,
@@ -125,7 +123,7 @@ def read_export(folder: Path) -> Export:
     return export
 
 
-def load_exported(folder: Path, model: HPDM) -> None:
+def load_exported(folder: Path, model: Network) -> None:
     """Give a model an export's weights, in the model's own precision."""
     parameters = dict(model.named_parameters())
     found: dict[str, TensorKind] = {}
@@ -202,22 +200,20 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def _write_words(
-    out: Path, config: RunConfig, manifest: Manifest, weights: str, dtype: str
-) -> None:
+def _write_words(out: Path, method: Method, manifest: Manifest, weights: str, dtype: str) -> None:
     """The recipe and a card for whoever finds the folder."""
     recipe = yaml.safe_dump(manifest.config, sort_keys=False)
     storage.write_atomic(out / "config.yaml", recipe.encode())
     digest = hashlib.sha256(recipe.encode()).hexdigest()
     encoder = manifest.text_encoder.encoder if manifest.text_encoder else "none"
-    clip = "x".join(str(size) for size in config.pyramid.clip_size)
+    clip = "x".join(str(size) for size in method.config.view.clip_size)
     kind = "averaged" if weights == "ema" else "raw"
-    card = f"""# {config.name}
+    card = f"""# {manifest.config["name"]}
 
-{kind.capitalize()} weights ({dtype}) of a Hierarchical Patch Diffusion Model
+{kind.capitalize()} weights ({dtype}) of a {method.title}
 for clips of {clip} (frames x height x width), after step {manifest.step}.
 
-- conditioning: {config.conditioning.kind}; text encoder: {encoder}
+- conditioning: {method.conditioning.kind}; text encoder: {encoder}
 - recipe: config.yaml (sha256 {digest})
 - data: fingerprint {manifest.data_fingerprint}
 - source: checkpoint with proof {manifest.proof}
@@ -231,44 +227,39 @@ export.
 def _refuse_other_outputs(
     checkpoint: Path,
     out: Path,
-    config: RunConfig,
+    method: Method,
     weights: Literal["ema", "raw"],
     dtype: torch.dtype,
 ) -> None:
     """StorageError where the exported model does not do exactly what the checkpoint's does."""
-    model = build_model(config)
+    model = method.network()
     load_weights(checkpoint, model, weights=weights)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
-    wanted = _outputs(model, config)
+    wanted = _outputs(model, method)
     for parameter in model.parameters():
         parameter.data.zero_()
     load_exported(out, model)
-    if not torch.equal(_outputs(model, config), wanted):
+    found = _outputs(model, method)
+    if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)):
         raise StorageError(f"{out}: computes something else than {checkpoint}; check the disk.")
 
 
 @torch.no_grad()
-def _outputs(model: HPDM, config: RunConfig) -> Tensor:
-    """The network's answer to fixed noise at all levels."""
+def _outputs(model: Network, method: Method) -> list[Tensor]:
+    """The network's answer to fixed noise."""
     generator = torch.Generator().manual_seed(0)
-    levels = config.pyramid.levels
-    x = torch.randn(1, levels, 3, *config.pyramid.patch_size, generator=generator)
-    noise = torch.zeros(1, levels)
-    offsets = torch.zeros(1, levels, 3, dtype=torch.long)
-    return model(x, noise, offsets, _blank_condition(config))[0]
 
+    def noisy(value: object) -> object:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.rand(value.shape, generator=generator) if is_float else value
 
-def _blank_condition(config: RunConfig) -> Condition:
-    text = label = mask = None
-    if shape := text_shape(config.conditioning):
-        text, mask = torch.ones(1, *shape), torch.ones(1, shape[0], dtype=torch.bool)
-    elif isinstance(config.conditioning, ClassConditioning):
-        label = torch.zeros(1, dtype=torch.long)
-    return Condition(
-        fps=torch.full((1,), 24.0),
-        original_size=torch.full((1, 2), 256.0),
-        text_tokens=text,
-        text_mask=mask,
-        label=label,
-    )
+    inputs = method.inputs()
+    for name, value in inputs.items():
+        is_record = is_dataclass(value) and not isinstance(value, type)
+        inputs[name] = (
+            replace(value, **{key: noisy(part) for key, part in vars(value).items()})
+            if is_record
+            else noisy(value)
+        )
+    return [part for part in tree_iter(model(**inputs)) if isinstance(part, Tensor)]

@@ -29,7 +29,7 @@ class FileRecord(Strict):
 class Manifest(Strict):
     """A folder is a checkpoint if it has a manifest whose files are all there and right."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int = Field(ge=0)
     updates: int = Field(
         ge=0, description="optimizer steps; steps without finite gradients are none"
@@ -81,9 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: is no checkpoint because {MANIFEST} is missing; it was never finished."
         ) from None
     except (ValidationError, UnicodeDecodeError):
-        raise StorageError(
-            f"{path}: is wrong because it is damaged or of another format; use another checkpoint."
-        ) from None
+        raise StorageError(f"{path}: is wrong because {_fault(path)}.") from None
     if not manifest.is_proved:
         raise StorageError(
             f"{path}: is wrong because its fields have changed since it was written; use another "
@@ -150,3 +148,13 @@ def present_versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def _fault(path: Path) -> str:
+    """Why a manifest cannot be read, and what to do."""
+    try:
+        if json.loads(path.read_bytes())["format"] == 1:
+            return "it was written before recipes had methods; read it with the code of that time"
+    except (ValueError, TypeError, KeyError, OSError):
+        pass
+    return "it is damaged or of another format; use another checkpoint"

@@ -72,15 +72,20 @@ def diff(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> None:
     from t2v.checkpoint.export import export_checkpoint
+    from t2v.checkpoint.finding import resolve_checkpoint
+    from t2v.checkpoint.manifest import read_manifest
+    from t2v.recipe.recipe import method_of, parse_config
 
     if not 0 < options.file_gib < math.inf:
         raise ConfigError(
             f"--file-gib: {options.file_gib} is wrong because a file holds a finite size above 0; "
             "give one."
         )
+    checkpoint = resolve_checkpoint(options.checkpoint)
     made = export_checkpoint(
-        options.checkpoint,
+        checkpoint,
         Path(options.out),
+        method_of(parse_config(read_manifest(checkpoint).config, str(checkpoint))),
         weights=options.weights,
         dtype=options.dtype,
         file_gib=options.file_gib,

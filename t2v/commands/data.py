@@ -151,7 +151,11 @@ def data_bench(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     speed = bench(
-        config.data, config.pyramid, config.conditioning, seed=config.seed, samples=options.samples
+        config.data,
+        config.method.view,
+        config.conditioning,
+        seed=config.seed,
+        samples=options.samples,
     )
     per_gpu = samples_per_gpu_second(config)
     if options.json:

@@ -1,6 +1,8 @@
 """Optimizers on parts of parameters, in groups that learn at their own rate."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from data_pipeline.strict import Strict
-from t2v.train.schedule import group_of
 
 
 class OptimizerConfig(Strict):
@@ -30,24 +31,47 @@ class OptimizerConfig(Strict):
     )
 
 
+BASE, NEW = "base", "new"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which parameters learn at the rate of those new to a base, by their names alone, so that a
+    resumed run needs no record of it; and how many updates the others sit out at first."""
+
+    new: re.Pattern[str]
+    freeze_base_steps: int = 0
+
+    def of(self, name: str) -> str:
+        """The group of a parameter."""
+        return NEW if self.new.fullmatch(name) else BASE
+
+    def rest_updates(self, group: str) -> int:
+        """The updates that a group sits out at the start of a run."""
+        return self.freeze_base_steps if group == BASE else 0
+
+
 def parameter_groups(
-    config: OptimizerConfig, parts: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]
+    config: OptimizerConfig,
+    groups: Groups,
+    parts: Mapping[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
 ) -> list[dict[str, Any]]:
     """Parts by the rate they learn at and by whether they decay: vectors do not.
 
     A part may be flat, so `shapes` tells what the whole parameter is.
     """
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    members: dict[tuple[str, bool], list[Tensor]] = {}
     for name, part in parts.items():
-        groups.setdefault((group_of(name), len(shapes[name]) > 1), []).append(part)
+        members.setdefault((groups.of(name), len(shapes[name]) > 1), []).append(part)
     return [
         {
-            "params": members,
+            "params": some,
             "rate": rate,
             "matrices": matrices,
             "weight_decay": config.weight_decay if matrices else 0.0,
         }
-        for (rate, matrices), members in groups.items()
+        for (rate, matrices), some in members.items()
     ]
 
 

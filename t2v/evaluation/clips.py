@@ -113,7 +113,7 @@ class GeneratedClips:
 
     def _entry(self, number: int, level: int | None) -> dict[str, Any]:
         record = self.records[number]
-        if level is None or level + 1 == (record.get("pyramid") or {}).get("levels"):
+        if level is None or level + 1 == len(record.get("outputs") or []):
             return record
         levels = record.get("levels") or {}
         if str(level) not in levels:

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
+from data_pipeline.feeding.config import (
+    ClassConditioning,
+    Conditioning,
+    TextConditioning,
+    text_shape,
+)
 from data_pipeline.pyramid import Pyramid
 from t2v.network.layers import INIT_STD, NORM_EPS, scalar_features
 
@@ -39,6 +44,22 @@ class Condition:
         """The condition of the clips at `index`, repeats allowed."""
         values = {k: v[index] for k, v in vars(self).items() if v is not None}
         return replace(self, **values)
+
+
+def blank_condition(conditioning: Conditioning) -> Condition:
+    """The condition of one clip, of whatever a recipe reads, on the default device."""
+    text = mask = label = None
+    if shape := text_shape(conditioning):
+        text, mask = torch.zeros(1, *shape), torch.ones(1, shape[0], dtype=torch.bool)
+    elif isinstance(conditioning, ClassConditioning):
+        label = torch.zeros(1, dtype=torch.long)
+    return Condition(
+        fps=torch.ones(1),
+        original_size=torch.ones(1, 2),
+        text_tokens=text,
+        text_mask=mask,
+        label=label,
+    )
 
 
 class TextEmbedding(nn.Module):

@@ -18,11 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.feeding.config import ClassConditioning, text_shape
 from t2v.engine.compute import PRODUCTS
-from t2v.methods.hpdm.network import CHANNELS, HPDM, build_model
-from t2v.network.conditioning import Condition
-from t2v.recipe.recipe import RunConfig
+from t2v.methods.method import Method
+from t2v.network.network import Network
+from t2v.recipe.recipe import RunConfig, method_of
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,21 @@ class Footprint:
 
 def measure(config: RunConfig) -> Footprint:
     """The footprint of a recipe, whatever its engine and batch size; taken once per network."""
-    network = config.model_dump_json(include={"pyramid", "conditioning", "model"})
+    network = config.model_dump_json(include={"method", "conditioning"})
     key = network, config.engine.precision
     if key not in _measured:
-        _measured[key] = _measure(config)
+        _measured[key] = _measure(method_of(config), config.engine.precision)
     return _measured[key]
 
 
 _measured: dict[tuple[str, str], Footprint] = {}
 
 
-def _measure(config: RunConfig) -> Footprint:
+def _measure(method: Method, precision: str) -> Footprint:
     with torch.device("meta"):
-        model = build_model(config)
+        model = method.network()
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    kept = kept_storages(config)
+    kept = kept_storages(method, precision)
     products = kept.pop("products")
     outside, inputs = kept.pop("outside"), kept.pop("inputs")
     between = outside | inputs
@@ -64,9 +63,9 @@ def _measure(config: RunConfig) -> Footprint:
         sum(size for key, size in block.items() if key not in between) for block in kept.values()
     ]
     return Footprint(
-        parameters=parameters_by_part(model),
+        parameters=parameters_by_kind(method, model),
         largest_block_parameters=max(blocks),
-        forward_flops=forward_flops(config),
+        forward_flops=forward_flops(method),
         kept_bytes=sum(every.values()),
         kept_between_blocks_bytes=sum(between.values()),
         kept_by_largest_block_bytes=max(by_block),
@@ -75,61 +74,33 @@ def _measure(config: RunConfig) -> Footprint:
     )
 
 
-def forward_flops(config: RunConfig) -> int:
+def training_tflop(method: Method) -> float:
+    """TFLOP of one sample in training: backward counts as two forwards."""
+    return (3 + method.passes_without_gradient) * forward_flops(method) / 1e12
+
+
+def forward_flops(method: Method) -> int:
     """Floating-point operations of one sample's forward pass."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = method.network()
         with FlopCounterMode(display=False) as counter:
-            model(**_inputs(config))
+            model(**method.inputs())
     return counter.get_total_flops()
 
 
-def parameters_by_part(model: HPDM) -> dict[str, int]:
+def parameters_by_kind(method: Method, model: Network) -> dict[str, int]:
     """Number of parameters by what they are for."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        counts[_part(name)] += parameter.numel()
+        counts[method.kind_of(name)] += parameter.numel()
     return dict(counts)
-
-
-def _part(name: str) -> str:
-    top, _, rest = name.partition(".")
-    if top != "blocks":
-        kinds = {"conditioning", "self_conditioning", "latents"}
-        return top if top in kinds else "tokenizer"
-    if ".fusion." in name:
-        return "fusion"
-    if ".modulation." in name:
-        return "modulation"
-    return "latent layers" if ".layers." in rest else "read and write"
-
-
-def _inputs(config: RunConfig) -> dict[str, Tensor | Condition]:
-    """One sample's inputs, on whatever device is the default."""
-    pyramid = config.pyramid
-    text, label = text_shape(config.conditioning), None
-    if isinstance(config.conditioning, ClassConditioning):
-        label = torch.zeros(1, dtype=torch.long)
-    condition = Condition(
-        fps=torch.ones(1),
-        original_size=torch.ones(1, 2),
-        text_tokens=torch.zeros(1, *text) if text else None,
-        text_mask=torch.ones(1, text[0], dtype=torch.bool) if text else None,
-        label=label,
-    )
-    return {
-        "x": torch.zeros(1, pyramid.levels, CHANNELS, *pyramid.patch_size),
-        "noise": torch.zeros(1, pyramid.levels),
-        "offsets": torch.zeros(1, pyramid.levels, 3, dtype=torch.long),
-        "condition": condition,
-    }
 
 
 class KeptStorages:
     """Bytes of each storage kept for backward: by each block, outside of blocks, and, whether kept
     or not, of the blocks' inputs and of the products in them. Parameters do not count."""
 
-    def __init__(self, model: HPDM) -> None:
+    def __init__(self, model: Network) -> None:
         self.bytes: dict[str, dict[int, int]] = {"outside": {}, "inputs": {}, "products": {}}
         self._place = "outside"
         self._own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -181,11 +152,11 @@ class Products(TorchDispatchMode):
         return made
 
 
-def kept_storages(config: RunConfig) -> dict[str, dict[int, int]]:
-    """What a recipe's forward pass keeps of one sample, in the precision it computes in."""
-    halved = config.engine.precision == "bf16"
+def kept_storages(method: Method, precision: str) -> dict[str, dict[int, int]]:
+    """What a forward pass keeps of one sample, in the precision it computes in."""
+    halved = precision == "bf16"
     with FakeTensorMode():
-        model = build_model(config)
+        model = method.network()
         if halved:
             for parameter in model.blocks.parameters():
                 parameter.data = parameter.data.bfloat16()
@@ -195,5 +166,5 @@ def kept_storages(config: RunConfig) -> dict[str, dict[int, int]]:
             saved_tensors_hooks(kept.keep, lambda tensor: tensor),
             Products(kept.product),
         ):
-            model(**_inputs(config))
+            model(**method.inputs())
     return kept.bytes

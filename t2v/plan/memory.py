@@ -87,7 +87,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     activations = samples * (
         kept_per_sample(config, footprint) + 2 * footprint.largest_tensor_bytes
     )
-    values = samples * config.pyramid.levels * prod(config.pyramid.patch_size) * 3
+    values = samples * config.method.view.levels * prod(config.method.view.patch_size) * 3
     replicas = config.engine.dp_replicate
     batch = values * (1 + 6 * 4)  # bytes, and in fp32: x, noise, x_noisy, scaled, target, output
     sizes = {
@@ -222,7 +222,7 @@ def _remedy(config: RunConfig, footprint: Footprint, gpus: int, gpu_memory_gib: 
     for number in range(gpus + 1, MOST_GPUS + 1):
         if fits(least, number):
             return f"use {number} GPUs, {_named(changes)} and micro_batch_size=1"
-    return "no number of GPUs helps: use a smaller model.latent_dim or pyramid.patch_size"
+    return "no number of GPUs helps: use a smaller network, or smaller patches or clips"
 
 
 def _knobs(config: RunConfig, gpus: int) -> list[tuple[str, object]]:

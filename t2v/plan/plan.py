@@ -2,6 +2,7 @@
 
 import math
 from math import prod
+from typing import Any
 
 from pydantic import Field
 from rich.console import Console
@@ -10,11 +11,9 @@ from rich.table import Table
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import text_shape
 from data_pipeline.strict import Strict
-from t2v.loop import accumulation_steps
-from t2v.methods.hpdm.settings import network_calls
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
-from t2v.recipe.recipe import RunConfig
+from t2v.recipe.recipe import RunConfig, accumulation_steps, method_of
 from t2v.watching.rates import peak_tflops
 
 ASSUMED_GPU = "H100 SXM"
@@ -26,9 +25,9 @@ class Compute(Strict):
 
     forward: float
     training: float = Field(description="forward and backward: three times forward")
-    self_conditioning: float = Field(description="the pass without gradient, if any")
+    without_gradient: float = Field(description="passes without gradient, if any")
     recomputation: float = Field(description="activation checkpointing's second forward, if any")
-    spent: float = Field(description="all of training, self-conditioning and recomputation")
+    spent: float = Field(description="all three of these")
 
 
 class Step(Strict):
@@ -60,8 +59,7 @@ class Plan(Strict):
     precision: str
     parameters: int
     parameters_by_part: dict[str, int]
-    tokens_per_patch: int
-    pixel_share: float = Field(description="pixels of all patches / pixels of the clip")
+    pixel_share: float = Field(description="pixels that a batch shows of a clip / its pixels")
     tflop_per_sample: Compute
     memory_gib: Memory
     step: Step
@@ -70,7 +68,7 @@ class Plan(Strict):
     assumed_gpu: str
     assumed_peak_tflops: float
     forecasts: list[Forecast]
-    sampling_network_calls: list[int] = Field(description="per clip and level, without guidance")
+    method: dict[str, Any] = Field(description="what the method tells of itself")
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -105,8 +103,8 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
             explain_too_large(config, footprint, needed, gpus=gpus, gpu_memory_gib=gpu_memory_gib)
         )
     compute = compute_per_sample(config, footprint)
-    pyramid, samples = config.pyramid, config.global_batch_size
-    patch_pixels = pyramid.levels * prod(pyramid.patch_size)
+    view, samples = config.method.view, config.global_batch_size
+    patch_pixels = view.levels * prod(view.patch_size)
     text = text_shape(config.conditioning)
     peak = assumed_peak(config)
     return Plan(
@@ -117,8 +115,7 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
         precision=config.engine.precision,
         parameters=sum(footprint.parameters.values()),
         parameters_by_part=footprint.parameters,
-        tokens_per_patch=prod(pyramid.patch_size) // prod(config.model.token_size),
-        pixel_share=patch_pixels / prod(pyramid.clip_size),
+        pixel_share=patch_pixels / prod(view.clip_size),
         tflop_per_sample=compute,
         memory_gib=needed,
         step=Step(
@@ -136,21 +133,21 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
             _forecast(config, compute.spent * samples / (gpus * peak * share), share)
             for share in UTILISATIONS
         ],
-        sampling_network_calls=network_calls(config.sampling, pyramid),
+        method=method_of(config).facts(),
     )
 
 
 def compute_per_sample(config: RunConfig, footprint: Footprint) -> Compute:
     """TFLOP of a sample by what they are for."""
     forward = footprint.forward_flops / 1e12
-    self_conditioning = forward if config.model.self_conditioning_rate > 0 else 0.0
+    without_gradient = method_of(config).passes_without_gradient * forward
     recomputes = config.engine.activation_checkpointing == "blocks"
     return Compute(
         forward=forward,
         training=3 * forward,
-        self_conditioning=self_conditioning,
+        without_gradient=without_gradient,
         recomputation=forward if recomputes else 0.0,
-        spent=(4 if recomputes else 3) * forward + self_conditioning,
+        spent=(4 if recomputes else 3) * forward + without_gradient,
     )
 
 
@@ -203,10 +200,10 @@ def _model_table(plan: Plan) -> Table:
         table.add_row(f"  {part.replace('_', '-')}", f"{count / 1e6:,.1f} M")
     for name, tflop in plan.tflop_per_sample.model_dump().items():
         table.add_row(f"{name.replace('_', '-')}, per sample", f"{tflop:,.2f} TFLOP")
-    table.add_row("tokens per patch", f"{plan.tokens_per_patch:,}")
-    table.add_row("pixels of a sample's patches", f"{plan.pixel_share:.2%} of the clip")
-    calls = " + ".join(f"{calls:,}" for calls in plan.sampling_network_calls)
-    table.add_row("network calls per sampled clip", calls)
+    table.add_row("pixels of a sample", f"{plan.pixel_share:.2%} of the clip")
+    for name, value in plan.method.items():
+        values = value if isinstance(value, list) else [value]
+        table.add_row(name, " + ".join(f"{one:,}" for one in values))
     return table
 
 

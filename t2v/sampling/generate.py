@@ -8,8 +8,8 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,9 @@ from data_pipeline.store import storage
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
-from t2v.methods.hpdm.memory import LevelRoom, plan_memory
-from t2v.methods.hpdm.network import HPDM, build_model
-from t2v.methods.hpdm.sampling import generate
-from t2v.methods.hpdm.settings import network_calls
-from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import Team
-from t2v.recipe.recipe import RunConfig, parse_config, parse_value
+from t2v.methods.method import Output, Room, Team
+from t2v.recipe.reading import parse_value
+from t2v.recipe.recipe import RunConfig, method_of, parse_config
 from t2v.sampling.source import Source, open_source
 from t2v.sampling.subjects import Conditions, Request, Subject, subjects_of
 
@@ -75,7 +71,7 @@ class Recipe:
             "shows": subject.shows,
             "seed": subject.seed,
             "negative_prompt": self.request.negative_prompt,
-            "settings": self.config.sampling.model_dump(mode="json", exclude={"tile_batch"}),
+            "settings": self.config.method.sampling.model_dump(mode="json", exclude={"tile_batch"}),
         }
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -134,40 +130,36 @@ def sample_pending(
     team, shared = join_team(rest, world)
     conditions.read([*own, *shared])
     set_matmul_precision(config.engine)
-    model = build_model(config)
-    source.load(model, config.sampling.weights)
-    model.to(world.device).eval()
+    method = method_of(config)
+    network = method.network()
+    source.load(network, config.method.sampling.weights)
+    network.to(world.device).eval()
     # Whatever moves the budget: the program and its weights are in memory now.
-    sizes = memory_left(world.device, means.memory_gib)
-    calls = sum(network_calls(config.sampling, config.pyramid))
-    with (
-        closing(Store(world.device, means.scratch)) as store,
-        Progress(console=Console(stderr=True), transient=True, disable=not world.is_first) as bars,
-    ):
-        bar = bars.add_task("sampling", total=(len(own) + len(shared)) * calls)
-        jobs = [(own, Team()), (shared, team)]
-        for subjects, mates in jobs:
-            many, rooms = rooms_for(model, config, len(subjects), mates, means, sizes)
+    room = room_left(world.device, means)
+    with Progress(console=Console(stderr=True), transient=True, disable=not world.is_first) as bars:
+        total = (len(own) + len(shared)) * method.calls_per_clip
+        bar = bars.add_task("sampling", total=total)
+        for subjects, mates in ((own, Team()), (shared, team)):
+            most = min(means.clips_at_once, len(subjects))
+            many = method.clips_at_once(network, most, room, mates) if subjects else 1
             for first in range(0, len(subjects), many):
                 chosen = subjects[first : first + many]
                 condition, null = conditions.of(chosen)
                 with autocast(config.engine, world.device):
-                    levels = generate(
-                        model,
+                    made = method.generate(
+                        network,
                         condition=condition,
                         null=null,
                         seeds=[subject.seed for subject in chosen],
-                        sampling=config.sampling,
-                        diffusion=config.diffusion,
-                        rooms=rooms[len(chosen)],
-                        store=store,
+                        room=room,
                         team=mates,
-                        progress=lambda tiles: bars.advance(bar, tiles),
-                    )[0 if recipe.request.levels else -1 :]
+                        progress=lambda calls: bars.advance(bar, calls),
+                    )
+                kept = 0 if recipe.request.levels else -1
                 if mates.rank == 0:
                     for row, subject in enumerate(chosen):
-                        clips = [to_bytes(level[row]) for level in levels]
-                        write_sample(out, recipe, subject, clips)
+                        clips = [to_bytes(clips[row]) for clips in made[kept:]]
+                        write_sample(out, recipe, subject, clips, method.outputs)
 
 
 def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:
@@ -186,52 +178,21 @@ def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:
     return mine
 
 
-def rooms_for(
-    model: HPDM, config: RunConfig, clips: int, team: Team, means: Means, sizes: tuple[int, int]
-) -> tuple[int, dict[int, list[LevelRoom]]]:
-    """How many clips go together, and the room of every number up to it: as many as fit without
-    a smaller tile batch or a place outside the device, or one."""
-    sampling = config.sampling
-    for many in range(max(1, min(means.clips_at_once, clips)), 0, -1):
-        try:
-            rooms = {
-                count: plan_memory(
-                    model,
-                    sampling,
-                    clips=count,
-                    device_bytes=sizes[0],
-                    host_bytes=sizes[1],
-                    team_size=team.size,
-                )
-                for count in range(1, many + 1)
-            }
-        except ConfigError:
-            if many == 1:
-                raise
-            continue
-        roomy = all(
-            room.tile_batch == sampling.tile_batch and {room.volumes, room.latents} == {"device"}
-            for room in rooms[many]
-        )
-        if roomy or many == 1:
-            return many, rooms
-    raise AssertionError("one clip is the least")
-
-
-def memory_left(device: torch.device, memory_gib: float | None) -> tuple[int, int]:
-    """(bytes of the device, bytes of main memory beside it) that sampling may fill.
+def room_left(device: torch.device, means: Means) -> Room:
+    """What generation may fill of the device, and of main memory beside it.
 
     `memory_gib` bounds the whole process: on a CPU its main memory, on a GPU that one's memory.
     """
+    memory_gib = means.memory_gib
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     spare = int(0.7 * available_memory() / mates)
     if device.type == "cuda":
         used, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
         allowed = 0.9 * free if memory_gib is None else memory_gib * GIB - used
-        return int(min(allowed, free)), spare
+        return Room(int(min(allowed, free)), spare, means.scratch)
     used = psutil.Process().memory_info().rss
     allowed = spare if memory_gib is None else int(memory_gib * GIB) - used
-    return allowed - RESERVE_BYTES, 0
+    return Room(allowed - RESERVE_BYTES, 0, means.scratch)
 
 
 @contextmanager
@@ -253,7 +214,7 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
         if not key or not equals:
             raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
         try:
-            content["sampling"][key.removeprefix("sampling.")] = parse_value(text)
+            content["method"]["sampling"][key.removeprefix("sampling.")] = parse_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
     return parse_config(content, "--set")
@@ -268,24 +229,26 @@ def to_bytes(clip: Float[Tensor, "channels frames height width"]) -> Clip:
     return rearrange(torch.stack(frames), "t c h w -> t h w c").contiguous().numpy()
 
 
-def write_sample(out: Path, recipe: Recipe, subject: Subject, clips: list[Clip]) -> None:
+def write_sample(
+    out: Path, recipe: Recipe, subject: Subject, clips: list[Clip], outputs: list[Output]
+) -> None:
     """The mp4 files, the finest level last, and then their record, without which they do not
     count."""
-    settings, pyramid = recipe.config.sampling, recipe.config.pyramid
-    coarsest = pyramid.levels - len(clips)
+    settings = recipe.config.method.sampling
+    fps, coarsest = settings.fps or 1.0, len(outputs) - len(clips)
     levels = {}
     for level, clip in enumerate(clips[:-1], coarsest):
         file = f"{subject.number:04d}.level-{level}.mp4"
-        media = encode_clip(clip, (settings.fps or 1.0) / pyramid.stride(level)[0])
+        media = encode_clip(clip, fps / outputs[level].frame_stride)
         storage.write_atomic(str(out / file), media)
         levels[str(level)] = {"file": file, "sha256": sha256(media).hexdigest()}
     file = f"{subject.number:04d}.mp4"
-    media = encode_clip(clips[-1], settings.fps or 1.0)
+    media = encode_clip(clips[-1], fps)
     storage.write_atomic(str(out / file), media)
     record = {
         "prompt": subject.shows,
         "negative_prompt": recipe.request.negative_prompt,
-        "pyramid": pyramid.model_dump(mode="json"),
+        "outputs": [asdict(output) for output in outputs],
         "levels": levels,
         "file": file,
         "seed": subject.seed,
@@ -311,7 +274,7 @@ def is_done(out: Path, recipe: Recipe, subject: Subject) -> bool:
     entries = [record]
     if recipe.request.levels:
         levels = record.get("levels") or {}
-        if len(levels) < recipe.config.pyramid.levels - 1:
+        if len(levels) < len(method_of(recipe.config).outputs) - 1:
             return False
         entries += levels.values()
     return all(

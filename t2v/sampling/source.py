@@ -10,7 +10,7 @@ from t2v.checkpoint.export import EXPORT, load_exported, read_export
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.checkpoint.manifest import read_manifest
 from t2v.engine.world import World
-from t2v.methods.hpdm.network import HPDM
+from t2v.network.network import Network
 from t2v.recipe.recipe import RunConfig, parse_config
 
 
@@ -25,14 +25,14 @@ class Source:
     digest: str
     exported: Literal["ema", "raw"] | None = None
 
-    def load(self, model: HPDM, weights: Literal["ema", "raw"]) -> None:
+    def load(self, model: Network, weights: Literal["ema", "raw"]) -> None:
         """Give an unsharded model the averaged or the raw weights."""
         if self.exported is None:
             load_weights(self.folder, model, weights=weights)
             return
         if weights != self.exported:
             raise ConfigError(
-                f"sampling.weights: {weights} is wrong because {self.folder} holds the "
+                f"method.sampling.weights: {weights} is wrong because {self.folder} holds the "
                 f"{self.exported} weights only; set weights={self.exported}."
             )
         load_exported(self.folder, model)

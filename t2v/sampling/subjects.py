@@ -13,7 +13,7 @@ from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
 from t2v.network.conditioning import Condition
-from t2v.recipe.recipe import RunConfig
+from t2v.recipe.recipe import RunConfig, method_of
 
 MAX_PROMPT_CHARACTERS = 2000
 MOST_CLIPS = 100_000
@@ -115,10 +115,7 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
     for number, prompt in enumerate(texts, start=1):
         if problem := problem_with_prompt(prompt):
             raise ConfigError(f"prompt {number}: {problem}; shorten it or remove the line.")
-    levels = range(config.pyramid.levels)
-    if request.negative_prompt is not None and not any(
-        "null" in config.sampling.branches(level) for level in levels
-    ):
+    if request.negative_prompt is not None and not method_of(config).is_guided:
         raise ConfigError(
             "--negative-prompt: is wrong because guidance_scale 1 never looks at it; raise it with "
             "--set guidance_scale=X, or leave the prompt out."
@@ -165,7 +162,7 @@ class Conditions:
 
     def of(self, subjects: list[Subject]) -> tuple[Condition, Condition]:
         """(condition, null condition), one row per subject."""
-        kind, sampling, count = self.config.conditioning, self.config.sampling, len(subjects)
+        kind, sampling, count = self.config.conditioning, self.config.method.sampling, len(subjects)
         size = torch.tensor(sampling.original_size, device=self.device).float()
         shared = {
             "fps": torch.full((count,), sampling.fps, device=self.device),

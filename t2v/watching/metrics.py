@@ -33,9 +33,8 @@ class MetricsConfig(Strict):
 class StepSums:
     """What this rank adds up between two lines; a few numbers are then summed over ranks."""
 
-    def __init__(self, levels: int, world: World) -> None:
-        self.world = world
-        self.levels = levels
+    def __init__(self, parts: tuple[str, ...], world: World) -> None:
+        self.world, self.parts = world, parts
         self._clear()
 
     def add_samples(self, numbers: list[int], ids: list[str]) -> None:
@@ -44,7 +43,7 @@ class StepSums:
             self.digest = wrap(self.digest + sample_digest(number, name))
 
     def add_step(self, losses: Tensor, *, data_seconds: float, step_seconds: float) -> None:
-        """Account for a step; `losses` are this rank's mean per level."""
+        """Account for a step; `losses` are this rank's mean of each part."""
         self.losses += losses.detach().double().cpu()
         self.data_seconds += data_seconds
         self.seconds += step_seconds
@@ -59,7 +58,7 @@ class StepSums:
         seconds = self.seconds / self.steps
         values = {
             "loss": sum(losses),
-            **{f"loss_level_{level}": loss for level, loss in enumerate(losses)},
+            **{f"loss_{part}": loss for part, loss in zip(self.parts, losses, strict=True)},
             "samples_per_second": global_batch_size / seconds,
             "data_wait_share": min(data_seconds / seconds, 1.0),
             "step_seconds": seconds,
@@ -69,7 +68,7 @@ class StepSums:
         return values
 
     def _clear(self) -> None:
-        self.losses = torch.zeros(self.levels, dtype=torch.float64)
+        self.losses = torch.zeros(len(self.parts), dtype=torch.float64)
         self.data_seconds = self.seconds = 0.0
         self.steps = self.digest = 0
 

@@ -10,14 +10,11 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from data_pipeline.errors import DataError, InputMissing, UserError
+from data_pipeline.errors import DataError, InputMissing
 from data_pipeline.media.video import decode_clip
 from data_pipeline.store import storage
-from t2v.recipe.recipe import load_config
-from t2v.train.held_out import sigma_at
 from t2v.watching.charts import COLOURS, Series, line_chart, shade, short
 from t2v.watching.page_files import (
     entry,
@@ -60,7 +57,7 @@ def page(run_dir: Path) -> str:
     body = [
         header(run_dir, status, steps, attempts),
         training_section(steps, marks, told.skipped),
-        held_out_section(told.held_out, run_dir),
+        held_out_section(told.held_out),
         samples_section(run_dir),
         rates_section(steps, marks),
         health_section(read_records(run_dir / "quarantine.jsonl")),
@@ -116,8 +113,8 @@ def header(run_dir: Path, status: dict, steps: list[dict], attempts: list[dict])
 
 
 def training_section(steps: list[dict], marks: list[int], skipped: int) -> str:
-    """Training loss of each level, gradient norm and learning rate."""
-    levels = sorted(name for name in (steps[-1] if steps else {}) if name.startswith("loss_level_"))
+    """Training loss of each part, gradient norm and learning rate."""
+    parts = [name for name in (steps[-1] if steps else {}) if name.startswith("loss_")]
     losses = [
         Series(
             name.removeprefix("loss_").replace("_", " "),
@@ -125,10 +122,10 @@ def training_section(steps: list[dict], marks: list[int], skipped: int) -> str:
             COLOURS[n % 8],
             noisy=True,
         )
-        for n, name in enumerate(levels)
+        for n, name in enumerate(parts)
     ]
     charts = [
-        line_chart("Training loss by level", losses, marks=marks),
+        line_chart("Training loss by part", losses, marks=marks),
         line_chart(
             "Gradient norm",
             [Series("norm", points(steps, "grad_norm"), COLOURS[5], noisy=True)],
@@ -140,36 +137,39 @@ def training_section(steps: list[dict], marks: list[int], skipped: int) -> str:
     return section("Training", (note if skipped else "") + pair(charts) + dotted)
 
 
-def held_out_section(lines: list[dict], run_dir: Path) -> str:
-    """Held-out loss over steps, and of each level by bins of noise."""
+def held_out_section(lines: list[dict]) -> str:
+    """Held-out loss over steps, and of each part by bins of noise."""
     if not lines:
         return section(
             "Held-out loss", '<p class="none">Not measured; the recipe has no held_out.</p>'
         )
     last = lines[-1]
-    levels = sum(f"held_out_level_{n}" in last for n in range(64))
+    parts = [
+        name.removeprefix("held_out_").removesuffix("_bins")
+        for name in last
+        if name.startswith("held_out_") and name.endswith("_bins")
+    ]
     charts = [
         line_chart(
-            "Held-out loss by level",
+            "Held-out loss by part",
             [
-                Series(f"level {n}", points(lines, f"held_out_level_{n}"), COLOURS[n % 8])
-                for n in range(levels)
+                Series(part.replace("_", " "), points(lines, f"held_out_{part}"), COLOURS[n % 8])
+                for n, part in enumerate(parts)
             ],
         )
     ]
-    bins = last.get("held_out_level_0_bins")
-    names = bin_names(run_dir, len(bins) if isinstance(bins, list) else 0)
-    for level in range(levels):
-        key = f"held_out_level_{level}_bins"
+    names = bin_names(last)
+    for part in parts:
+        key = f"held_out_{part}_bins"
         series = [
             Series(
-                f"sigma {name}",
+                name,
                 [(line["step"], entry(line.get(key), n)) for line in lines],
                 shade(n / max(len(names) - 1, 1)),
             )
             for n, name in enumerate(names)
         ]
-        charts.append(line_chart(f"Level {level} by noise", series))
+        charts.append(line_chart(f"{part.replace('_', ' ').capitalize()} by noise", series))
     samples, weights = last.get("held_out_samples"), last.get("held_out_weights")
     told = f"{samples} samples that training never sees, always the same, at fixed noise; "
     kind = {"ema": "averaged", "raw": "raw"}.get(str(weights), str(weights))
@@ -178,17 +178,14 @@ def held_out_section(lines: list[dict], run_dir: Path) -> str:
     )
 
 
-def bin_names(run_dir: Path, bins: int) -> list[str]:
-    """The range of noise levels of each bin, as the recipe has them; else their numbers."""
-    try:
-        diffusion = load_config(run_dir / "config.yaml").diffusion
-        edges = sigma_at(torch.linspace(0, 1, bins + 1), diffusion).tolist()[1:-1]
-    except UserError:
-        return [str(n) for n in range(bins)]
+def bin_names(line: dict) -> list[str]:
+    """The range of noise of each bin, as a held-out line tells it."""
+    axis, told = line.get("held_out_bin_axis", ""), line.get("held_out_bin_edges")
+    edges = [f"{edge:.2g}" for edge in told or [] if isinstance(edge, (int, float))]
     if not edges:
         return ["all"]
-    between = [f"{low:.2g} to {high:.2g}" for low, high in pairwise(edges)]
-    return [f"< {edges[0]:.2g}", *between, f"> {edges[-1]:.2g}"]
+    between = [f"{low} to {high}" for low, high in pairwise(edges)]
+    return [f"{axis} {name}" for name in (f"< {edges[0]}", *between, f"> {edges[-1]}")]
 
 
 def samples_section(run_dir: Path) -> str:

@@ -5,14 +5,8 @@ import re
 import resource
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-from t2v.plan.footprint import forward_flops
-
-if TYPE_CHECKING:
-    from t2v.recipe.recipe import RunConfig
 
 # Dense matrix products by NVIDIA's data sheets, in TFLOP/s; the first name that fits counts.
 PEAK_TFLOPS = (
@@ -29,11 +23,14 @@ GIB = 2**30
 
 
 class Rates:
-    """FLOP/s of the model, without what is computed twice to save memory; one rank asks."""
+    """FLOP/s of the model, without what is computed twice to save memory, from the TFLOP that a
+    sample's training takes; one rank asks."""
 
-    def __init__(self, config: "RunConfig", world_size: int, device: torch.device) -> None:
-        self.peak = peak_tflops(device_name(device), config.engine.precision)
-        self.tflop = training_tflop(config) / world_size
+    def __init__(
+        self, tflop_per_sample: float, precision: str, world_size: int, device: torch.device
+    ) -> None:
+        self.peak = peak_tflops(device_name(device), precision)
+        self.tflop = tflop_per_sample / world_size
 
     def of(self, samples_per_second: float) -> dict[str, float | None]:
         """TFLOP/s of one device and its share of the peak; null where the peak is not known."""
@@ -42,13 +39,6 @@ class Rates:
             "model_tflops_per_device": speed,
             "mfu": None if self.peak is None else speed / self.peak,
         }
-
-
-def training_tflop(config: "RunConfig") -> float:
-    """TFLOP of one sample in training: backward counts as two forwards, and self-conditioning is
-    one more."""
-    passes = 4 if config.model.self_conditioning_rate > 0 else 3
-    return passes * forward_flops(config) / 1e12
 
 
 def device_name(device: torch.device) -> str:

@@ -2,24 +2,40 @@
 
 import contextlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.feeding.config import DataConfig
+from data_pipeline.feeding.loader import Batch
 from data_pipeline.feeding.quarantine import Quarantine
 from t2v.attempt.run_folder import StatusFile
 from t2v.checkpoint.checkpoints import Saved
 from t2v.engine.world import World
 from t2v.train.state import TrainState
-from t2v.watching.metrics import Metrics, StepSums
+from t2v.watching.metrics import Metrics, MetricsConfig, StepSums
 from t2v.watching.rates import Rates, device_name, first_start, peak_memory
-from t2v.watching.side_job import SideJob
+from t2v.watching.side_job import SamplesConfig, SideJob
 from t2v.watching.views import Guarded, ProgressView, say
 
-if TYPE_CHECKING:
-    from data_pipeline.feeding.loader import Batch
-    from t2v.recipe.recipe import RunConfig
+
+@dataclass(frozen=True)
+class Watched:
+    """What is told of a run, and of whom."""
+
+    name: str
+    engine: str
+    precision: str
+    parts: tuple[str, ...]
+    total_steps: int
+    global_batch_size: int
+    tflop_per_sample: Callable[[], float]  # of training; only rank 0 asks
+    metrics: MetricsConfig
+    data: DataConfig
+    samples: SamplesConfig | None
 
 
 class Report:
@@ -28,31 +44,31 @@ class Report:
     def __init__(
         self,
         run_dir: Path,
-        config: "RunConfig",
+        run: Watched,
         world: World,
         status: StatusFile | None,
         *,
         step: int,
     ) -> None:
-        self.config, self.world, self.status = config, world, status
-        self.sums = StepSums(config.pyramid.levels, world)
+        self.run, self.world, self.status = run, world, status
+        self.sums = StepSums(run.parts, world)
         self.ids: list[str] = []
         self.dropped: list[dict] = []
         self.lines = self.quarantine = None
         if status is not None:
             self.quarantine = Quarantine(
                 run_dir / "quarantine.jsonl",
-                max_drop_rate=config.data.max_drop_rate,
-                max_drops_in_a_row=config.data.max_drops_in_a_row,
-                first_sample=step * config.global_batch_size,
+                max_drop_rate=run.data.max_drop_rate,
+                max_drops_in_a_row=run.data.max_drops_in_a_row,
+                first_sample=step * run.global_batch_size,
             )
-            engine, ranks = config.engine, f"{world.world_size} x {device_name(world.device)}"
+            ranks = f"{world.world_size} x {device_name(world.device)}"
             # A node that lost its GPUs would train on its CPU, slowly, and look as if all was well.
-            say(f"{config.name}: {ranks}, engine {engine.kind}, {engine.precision}")
-            self.lines = Lines(run_dir, config, world, step)
+            say(f"{run.name}: {ranks}, engine {run.engine}, {run.precision}")
+            self.lines = Lines(run_dir, run, world, step)
             status.write("running", step=step, last_checkpoint=step)
 
-    def samples(self, batch: "Batch") -> None:
+    def samples(self, batch: Batch) -> None:
         """Account for the samples of a micro-batch."""
         self.sums.add_samples(batch.numbers.tolist(), batch.ids)
         self.ids += batch.ids
@@ -78,10 +94,10 @@ class Report:
             facts["skipped_samples"] = [name for part in ids for name in part]
         self.ids = []
         self._account_for_dropped(step)
-        last = step == self.config.total_steps
-        if step % self.config.metrics.every_steps and not last and not skipped:
+        last = step == self.run.total_steps
+        if step % self.run.metrics.every_steps and not last and not skipped:
             return
-        values = {"step": step, **self.sums.summary(self.config.global_batch_size), **facts}
+        values = {"step": step, **self.sums.summary(self.run.global_batch_size), **facts}
         if self.lines is not None and self.status is not None:
             self.lines.step(values)
             rate = values["samples_per_second"]
@@ -98,7 +114,7 @@ class Report:
         if self.world.any(bool(self.dropped)):
             parts = self.world.gather(self.dropped)
             records = [record for part in parts for record in part]
-            samples = step * self.config.global_batch_size
+            samples = step * self.run.global_batch_size
             self.world.on_first(lambda: self._record(records, samples))
         self.dropped = []
 
@@ -128,16 +144,16 @@ class Report:
 class Lines:
     """What rank 0 writes: metrics.jsonl and the views of it, with the rates of the whole run."""
 
-    def __init__(self, run_dir: Path, config: "RunConfig", world: World, step: int) -> None:
-        self.metrics = Metrics(run_dir, config.metrics, name=config.name, step=step)
-        self.view = Guarded("progress", lambda: ProgressView(config.total_steps, step))
-        self.rates = Rates(config, world.world_size, world.device)
+    def __init__(self, run_dir: Path, run: Watched, world: World, step: int) -> None:
+        self.metrics = Metrics(run_dir, run.metrics, name=run.name, step=step)
+        self.view = Guarded("progress", lambda: ProgressView(run.total_steps, step))
+        self.rates = Rates(run.tflop_per_sample(), run.precision, world.world_size, world.device)
         self.first_start = first_start(run_dir)
         self.productive_seconds, self.last_step = self.metrics.measured
         self.stall_seconds = 0.0
         self.samples = None
-        if config.samples is not None and config.samples.automatic:
-            self.samples = SideJob(run_dir, config.samples)
+        if run.samples is not None and run.samples.automatic:
+            self.samples = SideJob(run_dir, run.samples)
 
     def step(self, values: dict[str, Any]) -> None:
         """Complete a line of steps, and write it."""

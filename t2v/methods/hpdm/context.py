@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data_pipeline.pyramid import Pyramid
+from t2v.network.interpolation import interpolation_matrix
 
 Volume = Float[Tensor, "batch frames height width dim"]
 Matrix = Float[Tensor, "batch child parent"]
@@ -91,13 +92,6 @@ class TokenGrid:
             return interpolation_matrix(place, parent_shape[axis])
 
         return matrix(0), matrix(1), matrix(2)
-
-
-def interpolation_matrix(places: Float[Tensor, "batch child"], count: int) -> Matrix:
-    """Weights of `count` grid points for linear interpolation at `places`, clamped at both ends."""
-    places = places.clamp(0, count - 1)
-    points = torch.arange(count, device=places.device)
-    return (1 - (places[:, :, None] - points).abs()).clamp(min=0)
 
 
 def sample_volume(

@@ -2,17 +2,15 @@
 more than rounding."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from data_pipeline.errors import ConfigError
-from t2v.methods.hpdm.settings import SamplingConfig, level_tilings
+from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.store import Where
 from t2v.methods.hpdm.tiling import Slab, Tiling
-
-if TYPE_CHECKING:
-    from t2v.methods.hpdm.network import HPDM
+from t2v.methods.method import Room
 
 CANVASES = 4  # of the level at hand: noisy, average, stepped, and what the allocator holds
 FP32 = 4
@@ -55,8 +53,8 @@ class Free:
 
 
 def plan_memory(
-    model: "HPDM",
-    sampling: SamplingConfig,
+    model: HPDM,
+    sampling: HPDMSamplingConfig,
     *,
     clips: int,
     device_bytes: int,
@@ -119,13 +117,40 @@ def plan_memory(
     return rooms
 
 
-def canvas_bytes(model: "HPDM", level: int) -> int:
+def clips_that_fit(
+    model: HPDM, sampling: HPDMSamplingConfig, most: int, room: Room, *, team_size: int
+) -> int:
+    """How many clips go together: as many as fit without a smaller tile batch or a place outside
+    the device, or one; ConfigError where not one fits."""
+    for many in range(most, 0, -1):
+        try:
+            rooms = plan_memory(
+                model,
+                sampling,
+                clips=many,
+                device_bytes=room.device_bytes,
+                host_bytes=room.host_bytes,
+                team_size=team_size,
+            )
+        except ConfigError:
+            if many == 1:
+                raise
+            continue
+        if many == 1 or all(
+            level.tile_batch == sampling.tile_batch and {level.volumes, level.latents} == {"device"}
+            for level in rooms
+        ):
+            return many
+    raise AssertionError("one clip is the least")
+
+
+def canvas_bytes(model: HPDM, level: int) -> int:
     """Of one clip's pixels at a level."""
     frames, height, width = model.pyramid.size(level)
     return 3 * frames * height * width * FP32
 
 
-def volume_bytes(model: "HPDM", coarse: int, level: int, itemsize: int) -> int:
+def volume_bytes(model: HPDM, coarse: int, level: int, itemsize: int) -> int:
     """Of one clip's features of a finished level while another is sampled; the finer it is, the
     fewer blocks it runs and the fewer features it reads."""
     blocks = [
@@ -137,7 +162,7 @@ def volume_bytes(model: "HPDM", coarse: int, level: int, itemsize: int) -> int:
     return len(blocks) * frames * height * width * feature_dim(model) * itemsize
 
 
-def row_bytes(model: "HPDM", level: int) -> int:
+def row_bytes(model: HPDM, level: int) -> int:
     """The most that one tile takes inside a forward pass, estimated from its activations."""
     config, tokens = model.config, model.grid.count
     activations = tokens * (18 * config.token_dim + 2 * config.latent_dim)
@@ -154,7 +179,7 @@ def row_bytes(model: "HPDM", level: int) -> int:
     return FP32 * (activations + latents + inputs + 3 * boxes)
 
 
-def feature_dim(model: "HPDM") -> int:
+def feature_dim(model: HPDM) -> int:
     """Channels of the features that finer levels look at."""
     deep = model.config.fusion == "deep"
     return model.config.token_dim if deep else model.token_pixels

@@ -6,7 +6,7 @@ level but the coarsest is fused with features of the coarser ones (section 4.2).
 """
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -21,9 +21,7 @@ from t2v.methods.hpdm.context import ContextFusion, TokenGrid, sample_volume
 from t2v.methods.hpdm.rin import RINBlock
 from t2v.network.conditioning import Condition, ConditionEmbedding
 from t2v.network.layers import INIT_STD, MLP, NORM_EPS, init_linear, sine_table
-
-if TYPE_CHECKING:
-    from t2v.recipe.recipe import RunConfig
+from t2v.network.network import Network
 
 Patches = Float[Tensor, "batch levels channels frames height width"]
 Tokens = Float[Tensor, "batch levels tokens token_dim"]
@@ -145,7 +143,7 @@ class Block(nn.Module):
         return new_tokens.unflatten(0, (-1, levels)), new_latents.unflatten(0, (-1, levels))
 
 
-class HPDM(nn.Module):
+class HPDM(Network):
     """Joint denoiser of one patch per level; `diffusion.py` tells what its output stands for."""
 
     def __init__(self, config: ModelConfig, pyramid: Pyramid, conditioning: Conditioning) -> None:
@@ -364,8 +362,3 @@ class HPDM(nn.Module):
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch frames height width dim"]:
         return tokens.unflatten(1, self.grid.shape)
-
-
-def build_model(config: "RunConfig") -> HPDM:
-    """The network of a recipe; its values come from `init_weights`."""
-    return HPDM(config.model, config.pyramid, config.conditioning)

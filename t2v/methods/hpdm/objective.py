@@ -1,12 +1,12 @@
 """The training loss: every level denoises its own patch at its own noise level (paper, eq. 4)."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from data_pipeline.feeding.loader import Batch
+from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.diffusion import (
     add_noise,
     c_in,
@@ -17,17 +17,14 @@ from t2v.methods.hpdm.diffusion import (
     v_target,
 )
 from t2v.methods.hpdm.network import CHANNELS
+from t2v.methods.seeds import mix
 from t2v.network.conditioning import Condition
-
-if TYPE_CHECKING:
-    from data_pipeline.feeding.loader import Batch
-    from t2v.recipe.recipe import RunConfig
 
 Patches = Float[Tensor, "batch levels channels frames height width"]
 
 
 def level_losses(
-    model: nn.Module, batch: "Batch", config: "RunConfig", device: torch.device
+    model: nn.Module, batch: Batch, config: HPDMConfig, *, seed: int, device: torch.device
 ) -> Float[Tensor, " levels"]:
     """Mean weighted squared error of each level; the loss is their sum.
 
@@ -35,14 +32,16 @@ def level_losses(
     rank nor world size changes them.
     """
     shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
-    noise, sigma, self_conditioned = draw_noise(config, batch.numbers, torch.Size(shape), device)
+    noise, sigma, self_conditioned = draw_noise(
+        config, batch.numbers, torch.Size(shape), seed=seed, device=device
+    )
     return weighted_errors(model, batch, config, noise, sigma, self_conditioned).mean(0)
 
 
 def weighted_errors(
     model: nn.Module,
-    batch: "Batch",
-    config: "RunConfig",
+    batch: Batch,
+    config: HPDMConfig,
     noise: Patches,
     sigma: Float[Tensor, "batch levels"],
     self_conditioned: Float[Tensor, " batch"],
@@ -80,9 +79,11 @@ def to_patches(pixels: Int[Tensor, "batch levels frames height width channels"])
 
 
 def draw_noise(
-    config: "RunConfig",
+    config: HPDMConfig,
     numbers: Int[Tensor, " batch"],
     shape: torch.Size,
+    *,
+    seed: int,
     device: torch.device,
 ) -> tuple[Patches, Float[Tensor, "batch levels"], Float[Tensor, " batch"]]:
     """(noise, sigma, 1 or 0 for self-conditioning) of each sample, from (seed, sample number)."""
@@ -91,19 +92,12 @@ def draw_noise(
     normal = torch.empty(len(numbers), shape[0], device=device)
     chance = torch.empty(len(numbers), device=device)
     for row, number in enumerate(numbers.tolist()):
-        generator.manual_seed(mix(config.seed, number))
+        generator.manual_seed(mix(seed, number))
         noise[row].normal_(generator=generator)
         normal[row].normal_(generator=generator)
         chance[row].uniform_(generator=generator)
     sigma = draw_sigma(normal.flatten(), config.diffusion).view_as(normal)
     return noise, sigma, (chance < config.model.self_conditioning_rate).float()
-
-
-def mix(seed: int, number: int) -> int:
-    """A 63-bit seed from two integers (SplitMix64's finalizer), unalike for neighbours."""
-    value = (seed * 0x9E3779B97F4A7C15 + number + 1) * 0xBF58476D1CE4E5B9 % 2**64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
-    return (value ^ value >> 31) >> 1
 
 
 def wide(values: Float[Tensor, " batch"]) -> Float[Tensor, "batch 1 1 1 1"]:

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from t2v.methods.hpdm.diffusion import DiffusionConfig
 from t2v.methods.hpdm.memory import LevelRoom, plan_memory
-from t2v.methods.hpdm.settings import SamplingConfig, level_tilings
+from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiles import (
     Canvas,
     FeatureVolumes,
     LevelNetwork,
-    Team,
     TiledDenoiser,
     read_level,
 )
+from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def generate(
     condition: Condition,
     null: Condition,
     seeds: list[int],
-    sampling: SamplingConfig,
+    sampling: HPDMSamplingConfig,
     diffusion: DiffusionConfig,
     rooms: list[LevelRoom] | None = None,
     store: Store | None = None,
@@ -119,7 +119,7 @@ def generate(
 def sample_level(
     network: LevelNetwork,
     seeds: list[int],
-    sampling: SamplingConfig,
+    sampling: HPDMSamplingConfig,
     diffusion: DiffusionConfig,
     progress: Callable[[int], None],
 ) -> Canvas:

@@ -5,11 +5,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.pyramid import AXES, Pyramid
-from data_pipeline.strict import Strict
 from t2v.methods.hpdm.tiling import OVERLAPS, Blending, Tiling, tile_level
+from t2v.methods.method import SamplingConfig
 
 Branch = Literal["prompt", "null"]
-LEAST_FPS, MOST_FPS = 0.001, 1000.0
 
 
 def _known_axes(value: str | list[str]) -> str | list[str]:
@@ -22,7 +21,7 @@ def _known_axes(value: str | list[str]) -> str | list[str]:
     return value
 
 
-class SamplingConfig(Strict):
+class HPDMSamplingConfig(SamplingConfig):
     """How a checkpoint turns prompts into clips; lists have one entry per level."""
 
     steps: list[Annotated[int, Field(ge=1)]] = Field(
@@ -51,25 +50,9 @@ class SamplingConfig(Strict):
     keep: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of features and latents kept between passes"
     )
-    weights: Literal["ema", "raw"] = "ema"
-    fps: float = Field(
-        default=24.0, ge=0, le=MOST_FPS, description="frame rate asked for; 0: a still image"
-    )
-    original_size: Annotated[
-        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
-    ] = Field(default=(720, 1280), description="size of source media asked for: (height, width)")
 
     @model_validator(mode="after")
-    def _refuse_rates_that_no_file_holds(self) -> "SamplingConfig":
-        if 0 < self.fps < LEAST_FPS:
-            raise ValueError(
-                f"fps: {self.fps:g} is wrong because mp4 holds no rate below {LEAST_FPS:g}; give "
-                "more, or 0 for still images"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _refuse_axes_that_overlap_and_shift(self) -> "SamplingConfig":
+    def _refuse_axes_that_overlap_and_shift(self) -> "HPDMSamplingConfig":
         both = sorted({a for a in self.shifted for o in self._per_level("overlap") if a in o})
         if both:
             raise ValueError(
@@ -121,7 +104,7 @@ class SamplingConfig(Strict):
         return [value] if isinstance(value, str) else value
 
 
-def level_tilings(sampling: SamplingConfig, pyramid: Pyramid, level: int) -> list[Tiling]:
+def level_tilings(sampling: HPDMSamplingConfig, pyramid: Pyramid, level: int) -> list[Tiling]:
     """The tilings of a level that sampling steps take in turn."""
     size, patch, overlap = pyramid.size(level), pyramid.patch_size, sampling.level_overlap(level)
     plain = tile_level(size, patch, overlap, blending=sampling.blending)
@@ -131,7 +114,7 @@ def level_tilings(sampling: SamplingConfig, pyramid: Pyramid, level: int) -> lis
     return [plain] if moved.places == plain.places else [plain, moved]
 
 
-def network_calls(sampling: SamplingConfig, pyramid: Pyramid) -> list[int]:
+def network_calls(sampling: HPDMSamplingConfig, pyramid: Pyramid) -> list[int]:
     """Tiles that the denoising of one clip takes at each level, without guidance."""
     calls = []
     for level, steps in enumerate(sampling.steps):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, denoised
 from t2v.methods.hpdm.memory import LevelRoom
 from t2v.methods.hpdm.store import Box, Fetched, Kept, Store
 from t2v.methods.hpdm.tiling import Slab, Tiling, cut_tile
+from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
 
 if TYPE_CHECKING:
@@ -23,23 +23,6 @@ Canvas = Float[Tensor, "clips channels frames height width"]
 TileBatch = Float[Tensor, "rows channels tile_frames tile_height tile_width"]
 # (block, coarser level) -> features of the whole level, by (branch and clip, frame, row, column).
 FeatureVolumes = dict[tuple[int, int], Kept]
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share the tiles of the same clips; by default this one alone."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def gather(self, part: Tensor) -> list[Tensor]:
-        """Every member's part, all of one shape, in rank order."""
-        if self.size == 1:
-            return [part]
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous(), group=self.group)
-        return parts
 
 
 @dataclass(frozen=True)

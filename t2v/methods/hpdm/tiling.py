@@ -149,6 +149,20 @@ def tile_level(
     return Tiling((t, h, w), patch, size, blending)
 
 
+def tile_borders(tilings: list[Tiling]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Places along each axis where some tile begins or ends inside the clip."""
+    found: list[tuple[int, ...]] = []
+    for axis in range(3):
+        ends = {
+            end
+            for tiling in tilings
+            for place in tiling.places[axis]
+            for end in (place, place + tiling.patch[axis])
+        }
+        found.append(tuple(sorted(ends - {0, tilings[0].size[axis]})))
+    return found[0], found[1], found[2]
+
+
 def cut_tile(
     canvas: Float[Tensor, "*any frames height width"], offset: Sequence[int], patch: Size3
 ) -> Float[Tensor, "*any tile_frames tile_height tile_width"]:
