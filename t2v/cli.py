@@ -14,6 +14,7 @@ from t2v.commands.launch import add_launch_verbs
 from t2v.commands.parser import EXIT_CODES, add_config, add_verb
 from t2v.commands.report import add_report_verbs
 from t2v.commands.sample import add_sample_verb
+from t2v.commands.schema import add_schema_verb
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate_verbs(verbs)
     add_launch_verbs(verbs)
     add_cluster_verbs(verbs)
+    add_schema_verb(verbs)
     return parser
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from t2v.network.network import Network
 
 Clips = Float[Tensor, "clips channels frames height width"]
 LEAST_FPS, MOST_FPS = 0.001, 1000.0
+NOTHING = re.compile("(?!)")
 
 
 class SamplingConfig(Strict):
@@ -96,39 +97,40 @@ class Room:
     scratch: Path | None = None
 
 
-class Method(Protocol):
+class Method(ABC):
     """A generative method at the settings of one recipe. Its parts are the named losses, such as
     HPDM's levels, that add up to the training loss. Networks it is given are its own."""
 
-    Config: type[Any]  # a MethodConfig
-    title: str
+    Config: ClassVar[type[MethodConfig]]
+    title: ClassVar[str]
+    bin_axis: ClassVar[str]  # what grows from bin to bin of the held-out loss
     # Parameters that a base of the same method lacks, and its position tables, by name.
-    new_parameters: re.Pattern[str]
-    position_tables: re.Pattern[str]
-    # Whatever grows along a bin of the held-out loss, such as the noise level's name.
-    bin_axis: str
+    new_parameters: ClassVar[re.Pattern[str]] = NOTHING
+    position_tables: ClassVar[re.Pattern[str]] = NOTHING
 
-    config: Any
-    conditioning: Conditioning
     parts: tuple[str, ...]
-    passes_without_gradient: int  # of the network, for one training pass
+    passes_without_gradient: int = 0  # of the network, for one training pass
+    calls_per_clip: int  # of the network, to generate it without guidance
+    is_guided: bool = False  # whether generation looks at the null condition
 
-    def __init__(self, config: Any, conditioning: Conditioning) -> None: ...
+    def __init__(self, config: Any, conditioning: Conditioning) -> None:
+        self.config, self.conditioning = config, conditioning
 
+    @abstractmethod
     def network(self) -> Network:
         """The network; on the meta device where that is the default device."""
-        ...
 
+    @abstractmethod
     def inputs(self) -> dict[str, Any]:
-        """One training sample's inputs of the network: zeros, or the smallest that make sense."""
-        ...
+        """One training sample's inputs of the network, as zeros."""
 
+    @abstractmethod
     def losses(
         self, network: Any, batch: Batch, *, seed: int, device: torch.device
     ) -> Float[Tensor, " parts"]:
         """Mean loss of each part over a micro-batch; a function of (seed, sample numbers)."""
-        ...
 
+    @abstractmethod
     def held_out(
         self,
         network: Any,
@@ -141,44 +143,34 @@ class Method(Protocol):
     ) -> tuple[Float[Tensor, "batch parts"], list[list[int]]]:
         """(loss, bin of noise) of each sample's parts at the fixed noise of its turn; over `bins`
         turns each part visits every bin once."""
-        ...
 
+    @abstractmethod
     def bin_edges(self, bins: int) -> list[float]:
         """Where one bin of the held-out loss ends and the next begins; one fewer than bins."""
-        ...
 
-    def refuse_other_base(self, folder: Path, base: dict, *, resized: bool) -> None:
-        """ConfigError where a base's `method` section makes weights of the same shapes mean
-        something else; `resized` lets position tables be interpolated."""
-        ...
+    def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
+        """(field, base's value, ours) where a base's `method` section makes weights of the same
+        shapes mean something else; `resized` lets position tables be interpolated."""
+        return None
 
     def kind_of(self, parameter: str) -> str:
         """What a parameter is for, in a word or two."""
-        ...
+        return parameter.partition(".")[0]
 
     def facts(self) -> dict[str, Any]:
         """What `t2v plan` tells of the method besides."""
-        ...
+        return {}
 
     @property
     def outputs(self) -> list[Output]:
         """The clips that generation makes, coarsest first."""
-        ...
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether generation looks at the null condition."""
-        ...
-
-    @property
-    def calls_per_clip(self) -> int:
-        """Calls of the network that a clip takes, without guidance."""
-        ...
+        return [Output(self.config.view.clip_size)]
 
     def clips_at_once(self, network: Any, most: int, room: Room, team: Team) -> int:
         """How many clips to make together, at most `most`; ConfigError where not one fits."""
-        ...
+        return most
 
+    @abstractmethod
     def generate(
         self,
         network: Any,
@@ -192,4 +184,3 @@ class Method(Protocol):
     ) -> list[Clips]:
         """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed and
         condition alone. `progress` is told of calls as they are done."""
-        ...

@@ -128,20 +128,20 @@ def refuse_other_network(
     folder: Path, base: dict, method: Method, settings: WarmStartConfig
 ) -> None:
     """ConfigError where weights of equal shapes would mean something else."""
-    old, new = base["method"]["kind"], method.config.kind
-    if old != new:
-        raise ConfigError(
-            f"method.kind: {new!r} is wrong because the base {folder} is of {old!r}; use its kind, "
-            "or another base."
-        )
-    method.refuse_other_base(folder, base["method"], resized=settings.resize_positions)
     conditioning = method.conditioning.model_dump(mode="json")
+    differences = [("method.kind", base["method"]["kind"], method.config.kind)]
+    if differences[0][1] == differences[0][2]:
+        found = method.problem_with_base(base["method"], resized=settings.resize_positions)
+        if found is not None:
+            differences.append((f"method.{found[0]}", *found[1:]))
     for name in SAME_CONDITIONING:
         old, new = base["conditioning"].get(name), conditioning.get(name)
+        differences.append((f"conditioning.{name}", old, new))
+    for place, old, new in differences:
         if old != new:
             raise ConfigError(
-                f"conditioning.{name}: {new} is wrong because the base {folder} has {old}; "
-                f"use {old}, or another base."
+                f"{place}: {new} is wrong because the base {folder} has {old}; use {old}, or "
+                "another base."
             )
 
 

@@ -4,14 +4,12 @@ import re
 from collections.abc import Callable
 from contextlib import closing
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import Conditioning
 from data_pipeline.feeding.loader import Batch
 from t2v.methods.hpdm.config import HPDMConfig
@@ -23,14 +21,14 @@ from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import level_tilings, network_calls
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiling import tile_borders
-from t2v.methods.method import Clips, Output, Room, Team
+from t2v.methods.method import Clips, Method, Output, Room, Team
 from t2v.network.conditioning import Condition, blank_condition
 
 # Fields whose change keeps every shape and still makes another network.
 SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
 
 
-class HPDMMethod:
+class HPDMMethod(Method):
     """Hierarchical patch diffusion: its parts are the levels of the pyramid."""
 
     Config = HPDMConfig
@@ -40,9 +38,12 @@ class HPDMMethod:
     bin_axis = "sigma"
 
     def __init__(self, config: HPDMConfig, conditioning: Conditioning) -> None:
-        self.config, self.conditioning = config, conditioning
-        self.parts = tuple(f"level_{level}" for level in range(config.pyramid.levels))
+        super().__init__(config, conditioning)
+        levels = range(config.pyramid.levels)
+        self.parts = tuple(f"level_{level}" for level in levels)
         self.passes_without_gradient = int(config.model.self_conditioning_rate > 0)
+        self.calls_per_clip = sum(network_calls(config.sampling, config.pyramid))
+        self.is_guided = any("null" in config.sampling.branches(level) for level in levels)
 
     def network(self) -> HPDM:
         return HPDM(self.config.model, self.config.pyramid, self.conditioning)
@@ -80,21 +81,15 @@ class HPDMMethod:
     def bin_edges(self, bins: int) -> list[float]:
         return sigma_at(torch.linspace(0, 1, bins + 1), self.config.diffusion).tolist()[1:-1]
 
-    def refuse_other_base(self, folder: Path, base: dict, *, resized: bool) -> None:
+    def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
+        fields = [("model", name) for name in SAME_MODEL]
+        fields += [] if resized else [("diffusion", "input_scale")]  # level 0 is the base
         run = self.config.model_dump(mode="json")
-        for name in SAME_MODEL:
-            old, new = base["model"].get(name), run["model"][name]
+        for section, name in fields:
+            old, new = base[section].get(name), run[section][name]
             if old != new:
-                raise ConfigError(
-                    f"method.model.{name}: {new} is wrong because the base {folder} has {old}; "
-                    f"use {old}, or another base."
-                )
-        old, new = base["diffusion"]["input_scale"], run["diffusion"]["input_scale"]
-        if old != new and not resized:
-            raise ConfigError(
-                f"method.diffusion.input_scale: {new} is wrong because the base {folder} has "
-                f"{old}, and level 0 is the base; use {old}."
-            )
+                return f"{section}.{name}", old, new
+        return None
 
     def kind_of(self, parameter: str) -> str:
         top, _, rest = parameter.partition(".")
@@ -125,15 +120,6 @@ class HPDMMethod:
             )
             for level in range(pyramid.levels)
         ]
-
-    @property
-    def is_guided(self) -> bool:
-        levels = range(self.config.pyramid.levels)
-        return any("null" in self.config.sampling.branches(level) for level in levels)
-
-    @property
-    def calls_per_clip(self) -> int:
-        return sum(network_calls(self.config.sampling, self.config.pyramid))
 
     def clips_at_once(self, network: HPDM, most: int, room: Room, team: Team) -> int:
         return clips_that_fit(network, self.config.sampling, most, room, team_size=team.size)
