@@ -214,7 +214,7 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
         if not key or not equals:
             raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
         try:
-            content["method"]["sampling"][key.removeprefix("sampling.")] = parse_value(text)
+            content["method"]["sampling"][key.removeprefix("method.sampling.")] = parse_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
     return parse_config(content, "--set")
