@@ -158,9 +158,9 @@ def held_out_section(lines: list[dict]) -> str:
             ],
         )
     ]
-    names = bin_names(last)
     for part in parts:
         key = f"held_out_{part}_bins"
+        names = bin_names(last, key)
         series = [
             Series(
                 name,
@@ -178,13 +178,17 @@ def held_out_section(lines: list[dict]) -> str:
     )
 
 
-def bin_names(line: dict) -> list[str]:
-    """The range of noise of each bin, as a held-out line tells it."""
-    axis, told = line.get("held_out_bin_axis", ""), line.get("held_out_bin_edges")
-    edges = [f"{edge:.2g}" for edge in told or [] if isinstance(edge, (int, float))]
-    if not edges:
+def bin_names(line: dict, key: str) -> list[str]:
+    """The range of noise of each bin of a part, as a held-out line tells it; else its number."""
+    bins = len(line[key]) if isinstance(line[key], list) else 0
+    if bins == 1:
         return ["all"]
+    told = [entry(line.get("held_out_bin_edges"), n) for n in range(bins - 1)]
+    edges = [f"{edge:.2g}" for edge in told if edge is not None]
+    if len(edges) < len(told) or not edges:
+        return [f"bin {n}" for n in range(bins)]
     between = [f"{low} to {high}" for low, high in pairwise(edges)]
+    axis = line.get("held_out_bin_axis")
     return [f"{axis} {name}" for name in (f"< {edges[0]}", *between, f"> {edges[-1]}")]
 
 
