@@ -27,13 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import noise_batch
-from t2v.config import RunConfig, load_config
+from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
-from t2v.model.hpdm import build_model
-from t2v.train.checkpoint import Checkpoints
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.state import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +46,7 @@ OVERRIDES = [
 
 def fresh_state(config: RunConfig, world: World) -> TrainState:
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     engine = build_engine(model, config, world)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
@@ -64,7 +62,9 @@ def timed(world: World, function: Callable[[], Any]) -> float:
 def gradients(state: TrainState, config: RunConfig) -> None:
     """Those of one step, and forget them."""
     batch = noise_batch(config, config.micro_batch_size)
-    losses = level_losses(state.engine.model, batch, config, state.engine.world.device)
+    losses = method_of(config).losses(
+        state.engine.model, batch, seed=config.seed, device=state.engine.world.device
+    )
     state.engine.backward(losses.sum(), final=True)
     state.engine.forget_gradients()
 

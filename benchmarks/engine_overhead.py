@@ -23,14 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import hardware, noise_batch
-from data_pipeline.loader import Batch
-from t2v.config import RunConfig, load_config
+from data_pipeline.feeding.loader import Batch
+from t2v import loop
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World
-from t2v.model.hpdm import build_model
-from t2v.train import loop
+from t2v.methods.hpdm.objective import level_losses
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.schedule import learning_rates
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +74,7 @@ class BareLoop:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         with torch.device("meta"):
-            model = build_model(config)
+            model = method_of(config).network()
         self.config, self.world = config, world
         self.engine = build_engine(model, config, world)
         self.ema = Ema(self.engine.parameters(), config.ema_half_life_steps)

@@ -36,12 +36,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_pipeline.build import build
-from data_pipeline.dataset import commit_dataset, open_dataset
-from data_pipeline.loader import DataConfig, Loader, NoConditioning, Source
+from data_pipeline.feeding.config import DataConfig, NoConditioning, Source
+from data_pipeline.feeding.loader import Loader
+from data_pipeline.making.build import build
+from data_pipeline.media.video import decode_patches, encode_clip
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, draw_offsets
-from data_pipeline.shards import write_index, write_tar
-from data_pipeline.video import decode_patches, encode_clip
+from data_pipeline.shards.dataset import commit_dataset, open_dataset
+from data_pipeline.shards.tar import write_index, write_tar
 
 ROOT = Path(__file__).parent.parent
 PYRAMID = Pyramid(levels=4, patch_size=(8, 36, 64), clip_size=(64, 288, 512))

@@ -24,14 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.train_step import hardware, noise_batch
-from t2v.config import RunConfig, load_config
 from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
-from t2v.footprint import measure
-from t2v.memory import memory
-from t2v.model.hpdm import build_model
+from t2v.plan.footprint import measure
+from t2v.plan.memory import memory
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -183,14 +181,17 @@ def train(rank: int, case: Case, port: int, answers: Any) -> None:
 def take_steps(config: RunConfig, world: World) -> None:
     """Two training steps as the loop takes them."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     engine = build_engine(model, config, world)
     ema = Ema(engine.parameters(), config.ema_half_life_steps)
     count = config.global_batch_size // (config.micro_batch_size * world.world_size)
     for _ in range(2):
         for number in range(count):
             batch = noise_batch(config, config.micro_batch_size)
-            losses = level_losses(engine.model, batch, config, world.device) / count
+            losses = (
+                method_of(config).losses(engine.model, batch, seed=config.seed, device=world.device)
+                / count
+            )
             engine.backward(losses.sum(), final=number == count - 1)
         engine.update({"base": 1e-5, "new": 1e-5}, float(engine.gradient_norm()))
         ema.update(engine.updates)

@@ -37,16 +37,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config, parse_config
-from t2v.generate import memory_left, to_bytes
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import HPDM, build_model
-from t2v.sampling import ALONE, generate, sample_level
-from t2v.sampling_config import level_tilings, network_calls
-from t2v.sampling_memory import plan_memory
-from t2v.sampling_store import Fetched, Kept, Store
-from t2v.sampling_tiles import Batch, LevelNetwork, read_level
-from t2v.tiling import Tiling
+from t2v.methods.hpdm.memory import plan_memory
+from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.sampling import ALONE, generate, sample_level
+from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.store import Fetched, Kept, Store
+from t2v.methods.hpdm.tiles import Batch, LevelNetwork, read_level
+from t2v.methods.hpdm.tiling import Tiling
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
+from t2v.sampling.generate import memory_left, to_bytes
 
 ROOT = Path(__file__).parent.parent
 PER_TILE, PER_STEP, KEPT, ON_DISK = "per tile", "per step", "kept", "on disk"
@@ -88,7 +88,7 @@ def small_recipe(name: str) -> RunConfig:
 
 def small_network(config: RunConfig) -> HPDM:
     """A network with noise on every parameter, whose answers are tame."""
-    model = build_model(config)
+    model = method_of(config).network()
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def condition_of(label: int) -> Condition:
 
 def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[Tensor]:
     """All levels of a clip, with features computed per tile or per step."""
-    sampling, pyramid = config.sampling, config.pyramid
+    sampling, pyramid = config.method.sampling, config.method.pyramid
     rooms = plan_memory(model, sampling, clips=1, device_bytes=1 << 62)
     branches = [condition_of(0), condition_of(4)]
     levels: list[Tensor] = []
@@ -189,7 +189,7 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
     def network(kind: type[LevelNetwork], level: int, count: int, volumes: dict) -> LevelNetwork:
         return kind(
             model, level, branches=branches[:count], volumes=volumes,
-            diffusion=config.diffusion, room=rooms[level], store=store, team=ALONE,
+            diffusion=config.method.diffusion, room=rooms[level], store=store, team=ALONE,
         )  # fmt: skip
 
     def read(upto: int) -> dict:
@@ -207,7 +207,7 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
             maker = network(Anew, level, count, nothing)
             assert isinstance(maker, Anew)
             maker.volumes, maker.finished = {}, levels
-            maker.scales = [config.diffusion.level_input_scale(n) for n in range(level)]
+            maker.scales = [config.method.diffusion.level_input_scale(n) for n in range(level)]
         else:
             maker = network(LevelNetwork, level, count, read(level))
             denoise = maker.denoise
@@ -221,7 +221,9 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
                 return call(*args, **named)
 
             maker.denoise = renewed
-        levels.append(sample_level(maker, [1], sampling, config.diffusion, lambda tiles: None))
+        levels.append(
+            sample_level(maker, [1], sampling, config.method.diffusion, lambda tiles: None)
+        )
     return levels
 
 
@@ -272,14 +274,14 @@ def job(name: str, way: str, memory_gib: float | None, out: str | None) -> dict[
                 clip = sample_anew(model, config, way, store)[-1]
             else:
                 rooms = plan_memory(
-                    model, config.sampling, clips=1,
+                    model, config.method.sampling, clips=1,
                     device_bytes=memory_left(torch.device("cpu"), memory_gib)[0],
                 )  # fmt: skip
                 if way == ON_DISK:
                     rooms = [replace(room, volumes="disk", latents="disk") for room in rooms]
                 clip = generate(
                     model, condition=condition_of(0), null=condition_of(4), seeds=[1],
-                    sampling=config.sampling, diffusion=config.diffusion, rooms=rooms,
+                    sampling=config.method.sampling, diffusion=config.method.diffusion, rooms=rooms,
                     store=store,
                 ).pop()  # fmt: skip
     result = {
@@ -287,7 +289,7 @@ def job(name: str, way: str, memory_gib: float | None, out: str | None) -> dict[
         "cpu_seconds": time.process_time() - begin_cpu,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "before_gib": before / 2**30,
-        "network_calls": sum(network_calls(config.sampling, config.pyramid)),
+        "network_calls": sum(network_calls(config.method.sampling, config.method.pyramid)),
         "parts": clocks.seconds,
     }
     if way in (KEPT, ON_DISK):
@@ -365,9 +367,9 @@ def compare_budgets(budget_gib: float, scratch: Path) -> dict[str, Any]:
 
 def print_ways(name: str, results: dict[str, Any]) -> None:
     config = small_recipe(name)
-    size = "x".join(map(str, config.pyramid.clip_size))
+    size = "x".join(map(str, config.method.pyramid.clip_size))
     title = f"{name} scaled to {size}, {results[KEPT]['network_calls']} calls per clip"
-    if len(config.sampling.branches(0)) == 2:
+    if len(config.method.sampling.branches(0)) == 2:
         title += ", each a guidance pair"
     table = Table(title=title)
     for column in ("features", "CPU s", "wall s", "calls/CPU s", "speed", "peak GiB", "pixels"):

@@ -30,9 +30,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.build import build
-from data_pipeline.toy import write_toy
-from t2v.train.finding import list_checkpoints, verify_checkpoint
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import write_toy
+from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STOP = {65, 66, 70, 73, 78}  # another attempt would meet them again

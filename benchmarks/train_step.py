@@ -28,15 +28,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from data_pipeline.loader import Batch
+from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import draw_offsets
-from t2v.config import RunConfig, load_config
 from t2v.engine.single import single_engine
 from t2v.engine.world import World
-from t2v.footprint import measure
-from t2v.model.hpdm import HPDM
-from t2v.plan import compute_per_sample
-from t2v.train.objective import level_losses
+from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.objective import level_losses
+from t2v.plan.footprint import measure
+from t2v.plan.plan import compute_per_sample
+from t2v.recipe.recipe import RunConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 FULL, FULL_COARSE = "full resolution", "full, big tokens"
@@ -137,7 +137,7 @@ class Trainer:
         self.device = device
         model_class = GridSampledHPDM if contender == "grid sample" else HPDM
         with torch.device("meta"):
-            sizes = (self.config.model, self.config.pyramid, self.config.conditioning)
+            sizes = (self.config.method.model, self.config.method.pyramid, self.config.conditioning)
             model = model_class(*sizes)
         self.engine = single_engine(model, self.config, World(device))
         self.batch = noise_batch(self.config, batch_size)
@@ -178,7 +178,7 @@ def recipe(geometry: Geometry, contender: str, device: torch.device) -> RunConfi
 
 def noise_batch(config: RunConfig, size: int) -> Batch:
     """Random patches at random windows."""
-    rng, pyramid = np.random.default_rng(0), config.pyramid
+    rng, pyramid = np.random.default_rng(0), config.method.pyramid
     shape = (size, pyramid.levels, *pyramid.patch_size, 3)
     return Batch(
         numbers=torch.arange(size),

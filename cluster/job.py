@@ -10,8 +10,9 @@ from typing import Any
 from cluster.profile import Profile, SlurmProfile
 from cluster.status import last_line, read_json, sound
 from data_pipeline.errors import ConfigError
-from t2v.config import RunConfig, text_shape
-from t2v.plan import GIB, Plan
+from data_pipeline.feeding.config import text_shape
+from t2v.plan.plan import GIB, Plan
+from t2v.recipe.recipe import RunConfig
 
 # A step and a save may each take twice as long on a bad day; then come goodbye and exit.
 SLACK, MARGIN_SECONDS, LEAST_GRACE_SECONDS = 2.0, 60, 120
@@ -125,8 +126,8 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
 
 def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:
     """/dev/shm of a node: all batches that its workers may hold, and NCCL's buffers."""
-    pyramid, data = config.pyramid, config.data
-    sample = pyramid.levels * math.prod(pyramid.patch_size) * 3
+    view, data = config.method.view, config.data
+    sample = view.levels * math.prod(view.patch_size) * 3
     text = text_shape(config.conditioning)
     if text is not None:
         sample += 2 * math.prod(text)

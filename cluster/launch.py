@@ -21,10 +21,10 @@ from cluster.profile import DIRECTIVE_VALUE, Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
 from cluster.render_kubernetes import object_name
 from cluster.render_slurm import SCRIPT
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import RunConfig, dump_config, load_config
-from t2v.plan import Plan, plan
+from data_pipeline.store import storage
+from t2v.plan.plan import Plan, plan
+from t2v.recipe.recipe import RunConfig, dump_config, load_config
 
 SUBMIT_SECONDS = 120
 

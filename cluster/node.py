@@ -26,10 +26,10 @@ import psutil
 
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
 from cluster.status import PREEMPTED, NodeRecord, last_nodes, read_json, seconds_of
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError, StorageError
-from t2v.train.attempts import next_number, read_attempts
-from t2v.train.preemption import FLAG_FILE
+from data_pipeline.store import storage
+from t2v.attempt.preemption import FLAG_FILE
+from t2v.attempt.record import next_number, read_attempts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.2

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.errors import DataError, StorageError, UserError
-from data_pipeline.loader import open_sources
-from t2v.config import RunConfig, text_shape
-from t2v.model.hpdm import build_model
+from data_pipeline.feeding.config import text_shape
+from data_pipeline.feeding.loader import open_sources
+from t2v.recipe.recipe import RunConfig, method_of
 
 Verdict = Literal["ok", "warning", "failed"]
 
@@ -131,8 +131,8 @@ def check_shared_memory(config: RunConfig, *, ranks: int) -> Check:
 
 def loader_bytes(config: RunConfig, *, ranks: int) -> int:
     """Bytes of the batches that the workers of some ranks may hold at once."""
-    pyramid, data = config.pyramid, config.data
-    sample = pyramid.levels * math.prod(pyramid.patch_size) * 3
+    view, data = config.method.view, config.data
+    sample = view.levels * math.prod(view.patch_size) * 3
     text = text_shape(config.conditioning)
     sample += 2 * math.prod(text) if text else 0
     held = data.num_workers * data.prefetch_batches
@@ -179,7 +179,7 @@ def check_disk(run_dir: Path, *, needed_bytes: int) -> Check:
 def missing_bytes(config: RunConfig) -> int:
     """Bytes that a run will add: the checkpoints it keeps and one more, less those it has."""
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config).parameters())
+        parameters = sum(p.numel() for p in method_of(config).network().parameters())
     one = parameters * BYTES_PER_PARAMETER
     folder = Path(config.run_dir) / "checkpoints"
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -192,7 +192,7 @@ def check_data(config: RunConfig) -> Check:
     A damaged sample is no reason to stop: training replaces it, and counts how many.
     """
     started = time.perf_counter()
-    sources = open_sources(config.data, config.pyramid, config.conditioning)
+    sources = open_sources(config.data, config.method.view, config.conditioning)
     samples = sum(source.dataset.info.samples for source in sources)
     try:
         for source in sources:

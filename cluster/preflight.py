@@ -21,7 +21,7 @@ from rich.table import Table
 from cluster.fabric import measure, slow_members
 from cluster.node_checks import Check, check_node, failed, node_name, skew_verdict
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from t2v.config import RunConfig
+from t2v.recipe.recipe import RunConfig
 
 PREFIX = "preflight"
 

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from cluster.secrets import holds_secret, is_secret
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.strict import Strict
-from t2v.config import read_mapping
+from t2v.recipe.reading import read_mapping
 
 ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 # What sbatch reads in a directive without any quoting.

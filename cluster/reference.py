@@ -7,8 +7,8 @@ from cluster.launch import training_job
 from cluster.profile import load_profile
 from cluster.render import OBJECTS, render
 from cluster.render_slurm import SCRIPT
-from t2v.config import load_config
-from t2v.plan import plan
+from t2v.plan.plan import plan
+from t2v.recipe.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "t2v_64x288x512"

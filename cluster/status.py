@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import InputMissing
-from t2v.train.attempts import (
+from t2v.attempt.record import (
     FAILURES_IN_A_ROW,
     failures_in_a_row,
     killed_line,

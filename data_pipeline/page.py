@@ -1,7 +1,7 @@
 """Pages of HTML, each a file of its own that bears our mark."""
 
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError
+from data_pipeline.store import storage
 
 GENERATOR = '<meta name="generator" content="t2v">'
 

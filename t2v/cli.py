@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from t2v.cli_checkpoint import add_checkpoint_verbs
-from t2v.cli_cluster import add_cluster_verbs
-from t2v.cli_data import add_data_verbs
-from t2v.cli_evaluate import add_evaluate_verbs
-from t2v.cli_launch import add_launch_verbs
-from t2v.cli_parser import EXIT_CODES, add_config, add_verb
-from t2v.cli_report import add_report_verbs
-from t2v.cli_sample import add_sample_verb
+from t2v.commands.checkpoint import add_checkpoint_verbs
+from t2v.commands.cluster import add_cluster_verbs
+from t2v.commands.data import add_data_verbs
+from t2v.commands.evaluate import add_evaluate_verbs
+from t2v.commands.launch import add_launch_verbs
+from t2v.commands.parser import EXIT_CODES, add_config, add_verb
+from t2v.commands.report import add_report_verbs
+from t2v.commands.sample import add_sample_verb
+from t2v.commands.schema import add_schema_verb
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,21 +65,21 @@ def quickstart(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from t2v.train import preemption
+    from t2v.attempt import preemption
 
     # Before torch is imported: a signal during that long import must not kill the process.
     preemption.arm()
-    from t2v.config import load_config
-    from t2v.train.loop import train as run
+    from t2v.loop import train as run
+    from t2v.recipe.recipe import load_config
 
     config = load_config(options.config, options.overrides)
     return run(config, clear_failures=options.clear_failures)
 
 
 def plan(options: argparse.Namespace) -> None:
-    from t2v.config import load_config
-    from t2v.plan import plan as forecast
-    from t2v.plan import print_plan
+    from t2v.plan.plan import plan as forecast
+    from t2v.plan.plan import print_plan
+    from t2v.recipe.recipe import load_config
 
     result = forecast(
         load_config(options.config, options.overrides),
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate_verbs(verbs)
     add_launch_verbs(verbs)
     add_cluster_verbs(verbs)
+    add_schema_verb(verbs)
     return parser
 
 

@@ -12,16 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline import storage
-from data_pipeline.build import build
-from data_pipeline.embed import embed, make_tiny_encoder
 from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
-from data_pipeline.loader import TextConditioning
-from data_pipeline.toy import Toy, all_toys, write_toy
-from data_pipeline.toy_score import read_toy
-from data_pipeline.video import decode_clip
-from t2v.config import RunConfig, load_config
-from t2v.train.finding import resolve_checkpoint
+from data_pipeline.feeding.config import TextConditioning
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import Toy, all_toys, write_toy
+from data_pipeline.making.toy_score import read_toy
+from data_pipeline.media.video import decode_clip
+from data_pipeline.store import storage
+from data_pipeline.text.embed import embed, make_tiny_encoder
+from t2v.checkpoint.finding import resolve_checkpoint
+from t2v.recipe.recipe import RunConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PROCESSES = 2
@@ -44,7 +44,7 @@ def run_quickstart(workdir: Path) -> int:
     pyramid = load_config(CONFIGS / "quickstart_pyramid.yaml")
     part("toy clips and images, captioned")
     write_toy(
-        workdir / "media", videos=640, images=320, size=(pyramid.pyramid.clip_size[0], 96, 128)
+        workdir / "media", videos=640, images=320, size=(pyramid.method.view.clip_size[0], 96, 128)
     )
     part("media -> WebDataset shards")
     prepare_data(workdir, pyramid)
@@ -68,7 +68,7 @@ def run_quickstart(workdir: Path) -> int:
 
 def prepare_data(workdir: Path, config: RunConfig) -> None:
     """Shards of videos and images at the pyramid's clip size, and their caption embeddings."""
-    frames, height, width = config.pyramid.clip_size
+    frames, height, width = config.method.view.clip_size
     for kind in ("videos", "images"):
         build(
             workdir / "media" / kind,
@@ -76,7 +76,7 @@ def prepare_data(workdir: Path, config: RunConfig) -> None:
             frames=frames,
             height=height,
             width=width,
-            fps=config.sampling.fps,
+            fps=config.method.sampling.fps,
             shard_samples=160,
         )
     captions = sorted({toy.caption for toy in all_toys()} | {still_caption(t) for t in all_toys()})

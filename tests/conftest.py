@@ -23,7 +23,7 @@ def shared_clips() -> Path:
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> Path:
     """26 captioned videos and 14 images, as a collector would have them."""
-    from data_pipeline.toy import write_toy
+    from data_pipeline.making.toy import write_toy
 
     folder = tmp_path_factory.mktemp("media")
     write_toy(folder, videos=26, images=14, size=(8, 32, 48), fps=8.0)
@@ -33,9 +33,9 @@ def media(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def datasets(media, tmp_path_factory) -> Path:
     """`videos` and `images` from `media` at 8x24x32 in shards of 6, with embeddings `tiny`."""
-    from data_pipeline.build import build
-    from data_pipeline.embed import embed, make_tiny_encoder
-    from data_pipeline.toy import all_toys
+    from data_pipeline.making.build import build
+    from data_pipeline.making.toy import all_toys
+    from data_pipeline.text.embed import embed, make_tiny_encoder
 
     folder = tmp_path_factory.mktemp("datasets")
     make_tiny_encoder(folder / "encoder", [toy.caption for toy in all_toys()], width=8, seed=0)
@@ -51,7 +51,7 @@ def bucket(tmp_path, monkeypatch) -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
-    from data_pipeline import storage
+    from data_pipeline.store import storage
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 from benchmarks.soak import Job
-from t2v.config import RunConfig, dump_config
-from t2v.train.attempts import read_attempts
-from t2v.train.finding import list_checkpoints
-from t2v.train.loop import train
+from t2v.attempt.record import read_attempts
+from t2v.checkpoint.finding import list_checkpoints
+from t2v.loop import train
+from t2v.recipe.recipe import RunConfig, dump_config
 
 TIMES = {
     "setup_seconds": 100.0,

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.build import build
+from data_pipeline.making.build import build
+from data_pipeline.media.video import encode_clip
 from data_pipeline.pyramid import Clip
-from data_pipeline.video import encode_clip
 from t2v.cli import main
 from tests.stand_ins import (
     NoProbabilities,

@@ -3,7 +3,7 @@
 import pytest
 
 from data_pipeline.errors import ConfigError, RunLocked
-from t2v.train.attempts import (
+from t2v.attempt.record import (
     append_attempt,
     failures_in_a_row,
     killed_line,

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline.build import build, index
-from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
-from data_pipeline.video import decode_clip, decode_image, encode_clip, encode_image, read_clip
+from data_pipeline.making.build import build, index
+from data_pipeline.media.video import (
+    decode_clip,
+    decode_image,
+    encode_clip,
+    encode_image,
+    read_clip,
+)
+from data_pipeline.shards.dataset import open_dataset
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
 
@@ -111,7 +117,7 @@ def test_tasks_in_any_order_make_the_same_dataset(media, datasets, tmp_path):
 def test_a_killed_build_goes_on_to_the_same_dataset(media, datasets, tmp_path):
     out = tmp_path / "out"
     call = f"build({str(media / 'videos')!r}, {str(out)!r}, **{SIZE}, shard_samples=6)"
-    command = [sys.executable, "-c", f"from data_pipeline.build import build; {call}"]
+    command = [sys.executable, "-c", f"from data_pipeline.making.build import build; {call}"]
     kills = 0
     for shard in (0, 2):
         job = subprocess.Popen(command)

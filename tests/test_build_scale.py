@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.build import build
-from data_pipeline.dataset import open_dataset
-from data_pipeline.toy import toy_clips
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import toy_clips
+from data_pipeline.shards.dataset import open_dataset
 
 BUILD = """
 import sys
-from data_pipeline.build import build
+from data_pipeline.making.build import build
 if __name__ == "__main__":
     source, out, per_shard, task = sys.argv[1:]
     build(source, out, frames=1, height=16, width=16, shard_samples=int(per_shard),

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.cache import BLOCK_BYTES, Cache, open_cache
 from data_pipeline.errors import ConfigError, StorageError
-from data_pipeline.s3 import Version
+from data_pipeline.store.cache import BLOCK_BYTES, Cache, open_cache
+from data_pipeline.store.s3 import Version
 
 CONTENT = np.random.default_rng(0).bytes(5 * BLOCK_BYTES + 1234)
 

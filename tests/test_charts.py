@@ -5,7 +5,16 @@ from itertools import pairwise
 
 import pytest
 
-from t2v.charts import Series, line_chart, log_ticks, shade, short, smoothed, thinned, ticks
+from t2v.watching.charts import (
+    Series,
+    line_chart,
+    log_ticks,
+    shade,
+    short,
+    smoothed,
+    thinned,
+    ticks,
+)
 
 
 @pytest.mark.parametrize(

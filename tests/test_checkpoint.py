@@ -15,15 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked, StorageError
-from t2v.config import RunConfig
-from t2v.engine.engine import build_engine
-from t2v.engine.world import ALONE
-from t2v.model.hpdm import build_model
-from t2v.train import checkpoint
-from t2v.train.checkpoint import CheckpointConfig, Checkpoints
-from t2v.train.contract import refuse_other_run
-from t2v.train.ema import Ema
-from t2v.train.finding import (
+from t2v.checkpoint import checkpoints as checkpoint
+from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint.contract import refuse_other_run
+from t2v.checkpoint.finding import (
     list_checkpoints,
     load_weights,
     print_checkpoints,
@@ -31,9 +26,13 @@ from t2v.train.finding import (
     step_folder,
     verify_checkpoint,
 )
-from t2v.train.manifest import Manifest, read_manifest, record_file
+from t2v.checkpoint.manifest import Manifest, read_manifest, record_file
+from t2v.checkpoint.tensor_files import INDEX, file_of
+from t2v.engine.engine import build_engine
+from t2v.engine.world import ALONE
+from t2v.recipe.recipe import RunConfig, method_of
+from t2v.train.ema import Ema
 from t2v.train.state import TrainState
-from t2v.train.tensor_files import INDEX, file_of
 from tests.tiny import tiny_config
 
 TENSORS = file_of(0)
@@ -41,7 +40,7 @@ TENSORS = file_of(0)
 
 def fresh_state(config: RunConfig) -> TrainState:
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     engine = build_engine(model, config, ALONE)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
@@ -284,7 +283,7 @@ def test_full_disk_leaves_the_previous_checkpoint_and_no_trace(state, tmp_path):
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from t2v.train import checkpoint
+from t2v.checkpoint import checkpoints as checkpoint
 from tests.test_checkpoint import checkpoints, save, shuffled_state
 from tests.tiny import tiny_config
 state, made = shuffled_state(tiny_config()), checkpoints(Path(sys.argv[1]))
@@ -439,7 +438,7 @@ def test_engine_and_length_of_a_run_may_change(state, tmp_path):
 def test_weights_load_without_a_process_group(state, tmp_path, weights, prefix):
     (folder,) = save(state, checkpoints(tmp_path), 1)
     assert resolve_checkpoint(tmp_path) == resolve_checkpoint(folder) == folder
-    model = build_model(tiny_config())
+    model = method_of(tiny_config()).network()
     load_weights(folder, model, weights=weights)
     saved = tensors_of(state)
     for name, parameter in model.named_parameters():

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import make_tiny_encoder
 from data_pipeline.errors import ConfigError
-from data_pipeline.toy import write_toy
-from data_pipeline.video import decode_clip
+from data_pipeline.making.toy import write_toy
+from data_pipeline.media.video import decode_clip
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.text.embed import make_tiny_encoder
 from t2v.cli import is_mine, main
-from t2v.train.metrics import sample_digest
+from t2v.watching.metrics import sample_digest
 from tests.tiny import RECIPE
 
 

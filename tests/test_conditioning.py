@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_pipeline.loader import ClassConditioning, TextConditioning
+from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Pyramid
-from t2v.model.conditioning import Condition, ConditionEmbedding
-from t2v.model.rin import RINBlock
+from t2v.methods.hpdm.rin import RINBlock
+from t2v.network.conditioning import Condition, ConditionEmbedding
 from tests.tiny import class_condition
 
 PYRAMID = Pyramid(levels=3, patch_size=(2, 6, 8), clip_size=(8, 24, 32))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import dump_config, load_config, parse_config
+from t2v.recipe.recipe import dump_config, load_config, parse_config
 from tests.tiny import RECIPE, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -32,8 +32,8 @@ def test_every_shipped_recipe_loads_is_called_as_its_file_and_survives_a_dump(pa
 )
 def test_shipped_recipes_follow_table_8(name, blocks):
     config = load_config(CONFIGS / f"{name}.yaml")
-    assert config.model.levels_per_block == blocks
-    assert (config.model.token_dim, config.model.num_latents) == (1024, 768)
+    assert config.method.model.levels_per_block == blocks
+    assert (config.method.model.token_dim, config.method.model.num_latents) == (1024, 768)
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("lamb", 0.005)
     assert config.optimizer.weight_decay == 0.01
     assert config.conditioning.dropout == 0.1
@@ -274,5 +274,5 @@ def test_overrides_reach_into_sections_lists_and_absent_sections(tmp_path):
     assert config.total_steps == 7
     assert config.optimizer.learning_rate == 1e-4
     assert config.data.sources[0].path == "s3://bucket/set=1"
-    assert config.sampling.steps == [3, 1]
+    assert config.method.sampling.steps == [3, 1]
     assert config.warm_start.checkpoint == "runs/base"

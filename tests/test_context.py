@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from data_pipeline.pyramid import Pyramid, draw_offsets
-from t2v.model.context import ContextFusion, TokenGrid, sample_volume
+from t2v.methods.hpdm.context import ContextFusion, TokenGrid, sample_volume
 
 GRIDS = {
     "all axes": TokenGrid(

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import storage
-from data_pipeline.build import build, index
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import embed
-from data_pipeline.embeddings import open_embeddings
-from data_pipeline.stats import measure
-from data_pipeline.verify import repair, verify
+from data_pipeline.making.build import build, index
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.stats import measure
+from data_pipeline.shards.verify import repair, verify
+from data_pipeline.store import storage
+from data_pipeline.text.embed import embed
+from data_pipeline.text.embeddings import open_embeddings
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_loader import NONE, config, make
 
-from data_pipeline import sample
-from data_pipeline.deadline import within
 from data_pipeline.errors import DataError
+from data_pipeline.feeding import sample
+from data_pipeline.store.deadline import within
 
 
 def test_what_work_returns_or_raises_passes_through():

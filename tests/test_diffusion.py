@@ -7,7 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 
-from t2v.diffusion import (
+from t2v.methods.hpdm.diffusion import (
     DiffusionConfig,
     add_noise,
     c_in,

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from test_loader import config, damage, digest, make, seen
 
-from data_pipeline import storage
 from data_pipeline.errors import InputMissing
+from data_pipeline.store import storage
 
 # Where a run of six steps is stopped and goes on.
 RESUMES = {0: ((0, 6),), 1: ((0, 2), (2, 6)), 2: ((0, 1), (1, 4), (4, 6))}

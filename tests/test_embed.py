@@ -10,12 +10,12 @@ import sentencepiece
 import torch
 from transformers import T5EncoderModel
 
-from data_pipeline.build import build
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import TextEncoder, embed, make_tiny_encoder
-from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.toy import all_toys
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import all_toys
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
+from data_pipeline.text.embeddings import open_embeddings
 
 CAPTIONS = [toy.caption for toy in all_toys()]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipeline.dataset import commit_dataset, open_dataset
-from data_pipeline.embed import TextEncoder, embed, make_tiny_encoder
-from data_pipeline.embed_audit import check, draw_rows, estimate
-from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.shards import list_captions, write_index, write_tar
-from data_pipeline.toy import all_toys
+from data_pipeline.making.toy import all_toys
+from data_pipeline.shards.dataset import commit_dataset, open_dataset
+from data_pipeline.shards.tar import list_captions, write_index, write_tar
+from data_pipeline.text.audit import check, draw_rows, estimate
+from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
+from data_pipeline.text.embeddings import open_embeddings
 
 CAPTIONS = [toy.caption for toy in all_toys()]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from t2v.config import RunConfig
+from t2v.recipe.recipe import RunConfig
 from tests.distributed import run_distributed
 from tests.tiny import tiny_config
 from tests.training import Outcome, train_all

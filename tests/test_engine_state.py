@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2v.config import RunConfig
+from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from t2v.engine.engine import Engine
 from t2v.engine.world import ALONE, World, join_world
-from t2v.train.checkpoint import CheckpointConfig, Checkpoints
+from t2v.recipe.recipe import RunConfig
 from t2v.train.ema import Ema
 from t2v.train.state import TrainState
 from tests.distributed import run_distributed

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.loader import NoConditioning, TextConditioning
+from data_pipeline.feeding.config import NoConditioning, TextConditioning
+from data_pipeline.media.video import decode_clip
 from data_pipeline.pyramid import level_clip
-from data_pipeline.video import decode_clip
 from t2v.cli import main
-from t2v.config import load_config
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window
 from t2v.evaluation.conditions import request_for
 from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
+from t2v.recipe.recipe import load_config
 from tests.distributed import run_distributed
 from tests.scenes import (
     CLIPS,
@@ -32,7 +32,7 @@ from tests.scenes import (
 from tests.stand_ins import (
     write_clip_model,
 )
-from tests.tiny import RECIPE, tiny_config
+from tests.tiny import tiny_config, tiny_content
 
 __all__ = ["home"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -59,10 +59,10 @@ def test_shipped_protocols_are_whole_and_fit_their_recipes():
         protocol = load_protocol(path)
         config = load_config(CONFIGS / recipes[path.name.partition("_")[0]])
         assert protocol.name == path.stem
-        assert protocol.fps == config.sampling.fps
+        assert protocol.fps == config.method.sampling.fps
         for view in protocol.views:
-            level = config.pyramid.levels - 1 if view.level is None else view.level
-            assert view.size == config.pyramid.size(level)
+            level = config.method.pyramid.levels - 1 if view.level is None else view.level
+            assert view.size == config.method.pyramid.size(level)
 
 
 def test_distance_between_halves_is_near_zero_and_rises_with_noise(home, tmp_path):
@@ -158,7 +158,7 @@ def test_real_and_generated_clips_come_to_a_view_alike():
     pyramid = tiny_config(
         pyramid={"levels": 3, "clip_size": [8, 24, 32]}, model={"levels_per_block": [1, 2, 3]},
         sampling={"steps": [1, 1, 1]},
-    ).pyramid  # fmt: skip
+    ).method.pyramid  # fmt: skip
     for level in range(3):
         view = View(name="v", level=level, size=pyramid.size(level), frames=1, metrics=["seam"])
         assert np.array_equal(bring_to(clip, view, "clip"), level_clip(clip, pyramid, level))
@@ -226,9 +226,12 @@ def test_text_score_is_clips_own_cosine(home, tmp_path):
 @pytest.fixture(scope="module")
 def run(home) -> Path:
     """A run of one step of a recipe with classes and two levels."""
-    content = json.loads(json.dumps(RECIPE)) | {"total_steps": 1, "run_dir": str(home / "run")}
-    content["data"]["sources"] = [{"path": str(home / "real")}]
-    content["sampling"] = {"steps": [1, 1], "overlap": "w", "weights": "raw", "fps": 8.0}
+    content = tiny_content(
+        total_steps=1,
+        run_dir=str(home / "run"),
+        data={"sources": [{"path": str(home / "real")}]},
+        sampling={"steps": [1, 1], "overlap": "w", "weights": "raw", "fps": 8.0},
+    )
     (home / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", str(home / "recipe.yaml")]) == 0
     return home / "run"

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, StorageError
+from t2v.checkpoint.export import export_checkpoint, load_exported, read_export
 from t2v.cli import main
-from t2v.export import export_checkpoint, load_exported, read_export
-from t2v.model.hpdm import build_model
+from t2v.recipe.recipe import method_of
 from tests.test_checkpoint import checkpoints, facts, save, shuffled_state, tensors_of
 from tests.tiny import THREE_LEVELS, tiny_config
 
@@ -39,7 +39,7 @@ def test_exported_weights_are_the_checkpoints(state, checkpoint, tmp_path, weigh
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_dtype_rounds_once_and_loads_back(state, checkpoint, tmp_path, name, dtype):
     export_checkpoint(checkpoint, tmp_path / "out", dtype=name)
-    model = build_model(tiny_config())
+    model = method_of(tiny_config()).network()
     load_exported(tmp_path / "out", model)
     saved = tensors_of(state)
     for parameter, value in model.named_parameters():

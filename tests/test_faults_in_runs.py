@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.soak import Job
 from data_pipeline.errors import ConfigError, InputMissing, NumericError
-from t2v.train.failure import heard_alarm, ring
-from t2v.train.loop import train
+from t2v.attempt.failure import heard_alarm, ring
+from t2v.loop import train
 from tests.faulty_runs import TIMES, ends_of, recipe_of, run_job, steps_of, train_with
 from tests.test_loop import (
     assert_same_tensors,

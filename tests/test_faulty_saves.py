@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from t2v.train.loop import train
-from t2v.train.tensor_files import file_of
+from t2v.checkpoint.tensor_files import file_of
+from t2v.loop import train
 from tests.faulty_runs import ends_of, run_job, steps_of, train_with
 from tests.test_loop import (
     assert_same_tensors,

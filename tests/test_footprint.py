@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from t2v.config import RunConfig, load_config
-from t2v.footprint import measure
-from t2v.model.hpdm import build_model
-from t2v.model.layers import Attention
+from t2v.network.layers import Attention
+from t2v.plan.footprint import measure
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 from tests.tiny import THREE_LEVELS, class_condition, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def run(config: RunConfig, model: nn.Module) -> None:
-    levels = config.pyramid.levels
+    levels = config.method.pyramid.levels
     model(
-        torch.zeros(1, levels, 3, *config.pyramid.patch_size),
+        torch.zeros(1, levels, 3, *config.method.pyramid.patch_size),
         torch.zeros(1, levels),
         torch.zeros(1, levels, 3, dtype=torch.long),
         class_condition([0]),
@@ -33,7 +32,7 @@ def test_operations_of_a_base_are_those_of_its_products():
         model={"levels_per_block": [1, 1]},
         sampling={"steps": [1]},
     )
-    model, counted = build_model(config), []
+    model, counted = method_of(config).network(), []
     model.init_weights(0)
 
     def of_linear(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -55,7 +54,7 @@ def test_operations_of_a_base_are_those_of_its_products():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kept_bytes_are_those_that_a_real_forward_pass_keeps(precision):
     config = tiny_config(**THREE_LEVELS, engine={"precision": precision})
-    model, kept = build_model(config), {}
+    model, kept = method_of(config).network(), {}
     model.init_weights(0)
     if precision == "bf16":
         for module in model.blocks.modules():
@@ -94,7 +93,7 @@ def test_published_recipes_cost_what_was_counted_by_hand(name, millions, tflop):
 
 def test_parts_add_up_to_the_network():
     config = tiny_config(**THREE_LEVELS)
-    model, footprint = build_model(config), measure(config)
+    model, footprint = method_of(config).network(), measure(config)
     assert sum(footprint.parameters.values()) == sum(p.numel() for p in model.parameters())
     fusion = [p.numel() for name, p in model.named_parameters() if "fusion" in name]
     assert footprint.parameters["fusion"] == sum(fusion)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config
 from t2v.engine.compute import make_deterministic
-from t2v.model.hpdm import HPDM, build_model
+from t2v.methods.hpdm.network import HPDM
+from t2v.recipe.recipe import RunConfig, load_config, method_of
 from tests.tiny import THREE_LEVELS, class_condition, noise_batch, stirred_model, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -22,8 +22,8 @@ def three_levels(**model: object) -> RunConfig:
 def random_inputs(config: RunConfig, batch: int = 2, seed: int = 0) -> dict:
     """Inputs of a joint forward pass, self-conditioning included."""
     generator = torch.Generator().manual_seed(seed)
-    levels, sizes = config.pyramid.levels, config.model
-    shape = (batch, levels, 3, *config.pyramid.patch_size)
+    levels, sizes = config.method.pyramid.levels, config.method.model
+    shape = (batch, levels, 3, *config.method.pyramid.patch_size)
     latents = (batch, levels, sizes.num_latents, sizes.latent_dim)
     return {
         "x": torch.randn(shape, generator=generator),
@@ -40,7 +40,7 @@ def test_a_level_does_not_see_finer_ones(fusion):
     model, inputs = stirred_model(config), random_inputs(config)
     output, latents = model(**inputs)
     other = random_inputs(config, seed=9)
-    for level in range(config.pyramid.levels - 1):
+    for level in range(config.method.pyramid.levels - 1):
         finer = slice(level + 1, None)
         changed = {key: value for key, value in inputs.items() if key != "condition"}
         for key in changed:
@@ -68,7 +68,7 @@ def gradient_of(model: HPDM, inputs: dict, level: int) -> Tensor:
 def test_a_finer_loss_reaches_coarse_tokens_unless_detached(detached):
     config = three_levels(detach_context=detached)
     model, inputs = stirred_model(config), random_inputs(config)
-    for level in range(config.pyramid.levels):
+    for level in range(config.method.pyramid.levels):
         sizes = gradient_of(model, inputs, level)
         assert sizes[level] > 0
         assert (sizes[level + 1 :] == 0).all()
@@ -136,7 +136,7 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
     # Offsets of level 1 are multiples of the token size: its tokens are those of the whole level.
     inputs["offsets"] = torch.tensor([[[0, 0, 0], [2, 4, 6], [5, 13, 17]]] * 2)
     output, latents = model(**inputs)
-    token_size = torch.tensor(config.model.token_size)
+    token_size = torch.tensor(config.method.model.token_size)
     windows: dict[tuple[int, int], Tensor] = {}
 
     def volumes(block: int, coarser: int, low: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -173,12 +173,12 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
 def shrunk(name: str) -> RunConfig:
     """A shipped recipe with its levels and block schedule, made small enough to run."""
     recipe = load_config(CONFIGS / f"{name}.yaml")
-    growth, levels = recipe.pyramid.growth, recipe.pyramid.levels
+    growth, levels = recipe.method.pyramid.growth, recipe.method.pyramid.levels
     patch = (2, 6, 8)
     clip = [side * factor ** (levels - 1) for side, factor in zip(patch, growth, strict=True)]
     return tiny_config(
         pyramid={"levels": levels, "patch_size": list(patch), "clip_size": clip},
-        model={"levels_per_block": recipe.model.levels_per_block},
+        model={"levels_per_block": recipe.method.model.levels_per_block},
         sampling={"steps": [1] * levels},
     )
 
@@ -188,10 +188,10 @@ def test_level_0_of_a_warm_started_pyramid_is_its_base(name):
     config = shrunk(name)
     base_config = tiny_config(
         pyramid={"levels": 1, "clip_size": [2, 6, 8]},
-        model={"levels_per_block": [1] * len(config.model.levels_per_block)},
+        model={"levels_per_block": [1] * len(config.method.model.levels_per_block)},
         sampling={"steps": [1]},
     )
-    base, pyramid = stirred_model(base_config), build_model(config)
+    base, pyramid = stirred_model(base_config), method_of(config).network()
     pyramid.init_weights(7)
     missing, unexpected = pyramid.load_state_dict(base.state_dict(), strict=False)
     assert not unexpected
@@ -199,7 +199,7 @@ def test_level_0_of_a_warm_started_pyramid_is_its_base(name):
 
     inputs = random_inputs(config)
     # Level 0 of the pyramid shows every `stride`-th frame, the base all frames of a slower clip.
-    stride = config.pyramid.stride(0)[0]
+    stride = config.method.pyramid.stride(0)[0]
     slow = class_condition([0, 1], fps=24.0 / stride)
     only = {key: inputs[key][:, :1] for key in ("x", "noise", "offsets", "previous_latents")}
     expected, expected_latents = base(**only, condition=slow)
@@ -236,7 +236,7 @@ def test_before_training_context_does_not_matter():
 
 def test_an_untrained_network_says_nothing_and_has_no_unset_value():
     config = three_levels()
-    model = build_model(config)
+    model = method_of(config).network()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -244,7 +244,7 @@ def test_an_untrained_network_says_nothing_and_has_no_unset_value():
     output, latents = model(**random_inputs(config))
     assert (output == 0).all()
     assert latents.isfinite().all()
-    again = build_model(config)
+    again = method_of(config).network()
     again.init_weights(3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
@@ -276,9 +276,9 @@ def test_adaptive_computation_leaves_late_levels_out_of_early_blocks():
     for block in model.blocks:
         block.rin.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     model(**random_inputs(config, batch=2))
-    assert seen == [2 * active for active in config.model.levels_per_block]
+    assert seen == [2 * active for active in config.method.model.levels_per_block]
     assert [block.fusion is not None for block in model.blocks] == [False, True, True]
-    everywhere = build_model(three_levels(levels_per_block=[3, 3, 3]))
+    everywhere = method_of(three_levels(levels_per_block=[3, 3, 3])).network()
     assert all(block.fusion is not None for block in everywhere.blocks)
 
 
@@ -294,6 +294,6 @@ def test_adaptive_computation_leaves_late_levels_out_of_early_blocks():
 )
 def test_published_variants_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
-        model = build_model(load_config(CONFIGS / f"{name}.yaml"))
+        model = method_of(load_config(CONFIGS / f"{name}.yaml")).network()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.01)

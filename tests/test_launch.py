@@ -16,8 +16,8 @@ from cluster.reference import ROOT, reference_manifests
 from cluster.render import render
 from data_pipeline.errors import ConfigError, InputMissing
 from t2v.cli import main
-from t2v.config import dump_config, load_config
-from t2v.plan import Plan, plan
+from t2v.plan.plan import Plan, plan
+from t2v.recipe.recipe import dump_config, load_config
 from tests.test_profile import KUBERNETES, SECRETS, SLURM
 from tests.test_render_slurm import NASTY
 from tests.tiny import tiny_config

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from t2v.model.layers import Attention, ModulatedLayer, scalar_features, sine_table
+from t2v.network.layers import Attention, ModulatedLayer, scalar_features, sine_table
 
 
 def test_attention_equals_its_formula_head_by_head():

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from t2v.train import loop
+from t2v import loop
 from tests.test_loop import config_of, dataset, leave_no_handlers
 
 __all__ = ["dataset", "leave_no_handlers"]

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from data_pipeline.errors import UserError
-from data_pipeline.listing import list_media
+from data_pipeline.making.listing import list_media
 
 ENTRIES = [
     {"file": "a.mp4", "caption": 'a "quoted", red\nball', "licence": "CC0"},

@@ -14,24 +14,23 @@ import pytest
 import torch
 import webdataset
 
-from data_pipeline.build import build, index
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import embed, make_tiny_encoder
-from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import ConfigError, DataError, InputMissing, StorageError
-from data_pipeline.loader import (
-    Batch,
+from data_pipeline.feeding.config import (
     ClassConditioning,
     DataConfig,
-    Loader,
     NoConditioning,
     Source,
     TextConditioning,
 )
-from data_pipeline.order import keyed_rng
+from data_pipeline.feeding.loader import Batch, Loader
+from data_pipeline.feeding.order import keyed_rng
+from data_pipeline.feeding.quarantine import Quarantine
+from data_pipeline.making.build import build, index
+from data_pipeline.media.video import decode_clip, decode_image
 from data_pipeline.pyramid import Pyramid, cut_patches, draw_offsets, repeat_still
-from data_pipeline.quarantine import Quarantine
-from data_pipeline.video import decode_clip, decode_image
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.text.embed import embed, make_tiny_encoder
+from data_pipeline.text.embeddings import open_embeddings
 
 PYRAMID = Pyramid(levels=2, patch_size=(4, 12, 16), clip_size=(8, 24, 32))
 TEXT = TextConditioning(kind="text", encoder="tiny", width=8, max_tokens=6, dropout=0.1)

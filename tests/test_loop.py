@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.build import build
 from data_pipeline.errors import ConfigError, NumericError, RunLocked
-from data_pipeline.toy import write_toy
-from t2v.config import RunConfig, dump_config, load_config
-from t2v.train import loop, preemption
-from t2v.train.finding import list_checkpoints, verify_checkpoint
-from t2v.train.loop import train
-from t2v.train.run_folder import locked
-from t2v.train.tensor_files import read_whole, tensor_kinds
+from data_pipeline.making.build import build
+from data_pipeline.making.toy import write_toy
+from t2v import loop
+from t2v.attempt import preemption
+from t2v.attempt.run_folder import locked
+from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
+from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
+from t2v.loop import train
+from t2v.recipe.recipe import RunConfig, dump_config, load_config
 from tests.distributed import next_world, run_distributed
 from tests.test_warm_start import BASE
 from tests.tiny import tiny_config
@@ -268,7 +269,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path):
 
 def test_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
     config = config_of(dataset, tmp_path / "run")
-    hold = "import sys; from pathlib import Path; from t2v.train.run_folder import locked\n"
+    hold = "import sys; from pathlib import Path; from t2v.attempt.run_folder import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "run")],

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.cutting import clip_starts, find_scenes
-from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.making import Filters
-from data_pipeline.video import Probe, decode_clip, encode_clip, probe
+from data_pipeline.making.build import build
+from data_pipeline.making.cutting import clip_starts, find_scenes
+from data_pipeline.making.samples import Filters
+from data_pipeline.media.video import Probe, decode_clip, encode_clip, probe
+from data_pipeline.shards.dataset import open_dataset
 
 COLORS = np.array([(30, 30, 30), (10, 200, 200), (220, 40, 40)], np.uint8)
 SCENES = (20, 28, 10)  # frames, at 8 frames per second

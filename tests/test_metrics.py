@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2v.engine.world import ALONE
-from t2v.train.metrics import Metrics, MetricsConfig, StepSums, drop_after, read_lines
+from t2v.watching.metrics import Metrics, MetricsConfig, StepSums, drop_after, read_lines
 
 
 def write_steps(run_dir, first: int, last: int) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import storage
 from data_pipeline.errors import StorageError
+from data_pipeline.store import storage
+from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
+from t2v.checkpoint.mirror import Mirror
 from t2v.engine.world import ALONE
-from t2v.train.checkpoint import CheckpointConfig, Checkpoints
-from t2v.train.finding import list_checkpoints, verify_checkpoint
-from t2v.train.mirror import Mirror
 from tests.test_checkpoint import facts, fresh_state, shuffled_state, tensors_of
 from tests.tiny import tiny_config
 

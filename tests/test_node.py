@@ -27,8 +27,8 @@ from cluster.node import (
 )
 from cluster.status import NodeRecord
 from data_pipeline.errors import ConfigError, StorageError
-from t2v.config import dump_config
-from t2v.train.attempts import append_attempt
+from t2v.attempt.record import append_attempt
+from t2v.recipe.recipe import dump_config
 from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, tensors_at
 
 __all__ = ["dataset"]  # a fixture

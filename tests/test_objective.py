@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t2v.config import RunConfig
-from t2v.diffusion import c_in, c_nrm, c_out, v_target
-from t2v.train.objective import draw_noise, level_losses, mix, to_patches
+from t2v.methods.hpdm.diffusion import c_in, c_nrm, c_out, v_target
+from t2v.methods.hpdm.objective import draw_noise, level_losses, mix, to_patches
+from t2v.recipe.recipe import RunConfig
 from tests.tiny import THREE_LEVELS, noise_batch, stirred_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ class Knower(nn.Module):
 
     def forward(self, scaled, told, offsets, condition, previous=None) -> tuple[Tensor, Tensor]:
         sigma = (4 * told).exp().flatten()
-        scales = [self.config.diffusion.level_input_scale(n) for n in range(told.shape[1])]
+        scales = [self.config.method.diffusion.level_input_scale(n) for n in range(told.shape[1])]
         scale = torch.tensor(scales).expand_as(told).flatten()
         x, x_noisy = self.x.flatten(0, 1), scaled.flatten(0, 1) / wide(c_in(sigma, scale))
         noise = (x_noisy - x / wide(scale)) / wide(sigma)
@@ -53,7 +53,7 @@ def test_an_error_costs_what_edm_charges_for_the_denoised_patch():
     losses = level_losses(Knower(config, x, error), batch, config, CPU)
     _, sigma, _ = draw_noise(config, batch.numbers, x.shape[1:], CPU)
     for level in range(2):
-        scale = torch.full((2,), config.diffusion.level_input_scale(level))
+        scale = torch.full((2,), config.method.diffusion.level_input_scale(level))
         of_denoised = wide(c_out(sigma[:, level], scale)) * error[:, level]
         charged = wide(1 / sigma[:, level] ** 2 + 1) * of_denoised.square()
         torch.testing.assert_close(losses[level], charged.mean(), rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_a_sample_without_self_conditioning_gets_zeros():
     model, seen = stirred_model(rare), []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[4:]))
     batch = noise_batch(rare, list(range(12)))
-    level_losses(model, batch, rare, CPU)
+    level_losses(model, batch, rare.method, seed=rare.seed, device=CPU)
     chosen = draw_noise(rare, batch.numbers, to_patches(batch.patches).shape[1:], CPU)[2]
     assert seen[0] == ()
     latents = seen[1][0]
@@ -138,7 +138,7 @@ def test_bytes_become_values_from_minus_one_to_one():
     config = tiny_config()
     batch = noise_batch(config, [0])
     patches = to_patches(batch.patches)
-    assert patches.shape == (1, 2, 3, *config.pyramid.patch_size)
+    assert patches.shape == (1, 2, 3, *config.method.pyramid.patch_size)
     channel = batch.patches[..., 1]
     torch.testing.assert_close(patches[:, :, 1], (channel.double() / 255 * 2 - 1).float())
     ends = replace(batch, patches=torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2, 1))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from t2v.train.optim import (
+from t2v.engine.optimizer import (
     OptimizerConfig,
     build_optimizer,
     parameter_groups,

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_pipeline.order import (
+from data_pipeline.feeding.order import (
     GlobalOrder,
     Place,
     SourceOrder,

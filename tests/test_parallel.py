@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.build import build
 from data_pipeline.errors import DataError
+from data_pipeline.making.build import build
 from data_pipeline.parallel import map_in_order
 
 pytestmark = pytest.mark.dist
@@ -41,7 +41,7 @@ def test_workers_make_the_same_dataset_and_end_with_a_killed_parent(media, datas
     out = tmp_path / "out"
     command = [
         sys.executable, "-c",
-        "import sys\nfrom data_pipeline.build import build\nif __name__ == '__main__':\n"
+        "import sys\nfrom data_pipeline.making.build import build\nif __name__ == '__main__':\n"
         " build(*sys.argv[1:], frames=8, height=24, width=32, shard_samples=6, workers=2)",
         str(media / "videos"), str(out),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ import yaml
 from cluster.job import Grace, SharedMemory, TrainingJob
 from cluster.profile import parse_profile
 from cluster.render import OBJECTS, render
-from t2v.config import dump_config
+from t2v.recipe.recipe import dump_config
 from tests.local_pods import Cluster, local_cluster, missing
 from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, tensors_at
 from tests.test_profile import KUBERNETES

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from t2v.train import preemption
+from t2v.attempt import preemption
 
 ARM_AND_WAIT = """
 import ctypes, sys, time
 from pathlib import Path
-from t2v.train import preemption
+from t2v.attempt import preemption
 preemption.arm()
 folder, where = Path(sys.argv[1]), sys.argv[2]
 with preemption.leaving(folder, (folder / "left").touch):

@@ -38,9 +38,9 @@ from cluster.preflight import (
     refuse_other_shape,
 )
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
-from data_pipeline.loader import NoConditioning
+from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
-from t2v.config import dump_config
+from t2v.recipe.recipe import dump_config
 from tests.distributed import run_distributed
 from tests.test_loop import config_of, dataset
 from tests.tiny import tiny_config

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.quarantine import Quarantine
+from data_pipeline.feeding.quarantine import Quarantine
 
 
 def bad(n: int, reason: str = "cannot be decoded") -> dict:

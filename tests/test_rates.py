@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from t2v.footprint import forward_flops
-from t2v.plan import compute_per_sample, measure
-from t2v.train.rates import Rates, first_start, peak_tflops, training_tflop
+from t2v.plan.footprint import forward_flops
+from t2v.plan.plan import compute_per_sample, measure
+from t2v.watching.rates import Rates, first_start, peak_tflops, training_tflop
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ import threading
 import pytest
 
 from data_pipeline.errors import RunLocked
-from t2v.train import run_folder
-from t2v.train.run_folder import RECORD_BYTES, StatusFile, locked
+from t2v.attempt import run_folder
+from t2v.attempt.run_folder import RECORD_BYTES, StatusFile, locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from t2v.train.run_folder import locked
+from t2v.attempt.run_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

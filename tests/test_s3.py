@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from data_pipeline import storage
-from data_pipeline.cache import Cache
 from data_pipeline.errors import InputMissing, StorageError
-from data_pipeline.s3 import Limits, ObjectChanged, ObjectStore
+from data_pipeline.store import storage
+from data_pipeline.store.cache import Cache
+from data_pipeline.store.s3 import Limits, ObjectChanged, ObjectStore
 
 CONTENT = np.random.default_rng(0).bytes(400_000)
 PATH = "s3://bucket/folder/object.tar"

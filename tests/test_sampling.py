@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig, load_config
-from t2v.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
-from t2v.model.conditioning import Condition
-from t2v.model.context import TokenGrid
-from t2v.sampling import ALONE, denoising_step, generate, noise_levels
-from t2v.sampling_config import level_tilings, network_calls
-from t2v.sampling_memory import plan_memory
-from t2v.sampling_store import Store
-from t2v.sampling_tiles import LevelNetwork, TiledDenoiser, read_level
-from t2v.tiling import OVERLAPS, Slab, cut_tile
+from t2v.methods.hpdm.context import TokenGrid
+from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
+from t2v.methods.hpdm.memory import plan_memory
+from t2v.methods.hpdm.sampling import ALONE, denoising_step, generate, noise_levels
+from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.store import Store
+from t2v.methods.hpdm.tiles import LevelNetwork, TiledDenoiser, read_level
+from t2v.methods.hpdm.tiling import OVERLAPS, Slab, cut_tile
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -31,9 +31,13 @@ class Painter:
     self_conditioning = None
 
     def __init__(self, config: RunConfig, clips: list[Tensor]) -> None:
-        self.pyramid, self.diffusion, self.clips = config.pyramid, config.diffusion, clips
-        self.config = config.model
-        self.grid = TokenGrid(config.pyramid, config.model.token_size)
+        self.pyramid, self.diffusion, self.clips = (
+            config.method.pyramid,
+            config.method.diffusion,
+            clips,
+        )
+        self.config = config.method.model
+        self.grid = TokenGrid(config.method.pyramid, config.method.model.token_size)
 
     def context_blocks(self, level: int) -> list[int]:
         return []
@@ -68,8 +72,8 @@ def random_clips(config: RunConfig, labels: int) -> list[Tensor]:
     """Clips of every label at every level, in [-0.4, 0.4], unrelated to each other."""
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.rand(labels, 3, *config.pyramid.size(level), generator=generator) * 0.8 - 0.4
-        for level in range(config.pyramid.levels)
+        torch.rand(labels, 3, *config.method.pyramid.size(level), generator=generator) * 0.8 - 0.4
+        for level in range(config.method.pyramid.levels)
     ]
 
 
@@ -79,8 +83,8 @@ def sample(model: object, config: RunConfig, labels: list[int], seeds: list[int]
         condition=class_condition(labels),
         null=class_condition([3] * len(labels)),
         seeds=seeds,
-        sampling=config.sampling,
-        diffusion=config.diffusion,
+        sampling=config.method.sampling,
+        diffusion=config.method.diffusion,
     )
 
 
@@ -115,18 +119,21 @@ def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order
 @pytest.mark.parametrize("overlap", ["", "hw", "fhw"])
 def test_a_pyramid_that_grows_in_space_alone_is_sampled_too(overlap):
     """The geometry of the 16x576x1024 variant: an axis of one tile does not overlap."""
+    pyramid = {"levels": 3, "clip_size": [2, 24, 32]}
     config = tiny_config(
-        **THREE_LEVELS | {"pyramid": {"levels": 3, "clip_size": [2, 24, 32]}},
-    )
-    config = config.model_copy(
-        update={"sampling": config.sampling.model_copy(update={"overlap": overlap})}
+        **THREE_LEVELS
+        | {"pyramid": pyramid, "sampling": THREE_LEVELS["sampling"] | {"overlap": overlap}}
     )
     clips = random_clips(config, 1)
     found = sample(Painter(config, clips), config, labels=[0], seeds=[5])
     for level, canvas in enumerate(found):
         torch.testing.assert_close(canvas, clips[level], rtol=0, atol=1e-4)
     tiles = {"": [1, 4, 16], "hw": [1, 9, 49], "fhw": [1, 9, 49]}[overlap]
-    assert network_calls(config.sampling, config.pyramid) == [5, 2 * tiles[1], tiles[2]]
+    assert network_calls(config.method.sampling, config.method.pyramid) == [
+        5,
+        2 * tiles[1],
+        tiles[2],
+    ]
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 2.0])
@@ -180,20 +187,20 @@ def test_a_step_follows_the_exact_trajectory_with_its_order(second_order, order)
     ],
 )
 def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
-    config = load_config(CONFIGS / f"{name}.yaml", [f"sampling.overlap='{overlap}'"])
-    assert sum(network_calls(config.sampling, config.pyramid)) == calls
+    config = load_config(CONFIGS / f"{name}.yaml", [f"method.sampling.overlap='{overlap}'"])
+    assert sum(network_calls(config.method.sampling, config.method.pyramid)) == calls
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_network_calls_of_every_overlap_follow_from_its_axes(overlap):
     """128, 64, 32, 16 steps; an axis of `2 ** level` tiles has twice as many less one if they
     overlap."""
-    config = load_config(CONFIGS / "t2v_64x288x512.yaml", [f"sampling.overlap='{overlap}'"])
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml", [f"method.sampling.overlap='{overlap}'"])
     tiles = [
         (2 * 2**level - 1) ** len(overlap) * 2 ** (level * (3 - len(overlap))) for level in range(4)
     ]
     expected = [255, 64 * tiles[1], 32 * tiles[2], 16 * tiles[3]]
-    assert network_calls(config.sampling, config.pyramid) == expected
+    assert network_calls(config.method.sampling, config.method.pyramid) == expected
 
 
 @pytest.mark.parametrize(("guidance_scale", "answers"), [(1.0, 1), (3.0, 2)])
@@ -209,7 +216,7 @@ def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
     model.forward_level = counted
     sample(model, config, labels=[0, 1], seeds=[0, 1])
     tiles = [1, 18, 196]
-    denoising = network_calls(config.sampling, config.pyramid)
+    denoising = network_calls(config.method.sampling, config.method.pyramid)
     assert denoising == [5, 2 * 18, 196]
     # A finished level is read in two passes, of which the first makes latents for the second, and
     # under each condition that a finer level's tiles are denoised under.
@@ -260,14 +267,14 @@ def test_where_features_and_latents_are_kept_does_not_change_a_clip(keep, tmp_pa
         "condition": class_condition([0, 2]),
         "null": class_condition([3, 3]),
         "seeds": [1, 2],
-        "diffusion": config.diffusion,
+        "diffusion": config.method.diffusion,
     }
-    free = generate(model, sampling=config.sampling, **shared)
-    rooms = plan_memory(model, config.sampling, clips=2, device_bytes=1 << 62)
+    free = generate(model, sampling=config.method.sampling, **shared)
+    rooms = plan_memory(model, config.method.sampling, clips=2, device_bytes=1 << 62)
     assert {place for room in rooms for place in (room.volumes, room.latents)} == {"device"}
     far = [replace(room, volumes="disk", latents="disk", tile_batch=20) for room in rooms]
     with contextlib.closing(Store(torch.device("cpu"), tmp_path)) as store:
-        found = generate(model, sampling=config.sampling, rooms=far, store=store, **shared)
+        found = generate(model, sampling=config.method.sampling, rooms=far, store=store, **shared)
     assert not list(tmp_path.iterdir())
     # Batches of another size round otherwise; halves of fp32 may then fall to the other side.
     tolerance = {"rtol": 0, "atol": 1e-3 if keep == "fp32" else 2e-2}
@@ -275,7 +282,7 @@ def test_where_features_and_latents_are_kept_does_not_change_a_clip(keep, tmp_pa
         torch.testing.assert_close(canvas, free[level], **tolerance)
     if keep == "bf16":
         exact = three_levels(**changes)
-        for level, canvas in enumerate(generate(model, sampling=exact.sampling, **shared)):
+        for level, canvas in enumerate(generate(model, sampling=exact.method.sampling, **shared)):
             # Features keep eight bits of their mantissa.
             torch.testing.assert_close(canvas, free[level], rtol=0, atol=5e-2)
 
@@ -288,12 +295,17 @@ def test_slabs_that_share_no_tile_may_take_turns(overlap):
         "condition": class_condition([0]),
         "null": class_condition([3]),
         "seeds": [1],
-        "sampling": config.sampling,
-        "diffusion": config.diffusion,
+        "sampling": config.method.sampling,
+        "diffusion": config.method.diffusion,
     }
-    rooms = plan_memory(model, config.sampling, clips=1, device_bytes=1 << 62)
+    rooms = plan_memory(model, config.method.sampling, clips=1, device_bytes=1 << 62)
     cut = [
-        replace(room, slabs=tuple(level_tilings(config.sampling, config.pyramid, n)[0].slabs(1)))
+        replace(
+            room,
+            slabs=tuple(
+                level_tilings(config.method.sampling, config.method.pyramid, n)[0].slabs(1)
+            ),
+        )
         for n, room in enumerate(rooms)
     ]
     assert [len(room.slabs) > 1 for room in cut] == [False, True, True]
@@ -320,7 +332,7 @@ def test_levels_have_their_own_overlap_and_guidance():
         after = sample(model, three_levels(**base | change), [1], [0])
         same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
         assert same == [True, False, False]
-    calls = network_calls(three_levels(**base).sampling, model.pyramid)
+    calls = network_calls(three_levels(**base).method.sampling, model.pyramid)
     assert calls == [3, 2 * 18, 4 * 7 * 4]
 
 
@@ -335,25 +347,25 @@ def test_shifted_and_tapered_tiles_find_the_clip_that_the_network_knows(overlap,
         condition=class_condition([0]),
         null=class_condition([0]),
         seeds=[3],
-        sampling=config.sampling,
-        diffusion=config.diffusion,
+        sampling=config.method.sampling,
+        diffusion=config.method.diffusion,
         progress=counted.append,
     )
     for level, canvas in enumerate(found):
         torch.testing.assert_close(canvas, clips[level], rtol=0, atol=1e-4)
-    assert sum(counted) == sum(network_calls(config.sampling, config.pyramid))
+    assert sum(counted) == sum(network_calls(config.method.sampling, config.method.pyramid))
 
 
 def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     """A tile denoised with kept features is the joint network's answer, which reads the coarse
     clip again at the smallest noise level."""
     config = tiny_config(sampling={"steps": [1, 1], "overlap": "hw", "tile_batch": 100})
-    model, diffusion = stirred_model(config), config.diffusion
+    model, diffusion = stirred_model(config), config.method.diffusion
     condition, sigma = class_condition([0, 1]), 0.7
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(2, 3, *config.pyramid.size(0), generator=generator) * 2 - 1
-    x_noisy = torch.randn(2, 3, *config.pyramid.size(1), generator=generator)
-    rooms = plan_memory(model, config.sampling, clips=2, device_bytes=1 << 62)
+    coarse = torch.rand(2, 3, *config.method.pyramid.size(0), generator=generator) * 2 - 1
+    x_noisy = torch.randn(2, 3, *config.method.pyramid.size(1), generator=generator)
+    rooms = plan_memory(model, config.method.sampling, clips=2, device_bytes=1 << 62)
     store = Store(torch.device("cpu"))
     shared = {
         "branches": [condition],
@@ -362,7 +374,9 @@ def test_context_kept_from_a_finished_level_equals_context_computed_anew():
         "team": ALONE,
     }
     with torch.no_grad(), contextlib.closing(store):
-        first, second = (level_tilings(config.sampling, config.pyramid, n)[0] for n in (0, 1))
+        first, second = (
+            level_tilings(config.method.sampling, config.method.pyramid, n)[0] for n in (0, 1)
+        )
         reader = LevelNetwork(model, 0, volumes={}, room=rooms[0], **shared)
         volumes = read_level(reader, first, coarse)
         network = LevelNetwork(model, 1, volumes=volumes, room=rooms[1], **shared)
@@ -400,8 +414,8 @@ def test_progress_is_told_for_every_tile():
         condition=class_condition([0, 1]),
         null=class_condition([3, 3]),
         seeds=[0, 1],
-        sampling=config.sampling,
-        diffusion=config.diffusion,
+        sampling=config.method.sampling,
+        diffusion=config.method.diffusion,
         progress=told.append,
     )
-    assert sum(told) == 2 * sum(network_calls(config.sampling, config.pyramid))
+    assert sum(told) == 2 * sum(network_calls(config.method.sampling, config.method.pyramid))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from t2v.config import dump_config
+from t2v.recipe.recipe import dump_config
 from tests.test_loop import config_of, dataset  # noqa: F401 - a fixture
 
 CANARIES = {

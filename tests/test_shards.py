@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline import storage
 from data_pipeline.errors import DataError, InputMissing
-from data_pipeline.shards import (
+from data_pipeline.shards.tar import (
     index_tar,
     list_captions,
     open_index,
@@ -20,6 +19,7 @@ from data_pipeline.shards import (
     write_index,
     write_tar,
 )
+from data_pipeline.store import storage
 
 
 def sample(number: int) -> tuple[str, dict[str, bytes]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import dump_config, parse_config
-from t2v.train.loop import train
-from t2v.train.side_job import (
+from t2v.loop import train
+from t2v.recipe.recipe import dump_config, parse_config
+from t2v.watching.side_job import (
     SamplesConfig,
     SideJob,
     due_steps,
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_cannot_be_sampled_is_told_and_left(tmp_path, capsys):
 def test_there_is_never_a_second_job(tmp_path):
     run_of(tmp_path)
     (tmp_path / "samples").mkdir()
-    hold = "import sys; from pathlib import Path; from t2v.train.side_job import alone\n"
+    hold = "import sys; from pathlib import Path; from t2v.watching.side_job import alone\n"
     hold += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "samples")],

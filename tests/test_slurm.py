@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from t2v.config import dump_config
+from t2v.recipe.recipe import dump_config
 from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
 from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, tensors_at
 

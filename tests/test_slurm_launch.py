@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.build import build
-from data_pipeline.dataset import open_dataset
-from t2v.config import dump_config
+from data_pipeline.making.build import build
+from data_pipeline.shards.dataset import open_dataset
+from t2v.recipe.recipe import dump_config
 from tests.slurm_cluster import SlurmCluster, missing, slurm_cluster
 from tests.test_loop import config_of, dataset, status_of
 from tests.test_render_slurm import NASTY

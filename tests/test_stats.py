@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import index
-from data_pipeline.shards import write_tar
-from data_pipeline.stats import measure, write_page
+from data_pipeline.making.build import index
+from data_pipeline.shards.stats import measure, write_page
+from data_pipeline.shards.tar import write_tar
 
 
 def test_numbers_are_those_of_the_samples(media, datasets):

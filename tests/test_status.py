@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cluster.status import HOPELESS, NodeRecord, print_status, run_status, spell, to_json
 from data_pipeline.errors import InputMissing
+from t2v.attempt.record import append_attempt
 from t2v.cli import main
-from t2v.train.attempts import append_attempt
 
 NOW = 1_800_000_000.0
 

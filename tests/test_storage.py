@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from data_pipeline.store import storage
 
 
 def test_read_range_is_a_slice_of_the_whole(tmp_path):

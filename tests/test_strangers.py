@@ -14,19 +14,19 @@ import webdataset
 
 from cluster.heartbeat import beat
 from cluster.node_checks import check_run_folder
-from data_pipeline import build as building
-from data_pipeline import storage
-from data_pipeline.build import build, index
-from data_pipeline.cache import BLOCK_BYTES
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import embed
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.verify import repair, verify
+from data_pipeline.making import build as building
+from data_pipeline.making.build import build, index
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.verify import repair, verify
+from data_pipeline.store import storage
+from data_pipeline.store.cache import BLOCK_BYTES
+from data_pipeline.text.embed import embed
+from t2v.checkpoint.checkpoints import REFUSED
+from t2v.checkpoint.tensor_files import INDEX
 from t2v.cli import main
-from t2v.config import dump_config
-from t2v.train.checkpoint import REFUSED
-from t2v.train.loop import train
-from t2v.train.tensor_files import INDEX
+from t2v.loop import train
+from t2v.recipe.recipe import dump_config
 from tests.scenes import home, rules, run_evaluate, write_rules
 from tests.test_cache import cache
 from tests.test_checkpoint import checkpoints, save, shuffled_state
@@ -457,7 +457,7 @@ def test_a_refused_first_start_takes_back_what_it_made(
             theirs.update(settle(run, "logs/attempt-0001/theirs.log", "checkpoints/notes.txt"))
         raise ConfigError("refused")
 
-    monkeypatch.setattr("t2v.train.loop.warm_start", refuse)
+    monkeypatch.setattr("t2v.loop.warm_start", refuse)
     warm = {"checkpoint": str(tmp_path / "none")}
     with pytest.raises(ConfigError, match="refused"):
         train(config_of(dataset, run, warm_start=warm))
@@ -540,7 +540,7 @@ def test_an_export_replaces_nothing_and_leaves_nothing(step, tmp_path, monkeypat
     def fail(*arguments: object) -> None:
         raise end
 
-    monkeypatch.setattr("t2v.export._refuse_other_outputs", fail)
+    monkeypatch.setattr("t2v.checkpoint.export._refuse_other_outputs", fail)
     assert main(["checkpoint", "export", str(step), str(tmp_path / "mine" / "new")]) in (65, 130)
     assert tree(tmp_path) == before
     assert untouched(tmp_path / "mine", theirs)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import StorageError
-from t2v.engine.place import Place
-from t2v.train.tensor_files import (
+from t2v.checkpoint.tensor_files import (
     INDEX,
     Slice,
     join_index,
@@ -19,6 +18,7 @@ from t2v.train.tensor_files import (
     tensor_kinds,
     write_slices,
 )
+from t2v.engine.place import Place
 
 SHAPES = {"matrix": (5, 7), "vector": (11,), "scalar": (), "volume": (2, 3, 4)}
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.making.toy import Toy, all_toys, random_center, render, toy_clips, write_toy
+from data_pipeline.making.toy_score import BRIGHT, read_toy
+from data_pipeline.media.video import decode_clip
 from data_pipeline.pyramid import Pyramid, level_clip
-from data_pipeline.toy import Toy, all_toys, random_center, render, toy_clips, write_toy
-from data_pipeline.toy_score import BRIGHT, read_toy
-from data_pipeline.video import decode_clip
 
 SIZE = (8, 48, 64)
 

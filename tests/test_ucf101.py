@@ -7,11 +7,11 @@ import av
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.ucf101 import class_words, list_ucf101
-from data_pipeline.verify import verify
+from data_pipeline.making.build import build
+from data_pipeline.making.ucf101 import class_words, list_ucf101
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.verify import verify
 from t2v.cli import main
 
 CLASSES = ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipeline.build import index
-from data_pipeline.dataset import open_dataset
-from data_pipeline.embed import embed
-from data_pipeline.embeddings import open_embeddings
 from data_pipeline.errors import InputMissing
-from data_pipeline.shards import list_captions, write_index, write_tar
-from data_pipeline.verify import repair, verify
-from data_pipeline.video import encode_clip
+from data_pipeline.making.build import index
+from data_pipeline.media.video import encode_clip
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.tar import list_captions, write_index, write_tar
+from data_pipeline.shards.verify import repair, verify
+from data_pipeline.text.embed import embed
+from data_pipeline.text.embeddings import open_embeddings
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_cut_embeddings_and_another_provenance_are_found(own):
 
 
 def test_odd_real_clips_are_sound_after_building(shared_clips, tmp_path):
-    from data_pipeline.build import build
+    from data_pipeline.making.build import build
 
     odd = Path(shutil.copytree(shared_clips / "odd", tmp_path / "odd"))
     for path in list(odd.iterdir()):

@@ -11,9 +11,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.pyramid import Pyramid, cut_patches, draw_offsets, level_clip, repeat_still
-from data_pipeline.toy import Toy, render
-from data_pipeline.video import (
+from data_pipeline.making.toy import Toy, render
+from data_pipeline.media.video import (
     decode_clip,
     decode_image,
     decode_patches,
@@ -23,6 +22,7 @@ from data_pipeline.video import (
     reduce_clip,
     reduction,
 )
+from data_pipeline.pyramid import Pyramid, cut_patches, draw_offsets, level_clip, repeat_still
 
 BARS = np.array(
     [(230, 30, 30), (30, 200, 40), (40, 70, 240), (240, 220, 30), (250, 250, 250), (5, 5, 5)],

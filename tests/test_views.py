@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from t2v.train.metrics import Metrics, MetricsConfig
-from t2v.train.views import Guarded, numbers, progress_text
+from t2v.watching.metrics import Metrics, MetricsConfig
+from t2v.watching.views import Guarded, numbers, progress_text
 
 
 class Failing:

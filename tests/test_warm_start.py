@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.config import RunConfig
+from t2v.checkpoint.tensor_files import TensorKind
 from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE, join_world
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import build_model
-from t2v.train.tensor_files import TensorKind
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.warm_start import plan_warm_start, resize_table, warm_start
 from tests.distributed import run_distributed
 from tests.test_checkpoint import checkpoints, facts, fresh_state, shuffled_state, tensors_of
@@ -95,7 +94,7 @@ def no_volumes(*_) -> torch.Tensor:
 def warm_weights(config: RunConfig) -> dict:
     with join_world(config.engine) as world:
         with torch.device("meta"):
-            model = build_model(config)
+            model = method_of(config).network()
         engine = build_engine(model, config, world)
         warm_start(config, engine)
         places = engine.places()
@@ -135,7 +134,7 @@ def test_sharded_warm_start_gives_bitwise_the_same_weights(base):
 def test_another_network_is_refused(base, change, message):
     config = tiny_config(warm_start={"checkpoint": str(base)}, **change)
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     with pytest.raises(ConfigError, match=message):
         warm_start(config, build_engine(model, config, ALONE))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from t2v.train.failure import Failure, advice, failure_page, first_failure, record_failure, ring
-from t2v.train.watchdog import Position, culprit
+from t2v.attempt.failure import Failure, advice, failure_page, first_failure, record_failure, ring
+from t2v.attempt.watchdog import Position, culprit
 
 
 def at(rank: int, entered: int, *, waits: bool = False, seconds: float = 9.0) -> Position:
@@ -40,7 +40,7 @@ def test_culprit_is_behind_or_silent(positions, expected):
 HANG = """
 import sys, time
 from pathlib import Path
-from t2v.train.watchdog import Watchdog, WatchdogConfig
+from t2v.attempt.watchdog import Watchdog, WatchdogConfig
 
 def stuck():
     time.sleep(60)

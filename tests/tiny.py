@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.pyramid import draw_offsets
-from t2v.config import RunConfig, parse_config
-from t2v.model.conditioning import Condition
-from t2v.model.hpdm import HPDM, build_model
+from t2v.methods.hpdm.network import HPDM
+from t2v.network.conditioning import Condition
+from t2v.recipe.recipe import RunConfig, method_of, parse_config
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -20,27 +20,30 @@ RECIPE: dict[str, Any] = {
     "global_batch_size": 4,
     "micro_batch_size": 1,
     "ema_half_life_steps": 3.0,
-    "pyramid": {"levels": 2, "patch_size": [2, 6, 8], "clip_size": [4, 12, 16]},
+    "method": {
+        "kind": "hpdm",
+        "pyramid": {"levels": 2, "patch_size": [2, 6, 8], "clip_size": [4, 12, 16]},
+        "model": {
+            "token_size": [1, 3, 4],
+            "token_dim": 16,
+            "num_latents": 6,
+            "latent_dim": 16,
+            "latent_layers": 1,
+            "token_head_dim": 8,
+            "latent_head_dim": 8,
+            "levels_per_block": [1, 2],
+            "conditioning_dim": 16,
+            "self_conditioning_rate": 0.9,
+        },
+        "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0},
+        "sampling": {"steps": [4, 2]},
+    },
     "conditioning": {"kind": "class", "num_classes": 3},
     "data": {"sources": [{"path": "data/none"}], "num_workers": 0},
-    "model": {
-        "token_size": [1, 3, 4],
-        "token_dim": 16,
-        "num_latents": 6,
-        "latent_dim": 16,
-        "latent_layers": 1,
-        "token_head_dim": 8,
-        "latent_head_dim": 8,
-        "levels_per_block": [1, 2],
-        "conditioning_dim": 16,
-        "self_conditioning_rate": 0.9,
-    },
-    "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0},
     "optimizer": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_steps": 2},
     "engine": {"kind": "single", "precision": "fp32"},
     "checkpoint": {"every_steps": 5},
     "metrics": {},
-    "sampling": {"steps": [4, 2]},
 }
 
 THREE_LEVELS: dict[str, Any] = {
@@ -50,20 +53,26 @@ THREE_LEVELS: dict[str, Any] = {
 }
 
 
+def tiny_content(**changes: Any) -> dict[str, Any]:
+    """The recipe as plain data with sections changed, those of its method by their own names."""
+    content = {**RECIPE, "method": dict(RECIPE["method"])}
+    for section, change in changes.items():
+        home = content["method"] if section in RECIPE["method"] else content
+        old = home.get(section)
+        merge = isinstance(old, dict) and isinstance(change, dict)
+        home[section] = {**old, **change} if merge else change
+    return content
+
+
 def tiny_config(**changes: Any) -> RunConfig:
     """The recipe with sections changed: `engine={"kind": "fsdp"}` changes one field of one."""
-    content = dict(RECIPE)
-    for section, change in changes.items():
-        old = content.get(section)
-        merge = isinstance(old, dict) and isinstance(change, dict)
-        content[section] = {**old, **change} if merge else change
-    return parse_config(content, "tiny")
+    return parse_config(tiny_content(**changes), "tiny")
 
 
 def stirred_model(config: RunConfig, seed: int = 0) -> HPDM:
     """A network with noise on every parameter: gates, gains and heads that start at zero would
     hide mistakes behind them."""
-    model = build_model(config)
+    model = method_of(config).network()
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -97,7 +106,7 @@ class NoiseBatch:
 
 def noise_batch(config: RunConfig, numbers: list[int]) -> NoiseBatch:
     """Samples `numbers` of an endless dataset of noise."""
-    pyramid = config.pyramid
+    pyramid = config.method.pyramid
     patches, offsets, labels = [], [], []
     for number in numbers:
         rng = np.random.default_rng([config.seed, number])

@@ -7,12 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v.config import RunConfig
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.world import World, join_world
-from t2v.model.hpdm import build_model
+from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
-from t2v.train.objective import level_losses
 from t2v.train.schedule import learning_rates
 from tests.tiny import noise_batch
 
@@ -31,7 +29,7 @@ class Outcome:
 def engine_of(config: RunConfig, world: World) -> Engine:
     """A recipe's engine with its initial values."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = method_of(config).network()
     return build_engine(model, config, world)
 
 
@@ -40,11 +38,15 @@ def accumulate(engine: Engine, config: RunConfig, step: int) -> Tensor:
     world, size = engine.world, config.micro_batch_size
     share = config.global_batch_size // world.world_size
     first = step * config.global_batch_size + world.rank * share
-    losses = torch.zeros(config.pyramid.levels)
+    losses = torch.zeros(config.method.pyramid.levels)
     for number in range(first, first + share, size):
         batch = noise_batch(config, list(range(number, number + size)))
         with engine.autocast():
-            loss = level_losses(engine.model, batch, config, world.device) * size / share
+            loss = (
+                method_of(config).losses(engine.model, batch, seed=config.seed, device=world.device)
+                * size
+                / share
+            )
         engine.backward(loss.sum(), final=number + size == first + share)
         losses += loss.detach()
     return losses

@@ -1,16 +1,15 @@
 """The seam between the training loop and the way a model is split over ranks."""
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from t2v.engine.config import EngineConfig
+from t2v.engine.optimizer import Groups, OptimizerConfig
 from t2v.engine.place import Place
 from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
-
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
+from t2v.network.network import Network
 
 
 class Engine(Protocol):
@@ -23,7 +22,7 @@ class Engine(Protocol):
 
     name: str
     world: World
-    model: HPDM
+    model: Network
 
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes."""
@@ -61,19 +60,27 @@ class Engine(Protocol):
     def updates(self, count: int) -> None: ...
 
 
-def build_engine(model: HPDM, config: "RunConfig", world: World) -> Engine:
-    """The recipe's engine around a model that is still on the meta device; no other is imported,
-    for what they build on takes seconds."""
-    match config.engine.kind:
+def build_engine(
+    model: Network,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    world: World,
+    *,
+    groups: Groups,
+    seed: int,
+) -> Engine:
+    """The engine of a kind around a model that is still on the meta device; no other is imported,
+    for what they build on takes seconds. Initial values come from the seed."""
+    match config.kind:
         case "single":
             from t2v.engine.single import single_engine
 
-            return single_engine(model, config, world)
+            return single_engine(model, config, optimizer, world, groups=groups, seed=seed)
         case "fsdp":
             from t2v.engine.fsdp import fsdp_engine
 
-            return fsdp_engine(model, config, world)
+            return fsdp_engine(model, config, optimizer, world, groups=groups, seed=seed)
         case "zero":
             from t2v.engine.zero import ZeroEngine
 
-            return ZeroEngine(model, config, world)
+            return ZeroEngine(model, config, optimizer, world, groups=groups, seed=seed)

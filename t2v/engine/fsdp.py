@@ -2,7 +2,6 @@
 
 import warnings
 from math import ceil, prod
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,31 +12,38 @@ from torch.distributed.tensor import DTensor
 
 from data_pipeline.errors import ConfigError
 from t2v.engine.compute import prepare_blocks, set_matmul_precision
+from t2v.engine.config import EngineConfig
 from t2v.engine.native import NativeEngine
+from t2v.engine.optimizer import Groups, OptimizerConfig
 from t2v.engine.place import Place
 from t2v.engine.whole_init import WholeInit, local
 from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
-
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
+from t2v.network.network import Network
 
 
-def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
+def fsdp_engine(
+    model: Network,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    world: World,
+    *,
+    groups: Groups,
+    seed: int,
+) -> NativeEngine:
     """`fully_shard` around each block and around the rest; no rank ever holds the whole model.
 
     With `dp_replicate` groups of ranks, slices are of a group's, and groups hold the same (HSDP).
     """
     # Blocks return views of fresh tensors, and nothing writes into what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    set_matmul_precision(config.engine)
-    mesh = build_mesh(world, config.engine.dp_replicate)
-    split = mesh if config.engine.dp_replicate > 1 else mesh["dp_shard"]
-    prepare_blocks(model.blocks, config.engine)
+    set_matmul_precision(config)
+    mesh = build_mesh(world, config.dp_replicate)
+    split = mesh if config.dp_replicate > 1 else mesh["dp_shard"]
+    prepare_blocks(model.blocks, config)
     # Blocks are gathered in bf16 where they compute in it, save on a CPU, whose norms do not mix
     # precisions. The small rest stays fp32, and so do all inputs: a noise level or a frame rate
     # does not survive bf16.
-    in_bf16 = config.engine.precision == "bf16" and world.device.type == "cuda"
+    in_bf16 = config.precision == "bf16" and world.device.type == "cuda"
     gathered = torch.bfloat16 if in_bf16 else torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -47,12 +53,12 @@ def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
             block,
             mesh=split,
             mp_policy=policy,
-            reshard_after_forward=config.engine.reshard_after_forward,
+            reshard_after_forward=config.reshard_after_forward,
         )
     fully_shard(model, mesh=split, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     model.to_empty(device=world.device)
     with WholeInit():
-        model.init_weights(config.seed)
+        model.init_weights(seed)
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         # FSDP pads slices when they are first gathered, which moves them; have it done now.
@@ -65,7 +71,7 @@ def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
         return values
 
     def exchange(final: bool) -> None:
-        now = final or config.engine.accumulate == "shards"
+        now = final or config.accumulate == "shards"
         for module in sharded:
             module.set_requires_gradient_sync(now, recurse=False)
 
@@ -77,7 +83,9 @@ def fsdp_engine(model: HPDM, config: "RunConfig", world: World) -> NativeEngine:
         "fsdp",
         model,
         config,
+        optimizer,
         world,
+        groups=groups,
         places={
             name: rows_of(tuple(parameter.shape), mesh)
             for name, parameter in model.named_parameters()

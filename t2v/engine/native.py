@@ -2,26 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from t2v.engine.compute import autocast
-from t2v.engine.place import Place
-from t2v.engine.world import World
-from t2v.model.hpdm import HPDM
-from t2v.train.optim import (
+from t2v.engine.config import EngineConfig
+from t2v.engine.optimizer import (
+    Groups,
+    OptimizerConfig,
     build_optimizer,
     parameter_groups,
     set_rates,
     squared_norms,
     start_moments,
 )
-from t2v.train.schedule import frozen_updates
-
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
+from t2v.engine.place import Place
+from t2v.engine.world import World
+from t2v.network.network import Network
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,30 +34,34 @@ class NativeEngine:
     def __init__(
         self,
         name: str,
-        model: HPDM,
-        config: "RunConfig",
+        model: Network,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
         world: World,
         *,
+        groups: Groups,
         places: dict[str, Place],
         part_of: Callable[[Tensor], Tensor],
         sum_over_parts: Callable[[Tensor], Tensor],
         exchange: Callable[[bool], None],
         let_go: Callable[[], None],
     ) -> None:
-        self.name, self.model, self.config, self.world = name, model, config, world
+        self.name, self.model, self.world = name, model, world
+        self._config, self._groups = config, groups
+        self._max_grad_norm = optimizer.max_grad_norm
         self._places = places
         self._part_of, self._sum_over_parts = part_of, sum_over_parts
         self._exchange, self._let_go = exchange, let_go
         # The optimizer's own view of each part, in the same memory.
         self._parts = {name: nn.Parameter(part) for name, part in self.parameters().items()}
         shapes = {name: place.shape for name, place in places.items()}
-        groups = parameter_groups(config.optimizer, self._parts, shapes)
-        self._optimizer = build_optimizer(config.optimizer, groups, sum_over_parts)
+        members = parameter_groups(optimizer, groups, self._parts, shapes)
+        self._optimizer = build_optimizer(optimizer, members, sum_over_parts)
         start_moments(self._optimizer, self._parts.values())
         self._updates = 0
 
     def autocast(self) -> AbstractContextManager:
-        return autocast(self.config.engine, self.world.device)
+        return autocast(self._config, self.world.device)
 
     def backward(self, loss: Tensor, *, final: bool) -> None:
         self._exchange(final)
@@ -73,8 +75,8 @@ class NativeEngine:
         return self._sum_over_parts(squared_norms(self._gradients()).sum()).sqrt()
 
     def update(self, rates: dict[str, float], grad_norm: float) -> None:
-        limit = self.config.optimizer.max_grad_norm
-        torch._foreach_mul_(self._gradients(), min(limit / max(grad_norm, 1e-12), 1.0))
+        shrink = min(self._max_grad_norm / max(grad_norm, 1e-12), 1.0)
+        torch._foreach_mul_(self._gradients(), shrink)
         set_rates(self._optimizer, rates)
         self._optimizer.step()
         self._updates += 1
@@ -110,10 +112,9 @@ class NativeEngine:
     @updates.setter
     def updates(self, count: int) -> None:
         self._updates = count
-        frozen = frozen_updates(self.config)
         for group in self._optimizer.param_groups:
             for part in group["params"]:
-                own = max(count - frozen[group["rate"]], 0)
+                own = max(count - self._groups.rest_updates(group["rate"]), 0)
                 self._optimizer.state[part]["step"].fill_(own)
 
     def _gradients(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,24 +19,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
-from t2v.engine.config import BUCKET_ELEMENTS
+from t2v.engine.config import BUCKET_ELEMENTS, EngineConfig
 from t2v.engine.native import MOMENTS
-from t2v.engine.place import Place
-from t2v.engine.whole_init import WholeInit
-from t2v.engine.world import World
-from t2v.engine.zero_parts import partitions_of_stage_3, partitions_of_stages_1_and_2
-from t2v.model.hpdm import HPDM
-from t2v.train.optim import (
+from t2v.engine.optimizer import (
+    BASE,
+    NEW,
+    Groups,
+    OptimizerConfig,
     build_optimizer,
     parameter_groups,
     set_rates,
     squared_norms,
     start_moments,
 )
-from t2v.train.schedule import BASE, NEW, frozen_updates
-
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
+from t2v.engine.place import Place
+from t2v.engine.whole_init import WholeInit
+from t2v.engine.world import World
+from t2v.engine.zero_parts import partitions_of_stage_3, partitions_of_stages_1_and_2
+from t2v.network.network import Network
 
 
 class ZeroEngine:
@@ -44,38 +44,47 @@ class ZeroEngine:
 
     name = "zero"
 
-    def __init__(self, model: HPDM, config: "RunConfig", world: World) -> None:
-        set_matmul_precision(config.engine)
-        self.config, self.world, self.model = config, world, model
+    def __init__(
+        self,
+        model: Network,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        *,
+        groups: Groups,
+        seed: int,
+    ) -> None:
+        set_matmul_precision(config)
+        self.world, self.model = world, model
+        self._config, self._groups = config, groups
+        self._max_grad_norm = optimizer.max_grad_norm
         deepspeed = import_quietly(world)
-        prepare_blocks(model.blocks, config.engine)
+        prepare_blocks(model.blocks, config)
         settings = deepspeed_settings(config, model, world)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        if config.engine.zero_stage == 3:
-            partition_from_the_start(deepspeed, model, config, world, settings)
+        if config.zero_stage == 3:
+            partition_from_the_start(deepspeed, model, world, settings, seed=seed)
         else:
             model.to_empty(device=world.device)
-            model.init_weights(config.seed)
-        groups = parameter_groups(config.optimizer, dict(model.named_parameters()), shapes)
-        self._adamw = build_optimizer(config.optimizer, groups, lambda values: values)
+            model.init_weights(seed)
+        members = parameter_groups(optimizer, groups, dict(model.named_parameters()), shapes)
+        self._adamw = build_optimizer(optimizer, members, lambda values: values)
         # DeepSpeed puts its partitions in place of the parameters of each group.
-        self._rates = [group["rate"] for group in groups]
+        self._rates = [group["rate"] for group in members]
         with silence():
             self._deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self._adamw, config=settings, dist_init_required=False
             )
         self._zero = self._deepspeed.optimizer
         self._zero.clip_grad = 0.0
-        find = {3: partitions_of_stage_3}.get(
-            config.engine.zero_stage, partitions_of_stages_1_and_2
-        )
+        find = {3: partitions_of_stage_3}.get(config.zero_stage, partitions_of_stages_1_and_2)
         self._partitions, self._fragments = find(self._zero, model, world)
         start_moments(self._adamw, self._partitions)
         self._updates = 0
         self._coalesced: ExitStack | None = None
 
     def autocast(self) -> AbstractContextManager:
-        return autocast(self.config.engine, self.world.device)
+        return autocast(self._config, self.world.device)
 
     def backward(self, loss: Tensor, *, final: bool) -> None:
         if not final and self._coalesced is None:
@@ -98,8 +107,8 @@ class ZeroEngine:
         return total.sqrt()
 
     def update(self, rates: dict[str, float], grad_norm: float) -> None:
-        limit = self.config.optimizer.max_grad_norm
-        torch._foreach_mul_(self._gradients(), min(limit / max(grad_norm, 1e-12), 1.0))
+        shrink = min(self._max_grad_norm / max(grad_norm, 1e-12), 1.0)
+        torch._foreach_mul_(self._gradients(), shrink)
         set_rates(self._adamw, rates)
         self._zero.step()
         self._zero.zero_grad()
@@ -127,7 +136,7 @@ class ZeroEngine:
 
     def refresh(self) -> None:
         # What the model computes with is a copy of the fp32 parts.
-        if self.config.engine.zero_stage < 3:
+        if self._config.zero_stage < 3:
             self._zero.update_lp_params()
             return
         for number, partition in enumerate(self._partitions):
@@ -145,13 +154,13 @@ class ZeroEngine:
     @updates.setter
     def updates(self, count: int) -> None:
         self._updates = count
-        frozen = frozen_updates(self.config)
         for partition, rate in zip(self._partitions, self._rates, strict=True):
-            self._adamw.state[partition]["step"].fill_(max(count - frozen[rate], 0))
+            own = max(count - self._groups.rest_updates(rate), 0)
+            self._adamw.state[partition]["step"].fill_(own)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the exchanged gradients, padding left out where it may hold junk."""
-        if self.config.engine.offload_optimizer:
+        if self._config.offload_optimizer:
             return [p.grad for p in self._partitions if p.grad is not None]
         return [
             gradient
@@ -161,13 +170,13 @@ class ZeroEngine:
         ]
 
 
-def deepspeed_settings(config: "RunConfig", model: HPDM, world: World) -> dict[str, Any]:
+def deepspeed_settings(config: EngineConfig, model: Network, world: World) -> dict[str, Any]:
     """DeepSpeed's configuration of a recipe's engine."""
     count = sum(parameter.numel() for parameter in model.parameters())
     bucket = min(BUCKET_ELEMENTS, count)
     on_gpu = world.device.type == "cuda"
     zero: dict[str, Any] = {
-        "stage": config.engine.zero_stage,
+        "stage": config.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": 2 * bucket,
         "stage3_prefetch_bucket_size": min(bucket, largest_block(model)),
@@ -178,10 +187,10 @@ def deepspeed_settings(config: "RunConfig", model: HPDM, world: World) -> dict[s
         # Stage 3 would put a linear layer of its own in place of torch's, for the whole process.
         "memory_efficient_linear": False,
     }
-    if config.engine.offload_optimizer:
+    if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # only its timers ask
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -189,13 +198,13 @@ def deepspeed_settings(config: "RunConfig", model: HPDM, world: World) -> dict[s
     }
 
 
-def largest_block(model: HPDM) -> int:
+def largest_block(model: Network) -> int:
     """Parameters of the largest block."""
     return max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
 
 
 def partition_from_the_start(
-    deepspeed: Any, model: HPDM, config: "RunConfig", world: World, settings: dict[str, Any]
+    deepspeed: Any, model: Network, world: World, settings: dict[str, Any], *, seed: int
 ) -> None:
     """Give a model that is still on the meta device initial values without ever being whole.
 
@@ -218,7 +227,7 @@ def partition_from_the_start(
             )
             module.register_parameter(name, nn.Parameter(shard))
     with WholeInit():
-        model.init_weights(config.seed)
+        model.init_weights(seed)
     with silence():
         for module in model.modules():
             owner = nn.Module()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import storage
-from data_pipeline.dataset import digest_json
 from data_pipeline.errors import NumericError
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
+from data_pipeline.shards.dataset import digest_json
+from data_pipeline.store import storage
 from t2v.engine.world import World
 from t2v.evaluation.clips import Clips, Shown
 from t2v.evaluation.measures import Measure, Values

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from data_pipeline import storage
-from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import ClassConditioning, Conditioning, TextConditioning
-from data_pipeline.shards import json_caption, parse_metadata, read_member, txt_caption
+from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.tar import json_caption, parse_metadata, read_member, txt_caption
+from data_pipeline.store import storage
 from t2v.evaluation.clips import places_of
 from t2v.evaluation.protocol import Protocol
-from t2v.sampling_subjects import Request
+from t2v.sampling.subjects import Request
 
 
 def request_for(

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline import storage
 from data_pipeline.errors import ConfigError, UserError
-from data_pipeline.pyramid import Pyramid
+from data_pipeline.store import storage
 from t2v.engine.world import World
 from t2v.evaluation.clips import GeneratedClips, RealClips, is_samples, open_generated, open_real
 from t2v.evaluation.collect import Task, collect
@@ -34,10 +33,9 @@ from t2v.evaluation.scores import (
     moments,
     split_inception_score,
 )
-from t2v.evaluation.seam import seam_scores, tile_borders
-from t2v.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
-from t2v.sampling_config import SamplingConfig, level_tilings
-from t2v.source import open_source
+from t2v.evaluation.seam import seam_scores
+from t2v.sampling.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
+from t2v.sampling.source import open_source
 
 PROTOCOL, TABLE = "protocol.yaml", "result.md"
 
@@ -148,28 +146,20 @@ def load_measures(protocol: Protocol, generated: GeneratedClips, device: torch.d
 
 def seams_of(generated: GeneratedClips, view: View) -> Seams:
     """The borders of the tiles that a view's clips were sampled in."""
-    told = {
-        json.dumps([record.get("pyramid"), record.get("settings")], sort_keys=True)
-        for record in generated.records
-    }
-    content, settings = json.loads(told.pop())
-    try:
-        if told:
-            raise ValueError
-        pyramid = Pyramid.model_validate(content)
-        sampling = SamplingConfig.model_validate(settings)
-    except ValueError:
+    told = {json.dumps(record.get("outputs")) for record in generated.records}
+    outputs = json.loads(told.pop())
+    if told or not outputs:
         raise ConfigError(
             f"{generated.folder}: seam is wrong for view '{view.name}' because its clips do not "
             "all tell the same tiles; sample them by one `t2v sample`, or leave the metric out."
-        ) from None
-    level = pyramid.levels - 1 if view.level is None else view.level
-    if level >= pyramid.levels or view.size != pyramid.size(level) or view.stride != 1:
+        )
+    level = len(outputs) - 1 if view.level is None else view.level
+    if level >= len(outputs) or list(view.size) != outputs[level]["size"] or view.stride != 1:
         raise ConfigError(
             f"views: seam is wrong for view '{view.name}' because it shows level {level} not as it "
             "was sampled; take its size and stride 1, or leave the metric out."
         )
-    t, h, w = tile_borders(level_tilings(sampling, pyramid, level))
+    t, h, w = (tuple(places) for places in outputs[level]["borders"])
     if view.frames < view.size[0]:
         t = ()  # a window begins anywhere
     if not (t or h or w):

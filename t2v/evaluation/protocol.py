@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data_pipeline.dataset import digest_json
-from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.errors import InputMissing
+from data_pipeline.shards.dataset import digest_json
 from data_pipeline.strict import Size, Strict
-from t2v.config import apply_override, read_mapping
+from t2v.recipe.reading import apply_override, parse, read_mapping
 
 FrameRule = Literal["first", "center", "random"]
 Metric = Literal["fvd", "inception_score", "text_score", "seam"]
@@ -157,27 +157,9 @@ def load_protocol(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
 def parse_protocol(content: dict, origin: str) -> Protocol:
     """A protocol from plain data; `origin` begins each line of the error."""
-    try:
-        return Protocol.model_validate(content)
-    except ValidationError as error:
-        lines = [f"{origin}: {_explain(dict(item))}" for item in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+    return parse(Protocol, content, origin)
 
 
 def dump_protocol(protocol: Protocol) -> str:
     """The protocol as YAML; `load_protocol` reads it back to an equal one."""
     return yaml.safe_dump(protocol.model_dump(mode="json"), sort_keys=False)
-
-
-def _explain(error: dict) -> str:
-    path, value = ".".join(str(part) for part in error["loc"]), error.get("input")
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{path}: unknown field; remove it."
-        case "missing":
-            return f"{path}: missing; add it."
-        case "value_error":
-            message = error["msg"].removeprefix("Value error, ")
-            return f"{path}: {message}." if path else f"{message}."
-    reason = error["msg"][:1].lower() + error["msg"][1:]
-    return f"{path}: value {value!r} is wrong because {reason}; correct it."

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import digest_json
 from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.shards.dataset import digest_json
 from t2v.evaluation.scores import Estimate
 
 RESULT = "result.json"

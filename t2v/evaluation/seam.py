@@ -4,25 +4,10 @@ import numpy as np
 from jaxtyping import Float
 
 from data_pipeline.pyramid import AXES, Clip
-from t2v.tiling import Tiling
 
 Energies = Float[np.ndarray, "6"]  # (at borders, elsewhere) along each axis
 ROUNDING = 1 / 6  # energy of a difference of two values rounded to bytes
 Borders = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def tile_borders(tilings: list[Tiling]) -> Borders:
-    """Places along each axis where some tile begins or ends inside the clip."""
-    found: list[tuple[int, ...]] = []
-    for axis in range(3):
-        ends = {
-            end
-            for tiling in tilings
-            for place in tiling.places[axis]
-            for end in (place, place + tiling.patch[axis])
-        }
-        found.append(tuple(sorted(ends - {0, tilings[0].size[axis]})))
-    return found[0], found[1], found[2]
 
 
 def seam_energies(clip: Clip, borders: Borders) -> Energies:

@@ -1,30 +1,23 @@
-"""Held-out loss of each level in bins of noise: the same samples and noise at every measurement."""
+"""Held-out loss of each part in bins of noise: the same samples and noise at every measurement."""
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from data_pipeline.held_out import held_out_reader
-from data_pipeline.loader import Loader, Source, TextConditioning, collate
-from data_pipeline.sample import Sample, SampleReader
+from data_pipeline.feeding.config import Source, text_shape
+from data_pipeline.feeding.loader import collate
+from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.strict import Strict
-from t2v.diffusion import DiffusionConfig, draw_sigma
 from t2v.engine.world import World
-from t2v.model.hpdm import CHANNELS
-from t2v.train.objective import Patches, mix, weighted_errors
-
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
-    from t2v.train.state import TrainState
-
-KEY = 0x48454C444F5554  # keeps these draws apart from those of training
+from t2v.methods.method import Method
+from t2v.train.state import TrainState
 
 
 class HeldOutConfig(Strict):
@@ -46,22 +39,30 @@ class HeldOut:
     all take part in the same number of forward passes.
     """
 
-    def __init__(self, config: "RunConfig", loader: Loader, world: World) -> None:
-        self.config, self.world = config, world
-        self.reader: SampleReader | None = None
+    def __init__(
+        self,
+        settings: HeldOutConfig | None,
+        method: Method,
+        reader: SampleReader | None,
+        world: World,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        total_steps: int,
+    ) -> None:
+        self.settings, self.method, self.world = settings, method, world
+        self.seed, self.micro_batch_size, self.total_steps = seed, micro_batch_size, total_steps
+        self.reader = reader
         self.read: list[Sample] = []
         self.latest: tuple[int, float] | None = None
-        if config.held_out is not None:
-            settings = config.held_out
-            [self.reader, *_] = world.on_all(lambda: open_reader(config, settings, loader))
+        if settings is not None:
             self.mine = list(range(world.rank, settings.samples, world.world_size)) or [0]
 
     def due(self, step: int) -> bool:
         """Whether a step is one to measure after."""
-        settings = self.config.held_out
-        if settings is None:
+        if self.settings is None:
             return False
-        return step % settings.every_steps == 0 or step == self.config.total_steps
+        return step % self.settings.every_steps == 0 or step == self.total_steps
 
     def loss_at(self, step: int) -> float | None:
         """What was measured after a step, if it was and is finite."""
@@ -69,13 +70,13 @@ class HeldOut:
             return None
         return self.latest[1]
 
-    def measure(self, state: "TrainState") -> dict[str, Any]:
+    def measure(self, state: TrainState) -> dict[str, Any]:
         """The line of metrics.jsonl on the present weights, which are left bit by bit as they were.
 
-        A level's mean over bins estimates its training loss, conditions never dropped.
+        A part's mean over bins estimates its training loss, conditions never dropped.
         """
         started = time.perf_counter()
-        settings = self.config.held_out
+        settings, parts = self.settings, self.method.parts
         assert settings is not None
         if not self.read:
             self.world.on_all(self._read)
@@ -84,13 +85,15 @@ class HeldOut:
             table = self._errors(state, settings.samples, settings.bins)
             state.engine.refresh()
         losses = self.world.total(table).mean(0)
-        of_levels = losses.mean(1).tolist()
-        self.latest = state.step, sum(of_levels)
+        of_parts = losses.mean(1).tolist()
+        self.latest = state.step, sum(of_parts)
         return {
             "step": state.step,
-            "held_out_loss": sum(of_levels),
-            **{f"held_out_level_{level}": loss for level, loss in enumerate(of_levels)},
-            **{f"held_out_level_{n}_bins": row for n, row in enumerate(losses.tolist())},
+            "held_out_loss": sum(of_parts),
+            **{f"held_out_{part}": loss for part, loss in zip(parts, of_parts, strict=True)},
+            **{f"held_out_{p}_bins": row for p, row in zip(parts, losses.tolist(), strict=True)},
+            "held_out_bin_axis": self.method.bin_axis,
+            "held_out_bin_edges": self.method.bin_edges(settings.bins),
             "held_out_samples": settings.samples,
             "held_out_weights": settings.weights,
             "held_out_seconds": time.perf_counter() - started,
@@ -101,45 +104,33 @@ class HeldOut:
         self.read = [self.reader.read(number)[0] for number in self.mine]
 
     def _errors(
-        self, state: "TrainState", samples: int, bins: int
-    ) -> Float[Tensor, "samples levels bins"]:
+        self, state: TrainState, samples: int, bins: int
+    ) -> Float[Tensor, "samples parts bins"]:
         """This rank's errors at their places, zeros elsewhere."""
-        config, device = self.config, self.world.device
-        levels = config.pyramid.levels
-        table = torch.zeros(samples, levels, bins, dtype=torch.float64)
+        count = len(self.method.parts)
+        table = torch.zeros(samples, count, bins, dtype=torch.float64)
         has_own = self.world.rank < samples
         for some in passes(
-            len(self.mine), samples, self.world.world_size, bins, config.micro_batch_size
+            len(self.mine), samples, self.world.world_size, bins, self.micro_batch_size
         ):
-            numbers = [self.mine[row] for row, _ in some]
-            turns = [turn for _, turn in some]
-            batch = collate([self.read[row] for row, _ in some], [], text_shape(config))
-            places = noise_bins(config, numbers, turns, bins)
-            noise, sigma, chance = fixed_noise(config, numbers, turns, places, bins)
+            samples_read = [self.read[row] for row, _ in some]
+            batch = collate(samples_read, [], text_shape(self.method.conditioning))
             with state.engine.autocast():
-                errors = weighted_errors(
-                    state.engine.model, batch, config,
-                    noise.to(device), sigma.to(device), chance.to(device),
-                )  # fmt: skip
+                errors, places = self.method.held_out(
+                    state.engine.model,
+                    batch,
+                    turns=[turn for _, turn in some],
+                    bins=bins,
+                    seed=self.seed,
+                    device=self.world.device,
+                )
             if has_own:
-                for number, of_levels, values in zip(
+                numbers = batch.numbers.tolist()
+                for number, of_parts, values in zip(
                     numbers, places, errors.double().cpu(), strict=True
                 ):
-                    table[number, range(levels), of_levels] = values
+                    table[number, range(count), of_parts] = values
         return table
-
-
-def open_reader(config: "RunConfig", settings: HeldOutConfig, loader: Loader) -> SampleReader:
-    """Reads the held-out samples of a recipe."""
-    return held_out_reader(
-        config.data,
-        settings.sources,
-        config.pyramid,
-        config.conditioning,
-        seed=config.seed,
-        samples=settings.samples,
-        encoder=loader.text_encoder,
-    )
 
 
 def passes(
@@ -157,51 +148,8 @@ def passes(
     ]
 
 
-def text_shape(config: "RunConfig") -> tuple[int, int] | None:
-    """(max_tokens, width) of text embeddings, if the recipe has any."""
-    text = config.conditioning
-    return (text.max_tokens, text.width) if isinstance(text, TextConditioning) else None
-
-
-def noise_bins(
-    config: "RunConfig", numbers: list[int], turns: list[int], bins: int
-) -> list[list[int]]:
-    """The bin of each level of each sample at its turn: over all turns a level visits every bin
-    once, and which bins meet differs from sample to sample, as independent noise would have it."""
-    places = []
-    for number, turn in zip(numbers, turns, strict=True):
-        generator = torch.Generator().manual_seed(mix(config.seed ^ KEY, number))
-        shift = torch.randint(bins, (config.pyramid.levels,), generator=generator).tolist()
-        places.append([(first + turn) % bins for first in shift])
-    return places
-
-
-def fixed_noise(
-    config: "RunConfig", numbers: list[int], turns: list[int], places: list[list[int]], bins: int
-) -> tuple[Patches, Float[Tensor, "batch levels"], Float[Tensor, " batch"]]:
-    """(noise, sigma, 1 or 0 for self-conditioning), drawn on the CPU from (seed, sample, turn)."""
-    shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
-    noise, sigma = torch.empty(len(numbers), *shape), torch.empty(len(numbers), shape[0])
-    chance = torch.empty(len(numbers))
-    for row, (number, turn, of_levels) in enumerate(zip(numbers, turns, places, strict=True)):
-        generator = torch.Generator().manual_seed(mix(mix(config.seed ^ KEY, number), turn))
-        noise[row].normal_(generator=generator)
-        within = torch.rand(shape[0], generator=generator, dtype=torch.float64)
-        sigma[row] = sigma_at((torch.tensor(of_levels) + within) / bins, config.diffusion)
-        chance[row].uniform_(generator=generator)
-    return noise, sigma, (chance < config.model.self_conditioning_rate).float()
-
-
-def sigma_at(
-    quantile: Float[Tensor, " quantiles"], diffusion: DiffusionConfig
-) -> Float[Tensor, " quantiles"]:
-    """Noise levels at quantiles of the training distribution, short of its endless tails."""
-    normal = torch.special.ndtri(quantile.double().clamp(1e-4, 1 - 1e-4))
-    return draw_sigma(normal.float(), diffusion)
-
-
 @contextmanager
-def averaged_weights(state: "TrainState") -> Iterator[None]:
+def averaged_weights(state: TrainState) -> Iterator[None]:
     """The averaged weights in place of the trained ones, which come back bit by bit."""
     swap(state)
     try:
@@ -212,7 +160,7 @@ def averaged_weights(state: "TrainState") -> Iterator[None]:
 
 
 @torch.no_grad()
-def swap(state: "TrainState") -> None:
+def swap(state: TrainState) -> None:
     """Trade parameters for their averages, tensor by tensor."""
     averages = state.ema.averages
     for name, part in state.engine.parameters().items():

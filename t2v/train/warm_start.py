@@ -1,9 +1,7 @@
 """A pyramid that begins as its low-resolution base."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -11,26 +9,21 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
-from t2v.engine.engine import Engine
-from t2v.model.context import interpolation_matrix
-from t2v.train.contract import WEIGHTS, kinds_of, refuse_differences
-from t2v.train.finding import resolve_checkpoint
-from t2v.train.manifest import read_manifest
-from t2v.train.schedule import PYRAMID_ONLY
-from t2v.train.tensor_files import (
+from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.finding import resolve_checkpoint
+from t2v.checkpoint.manifest import read_manifest
+from t2v.checkpoint.tensor_files import (
     Slice,
     TensorKind,
     read_slices,
     read_whole,
     tensor_kinds,
 )
+from t2v.engine.engine import Engine
+from t2v.methods.method import Method
+from t2v.network.interpolation import interpolation_matrix
 
-if TYPE_CHECKING:
-    from t2v.config import RunConfig
-
-POSITIONS = re.compile(r"positions\.(frames|height|width)")
 # Fields whose change keeps every shape and still makes another network.
-SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
 SAME_CONDITIONING = ("kind", "encoder", "num_classes")
 
 
@@ -68,12 +61,10 @@ class WarmStart:
         return "\n".join([f"  loaded: {len(self.loaded)} tensors", *lines])
 
 
-def warm_start(config: "RunConfig", engine: Engine) -> WarmStart:
-    """Give the model the weights of `config.warm_start`; new ones keep their initial values."""
-    settings = config.warm_start
-    assert settings is not None
+def warm_start(settings: WarmStartConfig, method: Method, engine: Engine) -> WarmStart:
+    """Give the model a base's weights; new ones keep their initial values."""
     folder = resolve_checkpoint(settings.checkpoint, engine.world)
-    refuse_other_network(folder, read_manifest(folder).config, config.model_dump(mode="json"))
+    refuse_other_network(folder, read_manifest(folder).config, method, settings)
     prefix = WEIGHTS[settings.weights]
     base = {
         name.removeprefix(prefix): kind
@@ -83,7 +74,7 @@ def warm_start(config: "RunConfig", engine: Engine) -> WarmStart:
     places = engine.places()
     model = {name: Slice(part, places[name]) for name, part in engine.parameters().items()}
     plan = plan_warm_start(
-        folder, base, kinds_of(model), resize_positions=settings.resize_positions
+        folder, base, kinds_of(model), method, resize_positions=settings.resize_positions
     )
 
     def read() -> None:
@@ -104,6 +95,7 @@ def plan_warm_start(
     folder: Path,
     base: dict[str, TensorKind],
     model: dict[str, TensorKind],
+    method: Method,
     *,
     resize_positions: bool,
 ) -> WarmStart:
@@ -111,15 +103,19 @@ def plan_warm_start(
     plan = WarmStart()
     expected = {}
     for name, kind in model.items():
-        if name not in base and PYRAMID_ONLY.fullmatch(name):
+        if name not in base and method.new_parameters.fullmatch(name):
             plan.new.append(name)
-        elif resize_positions and POSITIONS.fullmatch(name) and _other_length(base, name, kind):
+        elif (
+            resize_positions
+            and method.position_tables.fullmatch(name)
+            and _other_length(base, name, kind)
+        ):
             plan.resized.append(name)
         else:
             plan.loaded.append(name)
             expected[name] = kind
     for name in base.keys() - model.keys():
-        if PYRAMID_ONLY.fullmatch(name):
+        if method.new_parameters.fullmatch(name):
             plan.ignored.append(name)
     settled = {*plan.ignored, *plan.resized}
     found = {name: kind for name, kind in base.items() if name not in settled}
@@ -128,28 +124,31 @@ def plan_warm_start(
     return plan
 
 
-def refuse_other_network(folder: Path, base: dict, run: dict) -> None:
+def refuse_other_network(
+    folder: Path, base: dict, method: Method, settings: WarmStartConfig
+) -> None:
     """ConfigError where weights of equal shapes would mean something else."""
-    for section, names in (("model", SAME_MODEL), ("conditioning", SAME_CONDITIONING)):
-        for name in names:
-            old, new = base[section].get(name), run[section].get(name)
-            if old != new:
-                raise ConfigError(
-                    f"{section}.{name}: {new} is wrong because the base {folder} has {old}; "
-                    f"use {old}, or another base."
-                )
-    old, new = base["diffusion"]["input_scale"], run["diffusion"]["input_scale"]
-    if old != new and not run["warm_start"]["resize_positions"]:
-        raise ConfigError(
-            f"diffusion.input_scale: {new} is wrong because the base {folder} has {old}, and level "
-            f"0 is the base; use {old}."
-        )
+    conditioning = method.conditioning.model_dump(mode="json")
+    differences = [("method.kind", base["method"]["kind"], method.config.kind)]
+    if differences[0][1] == differences[0][2]:
+        found = method.problem_with_base(base["method"], resized=settings.resize_positions)
+        if found is not None:
+            differences.append((f"method.{found[0]}", *found[1:]))
+    for name in SAME_CONDITIONING:
+        old, new = base["conditioning"].get(name), conditioning.get(name)
+        differences.append((f"conditioning.{name}", old, new))
+    for place, old, new in differences:
+        if old != new:
+            raise ConfigError(
+                f"{place}: {new} is wrong because the base {folder} has {old}; use {old}, or "
+                "another base."
+            )
 
 
 def resize_table(table: Tensor, length: int, *, aligned_start: bool) -> Tensor:
     """A position table at another number of tokens over the same extent, by linear interpolation.
 
-    Space is aligned at token centres, time at frame starts, as in `t2v.model.context`.
+    Space is aligned at token centres, time at frame starts, as everywhere.
     """
     anchor = 0.0 if aligned_start else 0.5
     places = (torch.arange(length) + anchor) * (len(table) / length) - anchor

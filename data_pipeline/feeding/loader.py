@@ -1,0 +1,354 @@
+"""Batches of patches, text embeddings and metadata, in an order no failure disturbs."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Bool, Float32, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.feeding.config import (
+    ClassConditioning,
+    Conditioning,
+    DataConfig,
+    NoConditioning,
+    TextConditioning,
+)
+from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
+from data_pipeline.feeding.sample import Sample, SampleReader
+from data_pipeline.feeding.sample import Source as OpenSource
+from data_pipeline.media.video import reduction
+from data_pipeline.pyramid import Pyramid
+from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
+from data_pipeline.stages import stage
+from data_pipeline.text.embeddings import open_embeddings
+
+START_SECONDS = 120.0  # for a worker to come up
+POLL_SECONDS = 1.0  # between two looks at whether workers live
+WORKER_LOST, WORKER_SILENT = "DataLoader worker", "DataLoader timed out"  # as torch says it
+QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+Read = tuple[list[Sample], list[dict]]  # samples, and records of those they replace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch; the first axis of every tensor is the sample."""
+
+    numbers: Int64[Tensor, " batch"]
+    ids: list[str]
+    patches: UInt8[Tensor, "batch levels frames height width 3"]
+    offsets: Int64[Tensor, "batch levels 3"]
+    fps: Float32[Tensor, " batch"]
+    original_size: Float32[Tensor, "batch 2"]
+    text_tokens: BFloat16[Tensor, "batch tokens width"] | None
+    text_mask: Bool[Tensor, "batch tokens"] | None
+    label: Int64[Tensor, " batch"] | None
+    quarantined: list[dict]
+
+
+class Loader:
+    """Micro-batches of one rank, in the global order; its only state is the step.
+
+    Step k covers samples k*B to (k+1)*B - 1; micro-batch q covers the m samples from q*m, and
+    belongs to rank q modulo world_size.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        pyramid: Pyramid,
+        conditioning: Conditioning,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ):
+        per_pass = micro_batch_size * world_size
+        if global_batch_size % per_pass:
+            raise ConfigError(
+                f"global_batch_size: value {global_batch_size} is wrong because {world_size} "
+                f"processes of micro_batch_size {micro_batch_size} read {per_pass} samples at a "
+                "time; make it a multiple."
+            )
+        sources = open_sources(config, pyramid, conditioning)
+        weights = [source.weight for source in config.sources]
+        self.order = global_order(sources, config, seed=seed)
+        if global_batch_size % len(self.order.pattern):
+            raise ConfigError(
+                f"data.sources: weights {weights} are wrong because a batch of "
+                f"{global_batch_size} is no multiple of their sum {len(self.order.pattern)}; "
+                "then no batch holds the exact mixture."
+            )
+        self.accumulation_steps = global_batch_size // per_pass
+        self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
+        self.datasets = [source.dataset for source in sources]
+        embeddings = sources[0].embeddings
+        self.text_encoder = embeddings.info.provenance if embeddings else None
+        self.config, self.rank, self.world_size = config, rank, world_size
+        has_classes = isinstance(conditioning, ClassConditioning)
+        reader = SampleReader(
+            order=self.order,
+            sources=sources,
+            pyramid=pyramid,
+            num_classes=conditioning.num_classes if has_classes else None,
+            dropout=0.0 if isinstance(conditioning, NoConditioning) else conditioning.dropout,
+            deadline_seconds=config.decode_deadline_seconds,
+        )
+        has_text = isinstance(conditioning, TextConditioning)
+        self._text = (conditioning.max_tokens, conditioning.width) if has_text else None
+        self._micro_batches = _MicroBatches(reader, micro_batch_size)
+        self._workers: list[BaseProcess] = []
+
+    def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, from `start_step` to the last."""
+        per_step = self.accumulation_steps * self.world_size
+        numbers = range(start_step * per_step + self.rank, total_steps * per_step, self.world_size)
+        with closing(self._batches(numbers)) as batches:
+            for _ in range(start_step, total_steps):
+                yield [self._collate(next(batches)) for _ in range(self.accumulation_steps)]
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that live."""
+        return [worker.pid for worker in self._workers if worker.pid and worker.is_alive()]
+
+    def close(self) -> None:
+        """End worker processes, stuck ones too."""
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self._workers = []
+
+    def _collate(self, read: Read | UserError) -> Batch:
+        if isinstance(read, UserError):
+            raise read
+        with stage("collate"):
+            return collate(*read, self._text)
+
+    def _batches(self, numbers: Sequence[int]) -> Generator[Read | UserError, None, None]:
+        if not self.config.num_workers:
+            yield from (self._micro_batches[number] for number in numbers)
+            return
+        patience = self.config.decode_deadline_seconds * self._micro_batches.size + START_SECONDS
+        loader = DataLoader(
+            self._micro_batches,
+            batch_size=None,
+            sampler=numbers,
+            collate_fn=_as_is,
+            num_workers=self.config.num_workers,
+            prefetch_factor=self.config.prefetch_batches,
+            timeout=POLL_SECONDS,
+            worker_init_fn=partial(_begin_worker, dict(os.environ)),
+            multiprocessing_context=_worker_context(),
+        )
+        others = set(multiprocessing.active_children())
+        with _signals_blocked():  # workers inherit it from their first instant
+            batches = iter(loader)
+        self._workers = [w for w in multiprocessing.active_children() if w not in others]
+        try:
+            yield from _arrivals(batches, patience)
+        except RuntimeError as error:
+            if not str(error).startswith((WORKER_LOST, WORKER_SILENT)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise StorageError(
+                f"data: a loader process of rank {self.rank} is lost or stuck ({reason}); "
+                "check memory, storage and data.decode_deadline_seconds."
+            ) from error
+        finally:
+            del batches  # ends the workers that still listen
+            self.close()
+
+
+class _MicroBatches(TorchDataset):
+    """Micro-batch q by its number."""
+
+    def __init__(self, reader: SampleReader, size: int):
+        self.reader, self.size = reader, size
+
+    def __getitem__(self, index: int) -> Read | UserError:
+        """The samples, or the error that ends the run: returned, it arrives as what it is."""
+        try:
+            numbers = range(index * self.size, (index + 1) * self.size)
+            read = [self.reader.read(n) for n in numbers]
+        except UserError as error:
+            return error
+        return [sample for sample, _ in read], [record for _, bad in read for record in bad]
+
+
+def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | None) -> Batch:
+    """A micro-batch of samples; texts are cut or zero-padded to `text` = (tokens, width)."""
+    text_tokens = text_mask = label = None
+    if text:
+        text_tokens = torch.zeros(len(samples), *text, dtype=torch.bfloat16)
+        text_mask = torch.zeros(len(samples), text[0], dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            assert sample.text is not None
+            tokens = torch.from_numpy(sample.text[: text[0]])
+            text_tokens[row, : len(tokens)] = tokens.view(torch.bfloat16)
+            text_mask[row, : len(tokens)] = True
+    if samples[0].label is not None:
+        label = torch.tensor([sample.label for sample in samples])
+    return Batch(
+        numbers=torch.tensor([sample.number for sample in samples]),
+        ids=[sample.id for sample in samples],
+        patches=torch.from_numpy(np.stack([sample.patches for sample in samples])),
+        offsets=torch.from_numpy(np.stack([sample.offsets for sample in samples])),
+        fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
+        original_size=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
+        text_tokens=text_tokens,
+        text_mask=text_mask,
+        label=label,
+        quarantined=bad,
+    )
+
+
+def _arrivals(batches: Iterator[Read | UserError], patience: float) -> Iterator[Read | UserError]:
+    """What workers send, in order; silence is an error once it has lasted `patience` seconds."""
+    since = time.monotonic()
+    while True:
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            is_silence = str(error).startswith(WORKER_SILENT)
+            if not is_silence or time.monotonic() - since > patience:
+                raise
+            continue
+        since = time.monotonic()
+
+
+def open_sources(
+    config: DataConfig, pyramid: Pyramid, conditioning: Conditioning
+) -> list[OpenSource]:
+    """The datasets and embeddings of a recipe; refuses those that do not fit it."""
+    sources = []
+    for number, source in enumerate(config.sources):
+        dataset, embeddings = open_dataset(source.path), None
+        if dataset.info.clip:
+            try:
+                reduction(dataset.info.clip, pyramid.clip_size, dataset.info.kind)
+            except ConfigError as error:
+                raise ConfigError(f"data.sources.{number}: {source.path}: {error}") from None
+        if isinstance(conditioning, TextConditioning):
+            embeddings = open_embeddings(dataset, conditioning.encoder)
+            width = embeddings.info.provenance.width
+            if width != conditioning.width:
+                raise ConfigError(
+                    f"conditioning.width: value {conditioning.width} is wrong because "
+                    f"{embeddings.folder} has width {width}; set {width}."
+                )
+        if isinstance(conditioning, ClassConditioning):
+            _refuse_unlabelled(dataset)
+        sources.append(OpenSource(dataset, embeddings))
+    _refuse_several_encoders(sources)
+    return sources
+
+
+def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int) -> GlobalOrder:
+    """The order of a mixture of datasets; held-out samples have no place in it."""
+    orders = []
+    for source in sources:
+        sizes = source.dataset.shard_sizes
+        trained = sizes - held_out_rows(sizes, config.held_out_share)
+        if not trained.sum():
+            raise ConfigError(
+                f"data.held_out_share: {config.held_out_share} is wrong because it leaves no "
+                f"sample of {source.dataset.path} to train on; lower it."
+            )
+        fingerprint = source.dataset.info.fingerprint
+        orders.append(
+            SourceOrder(fingerprint, trained.tolist(), seed=seed, block_shards=config.block_shards)
+        )
+    return GlobalOrder(seed, orders, [source.weight for source in config.sources])
+
+
+def _refuse_several_encoders(sources: Sequence[OpenSource]) -> None:
+    sets = [source.embeddings for source in sources if source.embeddings]
+    for other in sets[1:]:
+        if not other.info.provenance.same_encoder(sets[0].info.provenance):
+            raise ConfigError(
+                f"{other.folder}: does not fit {sets[0].folder} because another encoder or "
+                "tokenizer made it; embed both datasets with one encoder."
+            )
+
+
+def _refuse_unlabelled(dataset: Dataset) -> None:
+    shard = int(np.argmax(dataset.shard_sizes > 0))
+    if "label" not in dataset.read(shard, 0).metadata:
+        raise ConfigError(
+            f"{dataset.path}: does not fit conditioning.kind 'class' because its samples have no "
+            "label; build it from captions.jsonl with a label on each line."
+        )
+
+
+def _fingerprint(
+    config: DataConfig,
+    sources: Sequence[OpenSource],
+    pyramid: Pyramid,
+    conditioning: Conditioning,
+    seed: int,
+) -> str:
+    """Digest of all that decides what sample n is and how it looks."""
+    split = {"held_out_share": config.held_out_share} if config.held_out_share else {}
+    return digest_json(
+        {
+            **split,
+            "seed": seed,
+            "datasets": [source.dataset.info.fingerprint for source in sources],
+            "embeddings": [s.embeddings and s.embeddings.info.fingerprint for s in sources],
+            "weights": [source.weight for source in config.sources],
+            "block_shards": config.block_shards,
+            "pyramid": pyramid.model_dump(),
+            "conditioning": conditioning.model_dump(),
+        }
+    )
+
+
+def _worker_context() -> BaseContext:
+    """Workers come from a server process that has no threads, locks or devices to inherit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Hold back the signals that tell a run to stop; those that come meanwhile are not lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(environment: dict[str, str], _worker: int) -> None:
+    """Workers have the environment of now, not of when their server process started.
+
+    Stopping is the run's decision: a worker that died of a signal would turn it into a crash.
+    """
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
+
+
+def _as_is(read: Any) -> Any:
+    return read

@@ -1,0 +1,192 @@
+"""What a dataset holds: counts, durations, captions, sizes, as text and as one page of HTML."""
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline import page as page_file
+from data_pipeline.errors import DataError
+from data_pipeline.media.video import probe
+from data_pipeline.progress import progress
+from data_pipeline.shards.contact_sheet import contact_sheet
+from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.store import storage
+from data_pipeline.text.audit import draw_rows
+
+PAGE = "stats.html"
+BINS = 20
+BAR = (560, 14)  # width of the longest bar, height of each, in pixels
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A dataset in numbers; those per sample are of the samples that were read."""
+
+    path: str
+    kind: str
+    fingerprint: str
+    samples: int
+    shards: int
+    media_bytes: int
+    distinct_captions: int
+    read: int
+    unreadable: int
+    seconds: list[float]
+    fps: list[float]
+    caption_words: list[int]
+    resolutions: dict[str, int]  # width x height before building, most frequent first
+    rejected: dict[str, int]
+    notes: dict[str, str]
+
+    @property
+    def hours(self) -> float:
+        """Length of the whole dataset, from the samples that were read."""
+        return float(np.mean(self.seconds)) * self.samples / 3600 if self.seconds else 0.0
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much) for a table."""
+        words = self.caption_words
+        rows = [
+            ("kind", self.kind),
+            ("samples", f"{self.samples:,} in {self.shards:,} shards"),
+            ("media", f"{self.media_bytes / 1e9:,.3f} GB, "
+                      f"{self.media_bytes / self.samples / 1e3:,.1f} kB per sample"),
+            ("captions", f"{self.distinct_captions:,} distinct; {words.count(0)} of "
+                         f"{self.read:,} read are empty"),
+            ("caption words", _spread(words)),
+        ]  # fmt: skip
+        if self.kind == "video":
+            rows += [("duration", f"{self.hours:,.3f} hours; seconds: {_spread(self.seconds)}"),
+                     ("frame rate", _spread(self.fps))]  # fmt: skip
+        top = ", ".join(f"{size} ({count})" for size, count in list(self.resolutions.items())[:5])
+        rows.append(("resolution", f"{len(self.resolutions)} sizes: {top}"))
+        rows += [(f"left out: {reason}", f"{count:,}") for reason, count in self.rejected.items()]
+        if self.unreadable:
+            rows.append(("unreadable", f"{self.unreadable} of {self.read}: run `t2v data verify`"))
+        return rows + [(f"note: {name}", text) for name, text in self.notes.items()]
+
+
+def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
+    """The numbers of a dataset, from its indexes and so many random samples."""
+    data = open_dataset(path)
+    info = data.info
+    shards = range(len(info.shards))
+    media_bytes = sum(int(data.index(shard)["media"]["size"].sum()) for shard in shards)
+    captions = np.concatenate([np.unique(data.index(shard)["caption"]) for shard in shards])
+    places = draw_rows(data, count, seed)
+    seconds, fps, words, sizes, unreadable = [], [], [], Counter(), 0
+    for shard, row in progress(places, "read samples", total=len(places)):
+        try:
+            caption, rate, length, size = _describe(data, shard, row)
+        except (DataError, KeyError, TypeError, ValueError):  # the last three: a json not ours
+            unreadable += 1
+            continue
+        words.append(len(caption.split()))
+        sizes[size] += 1
+        if info.kind == "video":
+            fps.append(rate)
+            seconds.append(length)
+    return Stats(
+        path=data.path,
+        kind=info.kind,
+        fingerprint=info.fingerprint,
+        samples=info.samples,
+        shards=len(info.shards),
+        media_bytes=media_bytes,
+        distinct_captions=len(np.unique(captions)),
+        read=len(places),
+        unreadable=unreadable,
+        seconds=seconds,
+        fps=fps,
+        caption_words=words,
+        resolutions=dict(sizes.most_common()),
+        rejected=info.rejected,
+        notes=info.notes,
+    )
+
+
+def write_page(stats: Stats, out: str | Path | None = None) -> str:
+    """One self-contained page with tables, histograms and pictures; its path."""
+    path = str(out or storage.join(stats.path, PAGE))
+    table = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in stats.rows()
+    )
+    charts = [("words per caption", _histogram(stats.caption_words))]
+    if stats.kind == "video":
+        charts += [("seconds", _histogram(stats.seconds)),
+                   ("frames per second", _histogram(stats.fps))]  # fmt: skip
+    charts.append(("width x height", list(stats.resolutions.items())[:BINS]))
+    buffer = io.BytesIO()
+    try:
+        sheet = contact_sheet(open_dataset(stats.path), count=24, seed=0)
+        sheet.save(buffer, "JPEG", quality=85)
+        encoded = base64.b64encode(buffer.getvalue()).decode()
+        pictures = f'<img style="max-width:100%" src="data:image/jpeg;base64,{encoded}">'
+    except DataError as error:
+        pictures = html.escape(f"no pictures: a sample {error}; run t2v data verify.")
+    body = "".join(f"<h2>{name}</h2>{_bars(values)}" for name, values in charts)
+    page = (
+        f'<!doctype html><meta charset="utf-8">{page_file.GENERATOR}'
+        f"<title>{html.escape(Path(stats.path).name)}</title>"
+        "<style>body{font:14px sans-serif;margin:2em;max-width:60em}th{text-align:left;"
+        "padding-right:2em}text{font:11px sans-serif}</style>"
+        f"<h1>{html.escape(stats.path)}</h1><p>fingerprint {stats.fingerprint}</p>"
+        f"<table>{table}</table><h2>random samples</h2>{pictures}{body}"
+    )
+    page_file.write_page(path, page)
+    return path
+
+
+def _describe(data: Dataset, shard: int, row: int) -> tuple[str, float, float, str]:
+    """(caption, frames per second, seconds, width x height) of one sample."""
+    record = data.read(shard, row)
+    metadata = record.metadata
+    if data.info.clip is None:
+        found = probe(record.media, data.info.kind)
+        return record.caption, found.fps, found.seconds, f"{found.width}x{found.height}"
+    fps = float(metadata["fps"])
+    size = f"{metadata['original_width']}x{metadata['original_height']}"
+    return record.caption, fps, data.info.clip[0] / fps if fps else 0.0, size
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "none"
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return f"median {middle:.4g}, 5 % below {low:.4g}, 5 % above {high:.4g}"
+
+
+def _histogram(values: Sequence[float]) -> list[tuple[str, int]]:
+    """(range, count) over bins of equal width; each value by itself where there are few."""
+    if not values:
+        return []
+    distinct = sorted(set(values))
+    if len(distinct) <= BINS:
+        counts = Counter(values)
+        return [(f"{value:.4g}", counts[value]) for value in distinct]
+    counts, edges = np.histogram(values, BINS)
+    labels = [f"{a:.4g} to {b:.4g}" for a, b in pairwise(edges)]
+    return list(zip(labels, counts.tolist(), strict=True))
+
+
+def _bars(values: Sequence[tuple[str, int]]) -> str:
+    width, height = BAR
+    longest = max((count for _, count in values), default=1) or 1
+    lines = [
+        f'<text x="0" y="{row * (height + 4) + 11}">{html.escape(label)}</text>'
+        f'<rect x="130" y="{row * (height + 4)}" width="{max(1, width * count // longest)}" '
+        f'height="{height}" fill="#4477aa"/>'
+        f'<text x="{136 + width * count // longest}" y="{row * (height + 4) + 11}">{count}</text>'
+        for row, (label, count) in enumerate(values)
+    ]
+    return (
+        f'<svg width="{width + 200}" height="{len(values) * (height + 4)}">{"".join(lines)}</svg>'
+    )

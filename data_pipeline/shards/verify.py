@@ -1,0 +1,289 @@
+"""Finding every fault of a dataset and its embeddings before a run does, and mending it."""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.media.video import count_frames, decode_image, probe
+from data_pipeline.parallel import map_in_order
+from data_pipeline.progress import progress
+from data_pipeline.shards.dataset import (
+    Dataset,
+    ShardInfo,
+    cached_index,
+    commit_dataset,
+    digest_json,
+    fingerprint,
+    open_dataset,
+)
+from data_pipeline.shards.tar import (
+    Contents,
+    examine_tar,
+    index_digest,
+    open_index,
+    parse_metadata,
+    read_member,
+    write_index,
+    write_tar,
+)
+from data_pipeline.store import storage
+from data_pipeline.text.embeddings import (
+    PROVENANCE,
+    EmbeddingSet,
+    open_embeddings,
+    parse_embedding,
+)
+
+DEADLINE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong, in a file of a dataset; `row`: in one sample of a shard."""
+
+    path: str
+    reason: str
+    row: int | None = None
+    key: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.path}: '{self.key}'" if self.row is not None else self.path
+        return f"{where}: {self.reason.removeprefix(f'{self.path}: ')}"
+
+
+def verify(
+    path: str | Path, *, decode: bool = True, workers: int = 1, embeddings: Sequence[str] = ()
+) -> list[Fault]:
+    """Every fault of a dataset and of its embedding sets; `decode`: decode every sample too.
+
+    On a disk the embedding sets are found; in an object store they must be named.
+    """
+    dataset = open_dataset(path)
+    info = dataset.info
+    cached_index.cache_clear()
+    faults = []
+    if info.fingerprint != fingerprint(info.kind, info.clip, info.fps, info.shards):
+        faults.append(Fault(storage.join(dataset.path, "dataset.json"), "was changed by hand"))
+    if info.samples != sum(shard.samples for shard in info.shards):
+        faults.append(Fault(storage.join(dataset.path, "dataset.json"), "miscounts its samples"))
+    known = {f"{shard.name}.tar" for shard in info.shards}
+    for name in storage.list_files(dataset.shard_folder, ".tar"):
+        if name not in known:
+            tar = storage.join(dataset.shard_folder, name)
+            faults.append(Fault(tar, "is not in dataset.json, so no run reads it"))
+    check = partial(check_shard, dataset, decode=decode)
+    found = map_in_order(
+        check,
+        range(len(info.shards)),
+        workers,
+        named=lambda number: f"{info.shards[number].name}.tar",
+    )
+    for part in progress(found, "verify shards", total=len(info.shards)):
+        faults += part
+    for name in sorted({*embedding_sets(dataset), *embeddings}):
+        faults += check_embeddings(dataset, name)
+    return faults
+
+
+def embedding_sets(dataset: Dataset) -> list[str]:
+    """Names of a local dataset's embedding sets, finished or not."""
+    folder = Path(storage.join(dataset.path, "embeddings"))
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def check_shard(dataset: Dataset, shard: int, *, decode: bool) -> list[Fault]:
+    """The faults of one shard of a dataset."""
+    info = dataset.info.shards[shard]
+    path = storage.join(dataset.shard_folder, f"{info.name}.tar")
+    contents, faults = _check_tar(dataset.shard_folder, info, dataset.info.kind)
+    if contents is None or not decode:
+        return faults
+    for row, (key, members) in enumerate(zip(contents.keys, contents.rows, strict=True)):
+        try:
+            _check_sample(dataset, path, key, members)
+        except DataError as error:
+            faults.append(Fault(path, str(error), row, key))
+    return faults
+
+
+def check_embeddings(dataset: Dataset, name: str) -> list[Fault]:
+    """The faults of one embedding set."""
+    try:
+        embeddings = open_embeddings(dataset, name)
+    except UserError as error:
+        return [Fault(storage.join(dataset.path, "embeddings", name), str(error))]
+    info, folder = embeddings.info, embeddings.folder
+    faults = []
+    identity = {
+        "provenance": info.provenance.model_dump(),
+        "dataset": info.dataset_fingerprint,
+        "shards": [shard.model_dump() for shard in info.shards],
+    }
+    manifest = storage.join(folder, "manifest.json")
+    if info.fingerprint != digest_json(identity):
+        faults.append(Fault(manifest, "was changed by hand; embed again under another --name"))
+    text = info.provenance.model_dump_json(indent=1) + "\n"
+    path = storage.join(folder, PROVENANCE)
+    if not storage.exists(path) or storage.read_bytes(path).decode() != text:
+        faults.append(Fault(path, "differs from the manifest; embed again under another --name"))
+    for shard in progress(range(len(info.shards)), f"verify {name}", total=len(info.shards)):
+        faults += _check_embedding_shard(embeddings, shard)
+    return faults
+
+
+def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
+    """Make a dataset sound with the samples that are left.
+
+    Indexes are made again; a damaged tar is written again with its whole samples and kept as
+    `NAME.tar.damaged`, or `.damaged1` ... where that is there. Embeddings in doubt lose their
+    index, so that `t2v data embed` makes them again; it must be run if any sample was lost.
+    """
+    dataset = open_dataset(path)
+    info, folder = dataset.info, dataset.shard_folder
+    names, lost = [], 0
+    for shard in info.shards:
+        tar = storage.join(folder, f"{shard.name}.tar")
+        index = storage.join(folder, f"{shard.name}.idx")
+        own = [fault for fault in faults if fault.path in (tar, index)]
+        if not storage.exists(tar):
+            lost += shard.samples
+            continue
+        if any(fault.path == tar for fault in own):
+            _rewrite(tar, info.kind, {fault.row for fault in own if fault.row is not None})
+        if own:
+            lost += max(0, shard.samples - write_index(folder, shard.name, info.kind))
+        names.append(shard.name)
+    for name in embedding_sets(dataset):
+        embedded = storage.join(dataset.path, "embeddings", name)
+        for shard in info.shards:
+            files = [storage.join(embedded, f"{shard.name}{suffix}") for suffix in (".tar", ".idx")]
+            if any(fault.path in files for fault in faults) and storage.exists(files[1]):
+                Path(files[1]).unlink()
+    rejected = dict(info.rejected)
+    if lost:
+        rejected["lost to repair"] = rejected.get("lost to repair", 0) + lost
+    return commit_dataset(
+        dataset.path,
+        names,
+        kind=info.kind,
+        folder=info.folder,
+        clip=info.clip,
+        fps=info.fps,
+        rejected=rejected,
+        notes=info.notes,
+    )
+
+
+def _check_tar(folder: str, info: ShardInfo, kind: str) -> tuple[Contents | None, list[Fault]]:
+    """What a shard's tar holds, and the faults of tar and index; None: there is no tar."""
+    tar, path = (storage.join(folder, f"{info.name}{suffix}") for suffix in (".tar", ".idx"))
+    if not storage.exists(tar):
+        return None, [Fault(tar, f"is missing, and {info.samples} samples with it")]
+    contents = examine_tar(tar, kind)
+    faults = [Fault(tar, reason) for reason in contents.faults]
+    try:
+        index = open_index(folder, info.name)
+    except UserError as error:
+        return contents, [*faults, Fault(path, str(error))]
+    if index_digest(folder, info.name) != info.index_sha256:
+        faults.append(Fault(path, "is not the one its manifest names (sha256)"))
+        index = contents.rows
+    if len(contents.rows) != info.samples:
+        reason = f"holds {len(contents.rows)} whole samples, but should hold {info.samples}"
+        faults.append(Fault(tar, reason))
+    elif len(index) == len(contents.rows):
+        for row in np.flatnonzero(index != contents.rows).tolist():
+            faults.append(Fault(tar, _difference(index[row], contents.rows[row]), row,
+                                contents.keys[row]))  # fmt: skip
+    return contents, faults
+
+
+def _difference(index: np.void, found: np.void) -> str:
+    if index["key"] != found["key"]:
+        return "is not the sample of its index"
+    for slot in ("media", "json", "txt"):
+        if index[slot] != found[slot]:
+            return f"bytes of its {slot} differ from the index (crc32)"
+    return "has another caption than its index says"
+
+
+def _check_sample(dataset: Dataset, path: str, key: str, members: np.void) -> None:
+    """DataError if a sample cannot be decoded or is not what its dataset says."""
+    info = dataset.info
+    media = read_member(path, members["media"])
+    metadata = {}
+    if members["json"]["size"]:
+        metadata = parse_metadata(path, key, read_member(path, members["json"]))
+    if info.kind == "image":
+        shape = decode_image(media).shape[:2]
+        if info.clip and shape != info.clip[1:]:
+            raise DataError(f"is {shape} pixels, not {info.clip[1:]} as its dataset")
+        return
+    found = probe(media, "video")
+    frames = count_frames(media, DEADLINE_SECONDS)
+    if frames < 2:
+        raise DataError("is one still frame, no video")
+    shape = (frames, found.height, found.width)
+    if info.clip and shape != info.clip:
+        raise DataError(f"is {shape} (frames, height, width), not {info.clip} as its dataset")
+    if info.clip and not math.isclose(found.fps, metadata.get("fps", 0.0), rel_tol=0.01):
+        raise DataError(f"has {found.fps:g} frames per second, its json {metadata.get('fps')}")
+
+
+def _check_embedding_shard(embeddings: EmbeddingSet, shard: int) -> Iterator[Fault]:
+    info = embeddings.info.shards[shard]
+    contents, faults = _check_tar(embeddings.folder, info, "embedding")
+    yield from faults
+    if contents is None:
+        return
+    path = storage.join(embeddings.folder, f"{info.name}.tar")
+    try:
+        samples = embeddings.dataset.index(shard)
+    except UserError:
+        return  # told of the dataset
+    if len(samples) != len(contents.rows):
+        yield Fault(path, f"has {len(contents.rows)} embeddings of {len(samples)} samples")
+        return
+    provenance = embeddings.info.provenance
+    for row, (key, members) in enumerate(zip(contents.keys, contents.rows, strict=True)):
+        try:
+            if members["key"] != samples[row]["key"]:
+                raise DataError("is of another sample than this row of the dataset")
+            if members["caption"] != samples[row]["caption"]:
+                raise DataError("is of another caption than the sample has")
+            content = read_member(path, members["media"])
+            tokens = parse_embedding(content, path, provenance.width)
+            if not 1 <= len(tokens) <= provenance.max_tokens:
+                raise DataError(f"has {len(tokens)} tokens, not 1 to {provenance.max_tokens}")
+            if not torch.isfinite(tokens).all():
+                raise DataError("holds values that are not finite")
+        except DataError as error:
+            yield Fault(path, str(error), row, key)
+
+
+def _rewrite(tar: str, kind: str, bad_rows: set[int]) -> None:
+    """Keep a tar as `.damaged`, and write its whole samples but for some rows in its place."""
+    names = (f"{tar}.damaged{number or ''}" for number in count())
+    aside = next(name for name in names if not storage.exists(name))  # older ones stay, too
+    with storage.local_file(tar).open("rb") as old, storage.open_atomic(aside) as kept:
+        shutil.copyfileobj(old, kept)
+    contents = examine_tar(tar, kind)
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        parts = zip(contents.keys, contents.rows, contents.suffixes, strict=True)
+        for row, (key, members, suffixes) in enumerate(parts):
+            if row not in bad_rows:
+                yield (
+                    key,
+                    {suffix: read_member(tar, members[slot]) for slot, suffix in suffixes.items()},
+                )
+
+    write_tar(tar, samples())

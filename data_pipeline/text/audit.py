@@ -1,0 +1,107 @@
+"""Before and after embedding: what it takes, and whether the cache is what the encoder says."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.tar import ROW
+from data_pipeline.text.embed import TextEncoder
+from data_pipeline.text.embeddings import TENSOR, open_embeddings
+
+TOLERANCE = 0.02  # relative to the norm: another device sums bfloat16 in another order
+BLOCK = 512  # of a tar
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What embedding a dataset takes, for one process."""
+
+    captions: int
+    distinct: int
+    parameters: int
+    tokens_per_caption: float
+    bytes: int
+    hours: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.captions} captions ({self.distinct} distinct) of {self.tokens_per_caption:.1f} "
+            f"tokens, encoder of {self.parameters / 1e6:,.1f} M parameters: "
+            f"{self.bytes / 1e9:,.3f} GB, {self.hours:,.3f} hours on one {_device()}."
+        )
+
+
+def estimate(
+    dataset: str | Path, reader: TextEncoder, *, count: int = 128, seed: int = 0
+) -> Estimate:
+    """Bytes and hours, measured on random captions of a dataset."""
+    data = open_dataset(dataset)
+    drawn = [data.read(*place).caption for place in draw_rows(data, count, seed)]
+    reader.encode(drawn[:1])
+    started = time.monotonic()
+    embeddings = reader.encode(drawn)
+    seconds = (time.monotonic() - started) / len(set(drawn))
+    stored = sum(
+        2 * BLOCK + _blocks(len(save({TENSOR: embedding}))) + _blocks(len(caption.encode()))
+        for caption, embedding in zip(drawn, embeddings, strict=True)
+    )
+    digests = [np.unique(data.index(shard)["caption"]) for shard in range(len(data.info.shards))]
+    distinct = len(np.unique(np.concatenate(digests)))
+    return Estimate(
+        captions=data.info.samples,
+        distinct=distinct,
+        parameters=sum(weight.numel() for weight in reader.model.parameters()),
+        tokens_per_caption=sum(map(len, embeddings)) / len(drawn),
+        bytes=round((stored / len(drawn) + ROW.itemsize) * data.info.samples),
+        hours=seconds * distinct / 3600,
+    )
+
+
+def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, seed: int = 0) -> int:
+    """How many random captions were encoded again and found as cached; DataError at another."""
+    data = open_dataset(dataset)
+    cached = open_embeddings(data, name)
+    theirs, ours = cached.info.provenance, reader.provenance
+    if not theirs.same_encoder(ours) or theirs.max_tokens != ours.max_tokens:
+        raise ConfigError(
+            f"{cached.folder}: was made with encoder {theirs.encoder} at max_tokens "
+            f"{theirs.max_tokens}, not with {ours.encoder} at {ours.max_tokens}; give that."
+        )
+    places = draw_rows(data, count, seed)
+    captions = [data.read(*place).caption for place in places]
+    for (shard, row), expected in zip(places, reader.encode(captions), strict=True):
+        found, expected = cached.read(shard, row).float(), expected.float()
+        difference = float("inf")
+        if found.shape == expected.shape:
+            difference = float((found - expected).norm() / expected.norm())
+        if not difference <= TOLERANCE:
+            raise DataError(
+                f"{cached.folder}/{cached.info.shards[shard].name}.tar: row {row} is wrong because "
+                f"it differs by {difference:.3g} from what the encoder says; delete the folder and "
+                "embed again."
+            )
+    return len(places)
+
+
+def draw_rows(data: Dataset, count: int, seed: int) -> list[tuple[int, int]]:
+    """(shard, row) of random samples, each at most once."""
+    count = min(count, data.info.samples)
+    chosen = np.sort(np.random.default_rng(seed).choice(data.info.samples, count, replace=False))
+    ends = np.cumsum(data.shard_sizes)
+    shards = np.searchsorted(ends, chosen, side="right")
+    rows = chosen - (ends - data.shard_sizes)[shards]
+    return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"

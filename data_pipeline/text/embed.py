@@ -1,0 +1,370 @@
+"""Making caption embeddings: a T5 encoder's output, cached beside a dataset, row for row."""
+
+import io
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, cast
+
+import numpy as np
+import sentencepiece
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import BFloat16
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
+
+from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
+from data_pipeline.host_memory import available_memory
+from data_pipeline.progress import progress
+from data_pipeline.shards.dataset import (
+    FORMAT,
+    Dataset,
+    digest_json,
+    open_dataset,
+    shard_infos,
+)
+from data_pipeline.shards.tar import (
+    digest64,
+    list_captions,
+    open_index,
+    read_member,
+    write_index,
+    write_tar,
+)
+from data_pipeline.store import storage
+from data_pipeline.text.embeddings import (
+    MANIFEST,
+    NULL,
+    PROVENANCE,
+    TENSOR,
+    EmbeddingInfo,
+    EmbeddingSet,
+    Provenance,
+    open_embeddings,
+)
+
+# transformers loads DeepSpeed where there is one, which warns of a machine without a GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+BUCKET_TOKENS = 16
+CAPTIONS_PER_BATCH = 32
+RECENT_BYTES = 256 << 20
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer, from a local folder or a hub id.
+
+    A caption's embedding does not depend on its neighbours: batches have one fixed number of rows,
+    and a row's padded length follows from its own length. An encoder too large for the GPU, or for
+    `memory_gib` of main memory, is spread by accelerate over GPUs, main memory and disk.
+    """
+
+    def __init__(
+        self,
+        encoder: str | Path,
+        *,
+        max_tokens: int,
+        device: str | None = None,
+        memory_gib: float | None = None,
+    ):
+        if max_tokens < 1:
+            raise ConfigError(
+                f"max_tokens: {max_tokens} is wrong because it leaves no token; use 128."
+            )
+        self.max_tokens = max_tokens
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        offloaded = mkdtemp(prefix="t2v-encoder-")
+        weakref.finalize(self, shutil.rmtree, offloaded, ignore_errors=True)
+        self._recent: dict[str, Tensor] = {}
+        disable_progress_bar()
+        folder = fetch_encoder(str(encoder))
+        is_local = Path(encoder).is_dir()
+        try:
+            if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+                raise ValueError(f"it has neither {' nor '.join(TOKENIZER_FILES[:2])}")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            loaded: Any = T5EncoderModel.from_pretrained(
+                folder,
+                dtype=self.dtype,
+                offload_folder=offloaded,
+                output_loading_info=True,
+                **_placement(self.device, memory_gib),
+            )
+            model, loading = loaded
+            absent = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+            if absent:
+                raise ValueError(f"{len(absent)} of its weights are missing, {absent[0]} first")
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."
+            ) from None
+        self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
+        self.model = cast(torch.nn.Module, model).eval()
+        self.width = int(model.config.d_model)
+        self.provenance = Provenance(
+            encoder=Path(encoder).resolve().name if is_local else str(encoder),
+            weights_sha256=_digest_files(folder, WEIGHT_FILES),
+            tokenizer_sha256=_digest_files(folder, TOKENIZER_FILES),
+            max_tokens=max_tokens,
+            width=self.width,
+            dtype="bfloat16",
+            compute_dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
+            caption_normalisation="single spaces",
+        )
+
+    def encode(self, captions: Sequence[str]) -> list[BFloat16[Tensor, "tokens width"]]:
+        """Embeddings of the captions at their true lengths, equal for equal captions."""
+        distinct = list(dict.fromkeys(normalise(caption) for caption in captions))
+        tokens = {
+            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens)[
+                "input_ids"
+            ]
+            for caption in distinct
+        }
+        embeddings = {
+            caption: self._recent[caption] for caption in distinct if caption in self._recent
+        }
+        for group in _batches({c: ids for c, ids in tokens.items() if c not in embeddings}):
+            rows = [tokens[caption] for caption in group]
+            for caption, embedding in zip(group, self._encode_batch(rows), strict=True):
+                embeddings[caption] = embedding
+        self._remember(embeddings)
+        return [embeddings[normalise(caption)] for caption in captions]
+
+    def _remember(self, embeddings: dict[str, Tensor]) -> None:
+        """Keep the latest, so that captions which many shards share are encoded once."""
+        self._recent |= embeddings
+        excess = sum(e.nbytes for e in self._recent.values()) - RECENT_BYTES
+        for caption in list(self._recent):
+            if excess <= 0:
+                return
+            excess -= self._recent.pop(caption).nbytes
+
+    @torch.inference_mode()
+    def _encode_batch(self, rows: list[list[int]]) -> list[Tensor]:
+        length = _padded_length(len(rows[0]))
+        ids = torch.full((CAPTIONS_PER_BATCH, length), self.tokenizer.pad_token_id)
+        mask = torch.zeros(CAPTIONS_PER_BATCH, length, dtype=torch.long)
+        for row in range(CAPTIONS_PER_BATCH):
+            values = rows[min(row, len(rows) - 1)]
+            ids[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        hidden = output.last_hidden_state.to("cpu", torch.bfloat16)
+        return [hidden[row, : len(values)].clone() for row, values in enumerate(rows)]
+
+
+def embed(
+    dataset: str | Path,
+    encoder: str | Path,
+    *,
+    name: str,
+    max_tokens: int = 128,
+    task: tuple[int, int] = (0, 1),
+    device: str | None = None,
+    memory_gib: float | None = None,
+) -> EmbeddingSet | None:
+    """Write `embeddings/<name>` of a dataset; the set is returned once every shard is there.
+
+    Shards already embedded by the same encoder are kept, so it can be killed and started again,
+    and tasks (number, count) may run side by side. Of shards that changed, only captions that are
+    new are encoded.
+    """
+    data = open_dataset(dataset)
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"name: value {name!r} is wrong because it names no folder; use letters.")
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
+    folder = storage.join(data.path, "embeddings", name)
+    reader = TextEncoder(encoder, max_tokens=max_tokens, device=device, memory_gib=memory_gib)
+    _claim(folder, reader)
+    names = [shard.name for shard in data.info.shards]
+    mine = range(task[0], len(names), task[1])
+    for shard in progress(mine, "embed shards", total=len(mine)):
+        if not _finished(data, shard, folder):
+            _write_shard(data, shard, folder, reader)
+    if not all(_finished(data, shard, folder) for shard in range(len(names))):
+        return None
+    storage.remove_partial(folder)
+    shards = shard_infos(folder, names)
+    identity = {
+        "provenance": reader.provenance.model_dump(),
+        "dataset": data.info.fingerprint,
+        "shards": [shard.model_dump() for shard in shards],
+    }
+    info = EmbeddingInfo(
+        format=FORMAT,
+        fingerprint=digest_json(identity),
+        provenance=reader.provenance,
+        dataset_fingerprint=data.info.fingerprint,
+        shards=shards,
+    )
+    text = info.model_dump_json(indent=1) + "\n"
+    storage.write_atomic(storage.join(folder, MANIFEST), text.encode())
+    return open_embeddings(data, name)
+
+
+def make_tiny_encoder(
+    folder: str | Path, captions: Sequence[str], *, width: int, seed: int
+) -> None:
+    """A stand-in for rehearsals: a sentencepiece model of the captions' words, and a T5 encoder of
+    two layers with random weights. It tells captions apart and knows nothing."""
+    folder = Path(folder)
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=buffer,
+        model_type="word",
+        vocab_size=32000,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    storage.write_atomic(folder / "spiece.model", buffer.getvalue())
+    words = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
+    config = T5Config(
+        vocab_size=words.get_piece_size() + 100,  # and the tokenizer's 100 sentinels
+        d_model=width,
+        d_kv=max(width // 4, 1),
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = T5EncoderModel(config)
+    disable_progress_bar()
+    model.save_pretrained(folder)
+
+
+def normalise(caption: str) -> str:
+    """What the encoder is given of a caption: white space as single spaces."""
+    return " ".join(caption.split())
+
+
+def fetch_encoder(encoder: str) -> Path:
+    """The local folder of an encoder, downloaded if it is a hub id."""
+    if Path(encoder).is_dir():
+        return Path(encoder)
+    if ("/" in encoder and Path(encoder).parent.is_dir()) or encoder.startswith((".", "/")):
+        raise InputMissing(f"{encoder}: no such folder; give an encoder's folder or hub id.")
+    try:
+        patterns = ["*.json", "spiece.model", *WEIGHT_FILES]
+        return Path(snapshot_download(encoder, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputMissing(
+            f"{encoder}: is no local folder, and the hub does not give it ({reason}); "
+            "give a folder that holds the encoder."
+        ) from None
+
+
+def _claim(folder: str, reader: TextEncoder) -> None:
+    """Write down which encoder fills a folder, or refuse another one; then the null embedding."""
+    content = (reader.provenance.model_dump_json(indent=1) + "\n").encode()
+    found = storage.claim(folder, PROVENANCE, content, what="embedding set")
+    if found not in (None, content):
+        raise ConfigError(
+            f"{folder}: holds embeddings of another encoder or other settings (see {PROVENANCE}); "
+            "choose another --name, or delete the folder."
+        )
+    null = save({TENSOR: reader.encode([""])[0]})
+    storage.write_atomic(storage.join(folder, NULL), null)
+
+
+def _finished(data: Dataset, shard: int, folder: str) -> bool:
+    """Whether a shard's embeddings are there, of the captions it has now."""
+    name = data.info.shards[shard].name
+    if not storage.exists(storage.join(folder, f"{name}.idx")):
+        return False
+    ours, theirs = open_index(folder, name), data.index(shard)
+    columns = ["key", "caption"]
+    return np.array_equal(ours[columns], theirs[columns])
+
+
+def _write_shard(data: Dataset, shard: int, folder: str, reader: TextEncoder) -> None:
+    name = data.info.shards[shard].name
+    captions = list_captions(storage.join(data.shard_folder, f"{name}.tar"), data.info.kind)
+    known = _known(folder, name, {digest64(caption) for _, caption in captions})
+    new = [caption for _, caption in captions if digest64(caption) not in known]
+    for caption, embedding in zip(new, reader.encode(new), strict=True):
+        known[digest64(caption)] = save({TENSOR: embedding})
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for key, caption in captions:
+            yield key, {"safetensors": known[digest64(caption)], "txt": caption.encode()}
+
+    write_tar(storage.join(folder, f"{name}.tar"), samples())
+    write_index(folder, name, "embedding")
+    if not _finished(data, shard, folder):
+        raise DataError(f"{data.path}: shard {name} is not what its index says; index it again.")
+
+
+def _known(folder: str, name: str, captions: set[int]) -> dict[int, bytes]:
+    """What an earlier version of an embedding shard has of captions, by their digests."""
+    known = {}
+    try:
+        rows = open_index(folder, name)
+    except UserError:
+        return known
+    for row in rows:
+        if int(row["caption"]) in captions:
+            with suppress(UserError):  # damaged or half replaced: it is encoded again
+                content = read_member(storage.join(folder, f"{name}.tar"), row["media"])
+                known[int(row["caption"])] = content
+    return known
+
+
+def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]:
+    """Where `from_pretrained` puts the weights."""
+    budget = {} if memory_gib is None else {"cpu": int(memory_gib * 2**30)}
+    if device.type == "cuda":
+        if device.index is None:
+            return {"device_map": "auto", **({"max_memory": budget} if budget else {})}
+        free, _ = torch.cuda.mem_get_info(device)
+        budget.setdefault("cpu", available_memory())
+        return {"device_map": "auto", "max_memory": {device.index: int(0.9 * free), **budget}}
+    return {"device_map": "auto", "max_memory": budget} if budget else {"device_map": str(device)}
+
+
+def _batches(tokens: dict[str, list[int]]) -> Iterator[list[str]]:
+    """Captions of one padded length together, at most a batch of them."""
+    buckets: dict[int, list[str]] = {}
+    for caption, ids in tokens.items():
+        buckets.setdefault(_padded_length(len(ids)), []).append(caption)
+    for _, captions in sorted(buckets.items()):
+        for at in range(0, len(captions), CAPTIONS_PER_BATCH):
+            yield captions[at : at + CAPTIONS_PER_BATCH]
+
+
+def _padded_length(length: int) -> int:
+    return -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
+
+
+def _digest_files(folder: Path, patterns: Sequence[str]) -> str:
+    """sha256 over names and content of the files that match."""
+    digest = sha256()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()

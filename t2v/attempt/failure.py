@@ -1,0 +1,213 @@
+"""What failed first, on which rank, and what may help: records for programs, a page for people."""
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_pipeline.strict import Strict
+from t2v.attempt.run_folder import timestamp
+
+HANG = 71
+SIGNALLED = 75
+RECORD = "failure-rank-{:05d}.json"
+ALARM = "alarm.json"
+
+ADVICE = {
+    65: "Look at quarantine.jsonl, then repair the datasets with `t2v data verify --repair`, or "
+    "raise data.max_drop_rate.",
+    66: "Put back what is missing, or correct its path in the recipe.",
+    70: "Lower optimizer.learning_rate or optimizer.max_grad_norm, and look at the samples below "
+    "and at the skipped_samples in metrics.jsonl.",
+    73: "Let the attempt that owns the run folder go on, or choose another run_dir.",
+    74: "Free space and inodes, check rights and quota; fewer checkpoints are kept with a lower "
+    "checkpoint.keep_last.",
+    78: "Correct the recipe or its inputs as the reason says.",
+}
+HANG_ADVICE = {
+    "setup": "Check that every node started and reaches the others; a slow start needs a longer "
+    "watchdog.setup_seconds.",
+    "data": "Check storage and the samples below; slow reads need more data.num_workers, or a "
+    "longer watchdog.data_seconds.",
+    "step": "Check the named rank's device and network; if steps are just slow, raise "
+    "watchdog.step_seconds.",
+    "checkpoint": "Check the disk of the run folder; a slow one needs a longer "
+    "watchdog.checkpoint_seconds.",
+}
+CRASH_ADVICE = "The stack below says where; the logs of the rank say more."
+OUT_OF_MEMORY = ("OutOfMemory", "out of memory", "can't allocate memory")
+MEMORY_ADVICE = (
+    "Lower micro_batch_size, set engine.activation_checkpointing, or use more GPUs: `t2v plan` "
+    "says what fits."
+)
+
+
+class Failure(Strict):
+    """Why a rank ended."""
+
+    rank: int
+    host: str
+    exit_code: int
+    reason: str
+    section: str
+    step: int
+    at: str
+    stack: str
+    samples: tuple[str, ...] = ()
+    memory_gib: float = 0.0
+
+
+def record_failure(folder: Path, failure: Failure) -> None:
+    """Leave a rank's record; a disk that fails too must not hide the first failure."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RECORD.format(failure.rank)
+        staging = path.with_suffix(".part")
+        staging.write_text(failure.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        staging.replace(path)
+
+
+def first_failure(folder: Path) -> Failure | None:
+    """The record of the rank that failed first."""
+    found = [_read_record(path) for path in folder.glob("failure-rank-*.json")]
+    return min((f for f in found if f is not None), key=lambda f: (f.at, f.rank), default=None)
+
+
+def _read_record(path: Path) -> Failure | None:
+    try:
+        return Failure.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+
+
+def ring(folder: Path, *, rank: int, is_hang: bool, exit_code: int, reason: str = "") -> str:
+    """Wake the other ranks; the first to ring is heard. Returns when, for later records to be
+    later whatever their host's clock says."""
+    with contextlib.suppress(OSError):
+        # A run folder that is gone was taken back: its start was refused.
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        alarm = {"rank": rank, "is_hang": is_hang, "exit_code": exit_code, "at": timestamp()}
+        alarm |= {"reason": reason}
+        staging = folder / f".{ALARM}.{rank}"
+        staging.write_text(json.dumps(alarm), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(staging, folder / ALARM)  # whole, or not there; never replaced
+        staging.unlink()
+    found = heard_alarm(folder)
+    return max(timestamp(), found["at"]) if found and found["rank"] != rank else timestamp()
+
+
+def heard_alarm(folder: Path) -> dict[str, Any] | None:
+    """The alarm that another rank has rung."""
+    try:
+        return json.loads((folder / ALARM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def all_stacks() -> dict[str, str]:
+    """The stack of every thread of this process, innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return {
+        names.get(ident, str(ident)): "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    }
+
+
+def waits_for_others() -> bool:
+    """Whether any thread of this process is waiting for another rank."""
+    frames = sys._current_frames()
+    return any(_is_collective(frame) for frame in frames.values())
+
+
+def _is_collective(frame: FrameType) -> bool:
+    innermost: FrameType | None = frame
+    for _ in range(6):
+        if innermost is None:
+            return False
+        if "torch/distributed/" in innermost.f_code.co_filename:
+            return True
+        innermost = innermost.f_back
+    return False
+
+
+def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -> str:
+    """failure.md: everything needed to decide what to do next."""
+    samples = "\n".join(f"- `{name}`" for name in failure.samples) or "- none were being read"
+    return f"""# Attempt {attempt} failed
+
+{failure.reason.splitlines()[0] if failure.reason else "no reason was given"}
+
+| | |
+|---|---|
+| rank that failed first | {failure.rank} on {failure.host} |
+| exit code | {failure.exit_code} |
+| section | {failure.section} |
+| step | {failure.step} |
+| when | {failure.at} |
+| memory of that rank | {failure.memory_gib:.2f} GiB at its peak |
+| records of all ranks | {logs} |
+| metrics | {run_dir / "metrics.jsonl"} |
+
+## What may help
+
+{advice(failure)}
+
+## Samples that rank was at
+
+{samples}
+
+## Reason
+
+```
+{failure.reason}
+```
+
+## Stack
+
+```
+{failure.stack.rstrip() or "none"}
+```
+"""
+
+
+def advice(failure: Failure) -> str:
+    """The knob to turn, by exit code and section."""
+    if failure.exit_code == HANG:
+        return HANG_ADVICE.get(failure.section, CRASH_ADVICE)
+    if any(words in failure.reason for words in OUT_OF_MEMORY):
+        return MEMORY_ADVICE
+    return ADVICE.get(failure.exit_code, CRASH_ADVICE)
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process has held on its host."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def hostname() -> str:
+    """This machine."""
+    return socket.gethostname()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+    return True

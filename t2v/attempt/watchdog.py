@@ -1,0 +1,280 @@
+"""Whatever can block has a deadline: a thread that ends a stuck run and names who hangs, and where.
+
+A rank that hangs makes all others wait for it, so whoever runs out of time first need not be the
+culprit. It rings an alarm; every rank answers with its position; the rank that is behind, or does
+not answer, is the one.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from data_pipeline.strict import Strict
+from t2v.attempt.failure import (
+    HANG,
+    Failure,
+    all_stacks,
+    first_failure,
+    heard_alarm,
+    hostname,
+    peak_memory_gib,
+    record_failure,
+    ring,
+    wait_until,
+    waits_for_others,
+)
+from t2v.attempt.run_folder import timestamp
+
+POLL_SECONDS = 0.5
+# Thirty years; beyond, timers overflow, and a watchdog that died of that would watch nothing.
+LONGEST_SECONDS = 1e9
+# A shared disk may hide a new file from other hosts for half a minute.
+ANSWER_SECONDS = 40.0
+CLOSING_SECONDS = 90.0
+FOLLOW_SECONDS = 6.0
+# Longer than any answer takes: only a thread that never lets go of the interpreter comes this far.
+STUCK_SECONDS = 90.0
+POSITION = "position-rank-{:05d}.json"
+
+
+class WatchdogConfig(Strict):
+    """How long each part of a run may take before it counts as a hang; all but setup less than
+    engine.collective_timeout_seconds, or those that wait fail before who hangs is found out."""
+
+    setup_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="from the start to the end of the first step",
+    )
+    data_seconds: float = Field(
+        default=300.0, gt=0, le=LONGEST_SECONDS, description="waiting for a step's samples"
+    )
+    step_seconds: float = Field(
+        default=300.0, gt=0, le=LONGEST_SECONDS, description="forward, backward and update"
+    )
+    checkpoint_seconds: float = Field(
+        default=540.0,
+        gt=0,
+        le=LONGEST_SECONDS,
+        description="waiting for a checkpoint to be copied or finished",
+    )
+
+    def deadline(self, section: str) -> float:
+        """Seconds a section may take."""
+        return getattr(self, f"{section}_seconds")
+
+
+class Position(Strict):
+    """Where a rank is."""
+
+    rank: int
+    host: str
+    section: str
+    step: int
+    entered: int  # sections so far: all ranks pass the same ones in the same order
+    seconds: float
+    waits: bool
+    memory_gib: float
+    samples: tuple[str, ...]
+    stack: str
+
+
+def culprit(positions: Iterable[Position], world_size: int) -> int:
+    """The rank that hangs: one that does not answer; else the one that is behind; of those that
+    are equally far, one that does not wait for others, and the longest there."""
+    found = {position.rank: position for position in positions}
+    silent = [rank for rank in range(world_size) if rank not in found]
+    if silent:
+        return silent[0]
+
+    def order(rank: int) -> tuple:
+        at = found[rank]
+        return at.entered, at.waits, -at.seconds
+
+    return min(found, key=order)
+
+
+class Watchdog:
+    """A thread beside training; `enter` tells it where training is."""
+
+    def __init__(self, config: WatchdogConfig) -> None:
+        self.config = config
+        self.section, self.step, self.entered = "setup", 0, 0
+        self.samples: tuple[str, ...] = ()
+        self.since = time.monotonic()
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), 1
+        self.folder: Path | None = None
+        self.on_end: Callable[[Failure | None, int], None] = lambda failure, exit_code: None
+        self._first_step: int | None = None
+        self._closing: tuple[float, int] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def serve(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        on_end: Callable[[Failure | None, int], None],
+    ) -> None:
+        """From now on ranks meet in an attempt's folder; `on_end` is called before a sudden end."""
+        self.rank, self.world_size, self.on_end, self.folder = rank, world_size, on_end, folder
+
+    def enter(self, section: str, step: int, samples: Iterable[str] = ()) -> None:
+        """Training is now in a section of the step after `step`."""
+        if self._first_step is None:
+            self._first_step = step
+        self.samples = tuple(samples)
+        self.section, self.step, self.since = section, step, time.monotonic()
+        self.entered += 1
+
+    def close(self, exit_code: int, seconds: float = CLOSING_SECONDS) -> None:
+        """The run is ending; it has some seconds to do so by itself."""
+        if self._closing is None:
+            self._closing = (time.monotonic() + seconds, exit_code)
+
+    def failure(self, exit_code: int, reason: str, stack: str, at: str) -> Failure:
+        """A failure of this rank, here and now."""
+        return Failure(
+            rank=self.rank,
+            host=hostname(),
+            exit_code=exit_code,
+            reason=reason,
+            section=self.section,
+            step=self.step,
+            at=at,
+            stack=stack,
+            samples=self.samples,
+            memory_gib=peak_memory_gib(),
+        )
+
+    def _deadline(self) -> float:
+        seconds = self.config.deadline(self.section)
+        if self._first_step in (None, self.step):  # compiles, and fills the loader's queues
+            return max(seconds, self.config.setup_seconds)
+        return seconds
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            now = time.monotonic()
+            if self._closing is not None:
+                deadline, exit_code = self._closing
+                if now > deadline:
+                    os._exit(exit_code)
+                continue
+            left = self.since + self._deadline() - now
+            faulthandler.dump_traceback_later(max(left, 0.0) + STUCK_SECONDS, exit=True, file=2)
+            alarm = heard_alarm(self.folder) if self.folder is not None else None
+            if alarm is not None and alarm["rank"] != self.rank and not alarm["is_hang"]:
+                self._follow(alarm["exit_code"])
+            elif left < 0 or (alarm is not None and alarm["is_hang"]):
+                self._end_hang()
+
+    def _follow(self, exit_code: int) -> None:
+        """Another rank failed: the main thread has a while to notice, for it may do so alike."""
+        if self._stop.wait(FOLLOW_SECONDS) or self._closing is not None:
+            return
+        assert self.folder is not None
+        self.on_end(first_failure(self.folder), exit_code)
+        os._exit(exit_code)
+
+    def _end_hang(self) -> None:
+        """Find out with the other ranks who hangs; that one speaks; all end."""
+        position = self._position()
+        if self.folder is None:
+            self._tell(position)
+            os._exit(HANG)
+        at = ring(self.folder, rank=self.rank, is_hang=True, exit_code=HANG)
+        positions = self._exchange(self.folder, position)
+        rank = culprit(positions, self.world_size)
+        speaker = min((p.rank for p in positions), key=lambda r: (r != rank, r))
+        if self.rank == speaker:
+            self._tell(next((p for p in positions if p.rank == rank), position), rank=rank, at=at)
+        else:
+            folder = self.folder
+            wait_until(lambda: first_failure(folder) is not None, ANSWER_SECONDS)
+        if self._stop.is_set():
+            return
+        self.on_end(first_failure(self.folder), HANG)
+        os._exit(HANG)
+
+    def _position(self) -> Position:
+        stacks = all_stacks()
+        main = stacks.pop("MainThread", "")
+        others = "".join(f"\nThread {name}:\n{stack}" for name, stack in stacks.items())
+        return Position(
+            rank=self.rank,
+            host=hostname(),
+            section=self.section,
+            step=self.step,
+            entered=self.entered,
+            seconds=time.monotonic() - self.since,
+            waits=waits_for_others(),
+            memory_gib=peak_memory_gib(),
+            samples=self.samples,
+            stack=f"Thread MainThread:\n{main}{others}",
+        )
+
+    def _exchange(self, folder: Path, mine: Position) -> list[Position]:
+        """Positions of all ranks that answer in time."""
+        found = {self.rank: mine}
+        with contextlib.suppress(OSError):
+            path = folder / POSITION.format(self.rank)
+            staging = path.with_suffix(".part")
+            staging.write_text(mine.model_dump_json(), encoding="utf-8")
+            staging.replace(path)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while len(found) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            for rank in set(range(self.world_size)) - set(found):
+                with contextlib.suppress(OSError, ValidationError):
+                    text = (folder / POSITION.format(rank)).read_text(encoding="utf-8")
+                    found[rank] = Position.model_validate_json(text)
+        return list(found.values())
+
+    def _tell(self, position: Position, *, rank: int | None = None, at: str = "") -> None:
+        """One line and the stack on stderr, and the record of the rank that hangs."""
+        rank = position.rank if rank is None else rank
+        if rank == position.rank:
+            step = position.step + (position.section != "checkpoint")
+            reason = (
+                f"rank {rank} on {position.host} hangs in section '{position.section}' of step "
+                f"{step} since {position.seconds:.0f} s"
+            )
+            stack = position.stack
+        else:
+            reason = f"rank {rank} does not answer while others wait for it"
+            stack = f"rank {rank} left none; rank {position.rank} waits at:\n{position.stack}"
+        if self.folder is not None:
+            record = Failure(
+                rank=rank,
+                host=position.host if rank == position.rank else "unknown",
+                exit_code=HANG,
+                reason=reason,
+                section=position.section,
+                step=position.step,
+                at=at or timestamp(),
+                stack=stack,
+                samples=position.samples,
+                memory_gib=position.memory_gib,
+            )
+            record_failure(self.folder, record)
+        print(f"{reason}; its stack:\n{stack}", file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""What must agree before a checkpoint goes into a model; nothing is cast, nothing is left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError
+from t2v.checkpoint.manifest import Manifest, digest
+from t2v.checkpoint.tensor_files import Slice, TensorKind
+
+# Names in a checkpoint begin with these.
+WEIGHTS = {"ema": "ema.", "raw": "model."}
+# A run that goes on with one of these changed would not be the same run.
+FIXED = (
+    *("seed", "global_batch_size", "ema_half_life_steps"),
+    *("method", "conditioning"),
+)
+
+
+def refuse_other_run(
+    folder: Path, manifest: Manifest, facts: dict[str, Any], *, told: bool
+) -> None:
+    """ConfigError where a checkpoint is of another run; `told` accepts other datasets."""
+    old, new = _trained(manifest.config), _trained(json.loads(json.dumps(facts["config"])))
+    changed = [line for name in FIXED for line in _changes(name, old.get(name), new.get(name))]
+    before = (old.get("optimizer") or {}).get("name")
+    changed += _changes("optimizer.name", before, new["optimizer"]["name"])
+    if changed:
+        raise ConfigError(
+            f"{folder}: is of another recipe because these differ; set them back, or begin a new "
+            "run folder with warm_start.\n  " + "\n  ".join(changed)
+        )
+    if manifest.data_fingerprint != facts["data_fingerprint"] and not told:
+        raise ConfigError(
+            f"{folder}: was trained on other datasets than data.sources; name the old ones, or set "
+            "checkpoint.accept_data_change=true."
+        )
+
+
+def refuse_differences(
+    folder: Path, found: dict[str, TensorKind], expected: dict[str, TensorKind]
+) -> None:
+    """ConfigError with a table where names, shapes or dtypes are not exactly those expected."""
+    rows = [
+        (name, str(found.get(name, "missing")), str(expected.get(name, "not in this model")))
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if not rows:
+        return
+    head = ("tensor", "checkpoint", "model")
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(3)]
+    table = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows[:40]]
+    ]
+    table += [f"  and {len(rows) - 40} more"] if len(rows) > 40 else []
+    raise ConfigError(
+        f"{folder}: does not fit the model because {len(rows)} tensors differ; use the recipe it "
+        "was trained with.\n" + "\n".join(table)
+    )
+
+
+def _trained(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what sampling is told, which training does not follow."""
+    method = {name: value for name, value in config["method"].items() if name != "sampling"}
+    return config | {"method": method}
+
+
+def kinds_of(slices: dict[str, Slice]) -> dict[str, TensorKind]:
+    """Name -> shape and dtype of the whole tensor."""
+    return {name: piece.kind for name, piece in slices.items()}
+
+
+def model_signature(slices: dict[str, Slice]) -> str:
+    """Digest of the names, shapes and dtypes of the weights."""
+    kinds = kinds_of({n: s for n, s in slices.items() if n.startswith(WEIGHTS["raw"])})
+    return digest(json.dumps({name: str(kind) for name, kind in sorted(kinds.items())}))
+
+
+def _changes(path: str, old: Any, new: Any) -> list[str]:
+    """`dotted.path: old -> new` of every setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(old | new)
+        return [c for n in names for c in _changes(f"{path}.{n}", old.get(n), new.get(n))]
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]

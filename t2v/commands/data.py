@@ -1,0 +1,327 @@
+"""The verbs of `t2v data`: one thin function each."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING
+
+from data_pipeline.errors import DataError
+from t2v.commands.parser import add_config, add_verb
+
+if TYPE_CHECKING:
+    from data_pipeline.shards.dataset import Dataset
+
+FILTERS = {
+    "min_height": "leave out sources of fewer pixels",
+    "min_width": "leave out sources of fewer pixels",
+    "max_aspect": "leave out sources whose longer side is more times the shorter",
+    "min_frames": "leave out videos of fewer frames",
+    "min_seconds": "leave out shorter videos",
+    "max_seconds": "leave out longer videos",
+    "min_caption_words": "leave out shorter captions",
+    "max_caption_words": "leave out longer captions",
+}
+
+
+def data_toy(options: argparse.Namespace) -> None:
+    from data_pipeline.making.toy import write_toy
+
+    write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
+    print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
+
+
+def data_build(options: argparse.Namespace) -> None:
+    from data_pipeline.making.build import build
+    from data_pipeline.making.samples import Filters
+
+    frames, height, width = options.size
+    _say_dataset(
+        build(
+            options.source,
+            options.out,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=options.fps,
+            kind=options.kind,
+            split=options.split,
+            cut=options.cut,
+            filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
+            shard_samples=options.shard_samples,
+            task=options.task,
+            workers=options.workers,
+            max_drop_rate=options.max_drop_rate,
+            notes=dict(options.note or []),
+        )
+    )
+
+
+def data_index(options: argparse.Namespace) -> None:
+    from data_pipeline.making.build import index
+
+    _say_dataset(index(options.dataset, kind=options.kind, notes=dict(options.note or [])))
+
+
+def data_verify(options: argparse.Namespace) -> int:
+    from data_pipeline.shards.dataset import open_dataset
+    from data_pipeline.shards.verify import repair, verify
+
+    faults = verify(
+        options.dataset,
+        decode=not options.no_decode,
+        workers=options.workers,
+        embeddings=options.embeddings or [],
+    )
+    for fault in faults:
+        print(fault)
+    if faults and options.repair:
+        _say_dataset(repair(options.dataset, faults))
+        print("embed the dataset again: only what is missing or changed is encoded.")
+        return 0
+    samples = open_dataset(options.dataset).info.samples
+    print(f"{options.dataset}: {samples} samples, {len(faults)} faults.")
+    return DataError.exit_code if faults else 0
+
+
+def data_stats(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from data_pipeline.shards.stats import measure, write_page
+
+    stats = measure(options.dataset, count=options.samples)
+    table = Table(show_header=False)
+    for name, value in stats.rows():
+        table.add_row(escape(name), escape(value))
+    Console().print(table)
+    print(f"{write_page(stats, options.out)}: written.")
+
+
+def data_embed(options: argparse.Namespace) -> None:
+    from data_pipeline.text.audit import check, estimate
+    from data_pipeline.text.embed import TextEncoder, embed
+
+    if options.estimate or options.check:
+        reader = TextEncoder(
+            options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
+        )
+        if options.estimate:
+            print(estimate(options.dataset, reader))
+        if options.check:
+            same = check(options.dataset, reader, name=options.name, count=options.check)
+            print(f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal.")
+        return
+    done = embed(
+        options.dataset,
+        options.encoder,
+        name=options.name,
+        max_tokens=options.max_tokens,
+        task=options.task,
+        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
+        memory_gib=options.memory_gib,
+    )
+    state = "complete" if done else "this task is done; others are not"
+    print(f"{options.dataset}/embeddings/{options.name}: {state}.")
+
+
+def data_order(options: argparse.Namespace) -> None:
+    from data_pipeline.feeding.audit import planned_samples
+    from t2v.recipe.recipe import load_config
+
+    config = load_config(options.config, options.set or [])
+    samples = planned_samples(
+        config.data,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        step=options.step,
+        count=options.count,
+    )
+    if options.json:
+        print(json.dumps(list(samples)))
+        return
+    for sample in samples:
+        print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
+
+
+def data_bench(options: argparse.Namespace) -> None:
+    from data_pipeline.feeding.bench import bench, print_speed
+    from t2v.plan.plan import samples_per_gpu_second
+    from t2v.recipe.recipe import load_config
+
+    config = load_config(options.config, options.overrides)
+    speed = bench(
+        config.data,
+        config.method.view,
+        config.conditioning,
+        seed=config.seed,
+        samples=options.samples,
+    )
+    per_gpu = samples_per_gpu_second(config)
+    if options.json:
+        gpus = speed.machine_samples_per_second / per_gpu
+        print(json.dumps(speed.model_dump() | {"gpus_fed": gpus}))
+    else:
+        print_speed(speed, per_gpu)
+
+
+def add_data_verbs(verbs) -> None:
+    """`t2v data` and its verbs."""
+    data = verbs.add_parser("data", help="make, shard, index and embed datasets")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True)
+    verb = add_verb(data_verbs, "toy", data_toy, "small captioned videos and images",
+                    "t2v data toy toy_media --videos 160")  # fmt: skip
+    verb.add_argument("out")
+    verb.add_argument("--videos", type=int, default=640)
+    verb.add_argument("--images", type=int, default=320)
+    verb.add_argument("--seed", type=int, default=0)
+
+    verb = add_verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
+                    "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
+    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file; or "
+                      "a .jsonl, .csv or .parquet list with columns file and caption")  # fmt: skip
+    verb.add_argument("out", help="dataset folder")
+    verb.add_argument(
+        "--size",
+        type=clip_size,
+        required=True,
+        metavar="FxHxW",
+        help="frames, height and width of every clip; images keep one frame",
+    )
+    verb.add_argument("--fps", type=float, help="frame rate to resample to; none: as it is")
+    verb.add_argument("--kind", choices=("video", "image"), help="where a folder holds both")
+    verb.add_argument("--split", help="of UCF-101 as its authors pack it: train01, test01, ... all")
+    verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
+                      help="long videos into as many clips as fit")  # fmt: skip
+    for name, help in FILTERS.items():
+        kind = float if name.endswith(("seconds", "aspect")) else int
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
+    verb.add_argument("--shard-samples", type=int, default=1000, help="source files per shard")
+    _add_workers(verb)
+    verb.add_argument("--max-drop-rate", type=float, default=0.01,
+                      help="share of unusable files that is accepted")  # fmt: skip
+    _add_task(verb)
+    _add_notes(verb)
+
+    verb = add_verb(data_verbs, "index", data_index, "make shards written by others a dataset",
+                    "t2v data index data/laion")  # fmt: skip
+    verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
+    verb.add_argument("--kind", choices=("video", "image"))
+    _add_notes(verb)
+
+    verb = add_verb(data_verbs, "verify", data_verify, "find every fault of a dataset, and mend it",
+                    "t2v data verify data/videos --repair")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--repair", action="store_true",
+                      help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
+    verb.add_argument("--embeddings", action="append", metavar="NAME",
+                      help="an embedding set on S3; on a disk they are found")  # fmt: skip
+    verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
+    _add_workers(verb)
+
+    verb = add_verb(data_verbs, "stats", data_stats, "what a dataset holds, as a table and a page",
+                    "t2v data stats data/videos --out videos.html")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--samples", type=int, default=10_000, help="random samples to read")
+    verb.add_argument("--out", help="the page; by default stats.html in the dataset")
+
+    verb = add_verb(data_verbs, "embed", data_embed, "cache what a text encoder says of captions",
+                    "t2v data embed data/videos --encoder google-t5/t5-11b --name t5")  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
+    verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
+    verb.add_argument("--max-tokens", type=int, default=128)
+    verb.add_argument("--memory-gib", type=float,
+                      help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
+    verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
+    verb.add_argument("--check", type=int, metavar="K",
+                      help="only encode K random captions again and compare")  # fmt: skip
+    _add_task(verb)
+
+    verb = add_verb(data_verbs, "order", data_order, "which samples form a batch",
+                    "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
+    verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
+    verb.add_argument("--set", action="append", metavar="dotted.key=value")
+    verb.add_argument("--step", type=positive_number, required=True, help="as in metrics.jsonl")
+    verb.add_argument("--count", type=natural_number, default=1, help="how many steps")
+    verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+    verb = add_verb(data_verbs, "bench", data_bench, "how fast this machine loads a recipe's data",
+                    "t2v data bench configs/base_36x64.yaml --samples 500")  # fmt: skip
+    add_config(verb)
+    verb.add_argument("--samples", type=natural_number, default=200)
+    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    launched = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--task", type=array_task, default=launched, metavar="I/N",
+                        help="this job's part of N, counted from 0, for job arrays; under torchrun "
+                        "each process is a task")  # fmt: skip
+
+
+def _launched_on_gpus() -> bool:
+    import torch
+
+    return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+                        help="processes; as many as there are cores")  # fmt: skip
+
+
+def _add_notes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--note",
+        type=key_text,
+        action="append",
+        metavar="KEY=TEXT",
+        help="kept in dataset.json, such as licence=CC-BY; may be repeated",
+    )
+
+
+def clip_size(text: str) -> tuple[int, int, int]:
+    frames, height, width = (int(part) for part in text.split("x"))
+    return frames, height, width
+
+
+def array_task(text: str) -> tuple[int, int]:
+    number, count = (int(part) for part in text.split("/"))
+    return number, count
+
+
+def positive_number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def natural_number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def key_text(text: str) -> tuple[str, str]:
+    key, value = text.split("=", 1)
+    return key, value
+
+
+def _say_dataset(dataset: "Dataset | None") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if dataset is None:
+        print("this task is done; the dataset is complete when the other tasks are.")
+        return
+    info = dataset.info
+    print(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards.")
+    if info.rejected:
+        table = Table("left out because", "files")
+        for reason, count in info.rejected.items():
+            table.add_row(escape(reason), str(count))
+        Console().print(table)

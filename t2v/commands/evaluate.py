@@ -1,0 +1,71 @@
+"""`t2v evaluate` and `t2v scores`: a run or a folder of clips judged by a protocol, and results
+side by side."""
+
+import argparse
+import os
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+from t2v.commands.parser import add_verb
+
+
+def add_evaluate_verbs(verbs) -> None:
+    """The verbs and their arguments."""
+    verb = add_verb(verbs, "evaluate", evaluate, "judge a run or samples by a protocol",
+                    "torchrun --nproc-per-node 8 -m t2v.cli evaluate runs/ucf101_s --protocol"
+                    " configs/evaluation/ucf101_2048.yaml --out scores/ucf101_s")  # fmt: skip
+    verb.add_argument("target", help="a folder of samples; or a run or a step, which is sampled")
+    verb.add_argument("--protocol", required=True, help="see configs/evaluation")
+    verb.add_argument("--out", required=True, help="folder for result.json, result.md, samples")
+    verb.add_argument("--cache", help="where measured values are kept; by default in T2V_CACHE")
+    verb.add_argument("--workers", type=int, default=default_workers(),
+                      help="processes that decode clips, for each that measures")  # fmt: skip
+    verb.add_argument("--encoder", help="of a run that reads text: its text encoder")
+    verb.add_argument("--set", action="append", metavar="dotted.key=value",
+                      help="of the protocol, such as i3d.path=i3d.pt")  # fmt: skip
+    verb.add_argument("--sampling", action="append", metavar="KEY=VALUE",
+                      help="a sampling setting, where a run is given")  # fmt: skip
+    verb.add_argument("--memory-gib", type=float, help="memory of each process that samples")
+
+    verb = add_verb(verbs, "scores", scores, "results of one protocol side by side",
+                    "t2v scores scores/ucf101_s scores/ucf101_m")  # fmt: skip
+    verb.add_argument("results", nargs="+", help="result.json files, or their folders")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from t2v.evaluation.evaluate import Job, evaluate
+    from t2v.evaluation.protocol import load_protocol
+    from t2v.sampling.generate import Means
+
+    cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
+    job = Job(
+        target=Path(options.target),
+        out=Path(options.out),
+        cache=Path(cache).expanduser(),
+        workers=max(1, options.workers),
+        encoder=options.encoder,
+        settings=tuple(options.sampling or ()),
+        means=Means(memory_gib=options.memory_gib),
+    )
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        protocol = load_protocol(options.protocol, options.set or [])
+        out = evaluate(protocol, options.protocol, job)
+    except UserError as error:
+        if error.rank in (None, rank):
+            raise
+        return error.exit_code  # its own rank tells it
+    if rank == 0:
+        print((out / "result.md").read_text(), end="")
+    return 0
+
+
+def scores(options: argparse.Namespace) -> None:
+    from t2v.evaluation.results import compare
+
+    print(compare([Path(result) for result in options.results]), end="")
+
+
+def default_workers() -> int:
+    """The cores that each process of this machine has."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

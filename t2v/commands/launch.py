@@ -1,0 +1,87 @@
+"""The verbs that hand jobs to a scheduler: one thin function each."""
+
+import argparse
+from pathlib import Path
+
+from t2v.commands.data import add_data_verbs
+from t2v.commands.parser import add_verb, count, positive
+
+DATA_VERBS = ("build", "embed")
+
+
+def launch(options: argparse.Namespace) -> None:
+    from cluster.launch import prepare_run, submit, write_out
+    from t2v.plan.plan import print_plan
+
+    prepared = prepare_run(options.config, options.overrides, options.cluster, nodes=options.nodes)
+    assert prepared.plan is not None
+    print_plan(prepared.plan)
+    say = submit(prepared) if options.submit else write_out(prepared, Path(options.out))
+    print("\n".join(say))
+
+
+def launch_data(options: argparse.Namespace) -> None:
+    from cluster.launch import prepare_data, submit, write_out
+
+    verb = refuse_wrong_arguments(options.arguments, options.usage)
+    gpus = options.gpus if options.gpus is not None else int(verb == "embed")
+    prepared = prepare_data(
+        options.arguments,
+        options.cluster,
+        name=options.name or f"data-{verb}",
+        tasks=options.tasks,
+        at_once=options.at_once or options.tasks,
+        cpus=options.cpus,
+        memory_gib=options.memory_gib,
+        gpus=gpus,
+    )
+    say = submit(prepared) if options.submit else write_out(prepared, Path(options.out))
+    print("\n".join(say))
+
+
+def refuse_wrong_arguments(arguments: list[str], usage) -> str:
+    """The verb of a data job whose arguments `t2v data` takes; each task adds its own `--task`."""
+    if arguments[:1] == ["--"]:
+        del arguments[0]
+    if not arguments or arguments[0] not in DATA_VERBS:
+        usage(f"after --, give one of {', '.join(DATA_VERBS)} with its arguments")
+    if any(argument.partition("=")[0] == "--task" for argument in arguments):
+        usage("--task is each task's own; leave it out")
+    parser = argparse.ArgumentParser(prog="t2v")
+    add_data_verbs(parser.add_subparsers(required=True))
+    parser.parse_args(["data", *arguments])
+    return arguments[0]
+
+
+def add_launch_verbs(verbs) -> None:
+    """All verbs that hand jobs to a scheduler."""
+    verb = add_verb(verbs, "launch", launch, "a training job for SLURM or Kubernetes",
+                    "t2v launch configs/t2v_64x288x512.yaml total_steps=20000"
+                    " --cluster configs/cluster/slurm.yaml --nodes 32 --submit")  # fmt: skip
+    verb.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    verb.add_argument("--nodes", type=int, help="by default as many as the profile has")
+    _add_where(verb)
+
+    verb = add_verb(verbs, "launch-data", launch_data, "`t2v data build` or `embed`, in parallel",
+                    "t2v launch-data --cluster configs/cluster/slurm.yaml --tasks 64 --submit --"
+                    " build my_clips data/videos --size 64x288x512")  # fmt: skip
+    _add_where(verb)
+    verb.add_argument("--tasks", type=positive, required=True, help="parts the work is split in")
+    verb.add_argument("--at-once", type=positive, help="tasks that run together; all by default")
+    verb.add_argument("--cpus", type=positive, default=8, help="of each task")
+    verb.add_argument("--memory-gib", type=positive, default=32, help="of each task")
+    verb.add_argument("--gpus", type=count, metavar="N",
+                      help="of each task; by default 1 for embed, 0 for build")  # fmt: skip
+    verb.add_argument("--name", help="the job's name; data-build or data-embed by default")
+    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|embed ...",
+                      help="the arguments of t2v data")  # fmt: skip
+    verb.set_defaults(usage=verb.error)
+
+
+def _add_where(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--cluster", required=True, metavar="PROFILE",
+                      help="a site, such as configs/cluster/slurm.yaml")  # fmt: skip
+    where = verb.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="DIR", help="only write the job's files")
+    where.add_argument("--submit", action="store_true", help="hand the job to the scheduler")

@@ -1,0 +1,56 @@
+"""Fixed noise for the held-out loss: every level of every sample visits each bin of noise once."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.diffusion import DiffusionConfig, draw_sigma
+from t2v.methods.hpdm.network import CHANNELS
+from t2v.methods.hpdm.objective import Patches
+from t2v.methods.seeds import mix
+
+KEY = 0x48454C444F5554  # keeps these draws apart from those of training
+
+
+def noise_bins(
+    numbers: list[int], turns: list[int], *, bins: int, levels: int, seed: int
+) -> list[list[int]]:
+    """The bin of each level of each sample at its turn: over all turns a level visits every bin
+    once, and which bins meet differs from sample to sample, as independent noise would have it."""
+    places = []
+    for number, turn in zip(numbers, turns, strict=True):
+        generator = torch.Generator().manual_seed(mix(seed ^ KEY, number))
+        shift = torch.randint(bins, (levels,), generator=generator).tolist()
+        places.append([(first + turn) % bins for first in shift])
+    return places
+
+
+def fixed_noise(
+    config: HPDMConfig,
+    numbers: list[int],
+    turns: list[int],
+    places: list[list[int]],
+    *,
+    bins: int,
+    seed: int,
+) -> tuple[Patches, Float[Tensor, "batch levels"], Float[Tensor, " batch"]]:
+    """(noise, sigma, 1 or 0 for self-conditioning), drawn on the CPU from (seed, sample, turn)."""
+    shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
+    noise, sigma = torch.empty(len(numbers), *shape), torch.empty(len(numbers), shape[0])
+    chance = torch.empty(len(numbers))
+    for row, (number, turn, of_levels) in enumerate(zip(numbers, turns, places, strict=True)):
+        generator = torch.Generator().manual_seed(mix(mix(seed ^ KEY, number), turn))
+        noise[row].normal_(generator=generator)
+        within = torch.rand(shape[0], generator=generator, dtype=torch.float64)
+        sigma[row] = sigma_at((torch.tensor(of_levels) + within) / bins, config.diffusion)
+        chance[row].uniform_(generator=generator)
+    return noise, sigma, (chance < config.model.self_conditioning_rate).float()
+
+
+def sigma_at(
+    quantile: Float[Tensor, " quantiles"], diffusion: DiffusionConfig
+) -> Float[Tensor, " quantiles"]:
+    """Noise levels at quantiles of the training distribution, short of its endless tails."""
+    normal = torch.special.ndtri(quantile.double().clamp(1e-4, 1 - 1e-4))
+    return draw_sigma(normal.float(), diffusion)

@@ -1,0 +1,157 @@
+"""HPDM as a method: what the rest of the system may ask of it."""
+
+import re
+from collections.abc import Callable
+from contextlib import closing
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data_pipeline.feeding.config import Conditioning
+from data_pipeline.feeding.loader import Batch
+from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at
+from t2v.methods.hpdm.memory import clips_that_fit, plan_memory
+from t2v.methods.hpdm.network import CHANNELS, HPDM
+from t2v.methods.hpdm.objective import level_losses, weighted_errors
+from t2v.methods.hpdm.sampling import generate
+from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.store import Store
+from t2v.methods.hpdm.tiling import tile_borders
+from t2v.methods.method import Clips, Method, Output, Room, Team
+from t2v.network.conditioning import Condition, blank_condition
+
+# Fields whose change keeps every shape and still makes another network.
+SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
+
+
+class HPDMMethod(Method):
+    """Hierarchical patch diffusion: its parts are the levels of the pyramid."""
+
+    Config = HPDMConfig
+    title = "Hierarchical Patch Diffusion Model"
+    new_parameters = re.compile(r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding")
+    position_tables = re.compile(r"positions\.(frames|height|width)")
+    bin_axis = "sigma"
+
+    def __init__(self, config: HPDMConfig, conditioning: Conditioning) -> None:
+        super().__init__(config, conditioning)
+        levels = range(config.pyramid.levels)
+        self.parts = tuple(f"level_{level}" for level in levels)
+        self.passes_without_gradient = int(config.model.self_conditioning_rate > 0)
+        self.calls_per_clip = sum(network_calls(config.sampling, config.pyramid))
+        self.is_guided = any("null" in config.sampling.branches(level) for level in levels)
+
+    def network(self) -> HPDM:
+        return HPDM(self.config.model, self.config.pyramid, self.conditioning)
+
+    def inputs(self) -> dict[str, Any]:
+        pyramid = self.config.pyramid
+        return {
+            "x": torch.zeros(1, pyramid.levels, CHANNELS, *pyramid.patch_size),
+            "noise": torch.zeros(1, pyramid.levels),
+            "offsets": torch.zeros(1, pyramid.levels, 3, dtype=torch.long),
+            "condition": blank_condition(self.conditioning),
+        }
+
+    def losses(
+        self, network: HPDM, batch: Batch, *, seed: int, device: torch.device
+    ) -> Float[Tensor, " parts"]:
+        return level_losses(network, batch, self.config, seed=seed, device=device)
+
+    def held_out(
+        self,
+        network: HPDM,
+        batch: Batch,
+        *,
+        turns: list[int],
+        bins: int,
+        seed: int,
+        device: torch.device,
+    ) -> tuple[Float[Tensor, "batch parts"], list[list[int]]]:
+        numbers = batch.numbers.tolist()
+        places = noise_bins(numbers, turns, bins=bins, levels=len(self.parts), seed=seed)
+        drawn = fixed_noise(self.config, numbers, turns, places, bins=bins, seed=seed)
+        noise, sigma, chance = (values.to(device) for values in drawn)
+        return weighted_errors(network, batch, self.config, noise, sigma, chance), places
+
+    def bin_edges(self, bins: int) -> list[float]:
+        return sigma_at(torch.linspace(0, 1, bins + 1), self.config.diffusion).tolist()[1:-1]
+
+    def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
+        fields = [("model", name) for name in SAME_MODEL]
+        fields += [] if resized else [("diffusion", "input_scale")]  # level 0 is the base
+        run = self.config.model_dump(mode="json")
+        for section, name in fields:
+            old, new = base[section].get(name), run[section][name]
+            if old != new:
+                return f"{section}.{name}", old, new
+        return None
+
+    def kind_of(self, parameter: str) -> str:
+        top, _, rest = parameter.partition(".")
+        if top != "blocks":
+            kinds = {"conditioning", "self_conditioning", "latents"}
+            return top if top in kinds else "tokenizer"
+        if ".fusion." in parameter:
+            return "fusion"
+        if ".modulation." in parameter:
+            return "modulation"
+        return "latent layers" if ".layers." in rest else "read and write"
+
+    def facts(self) -> dict[str, Any]:
+        pyramid, sampling = self.config.pyramid, self.config.sampling
+        return {
+            "tokens per patch": prod(pyramid.patch_size) // prod(self.config.model.token_size),
+            "network calls per sampled clip": network_calls(sampling, pyramid),
+        }
+
+    @property
+    def outputs(self) -> list[Output]:
+        pyramid, sampling = self.config.pyramid, self.config.sampling
+        return [
+            Output(
+                pyramid.size(level),
+                pyramid.stride(level)[0],
+                tile_borders(level_tilings(sampling, pyramid, level)),
+            )
+            for level in range(pyramid.levels)
+        ]
+
+    def clips_at_once(self, network: HPDM, most: int, room: Room, team: Team) -> int:
+        return clips_that_fit(network, self.config.sampling, most, room, team_size=team.size)
+
+    def generate(
+        self,
+        network: HPDM,
+        *,
+        condition: Condition,
+        null: Condition,
+        seeds: list[int],
+        room: Room,
+        team: Team,
+        progress: Callable[[int], None],
+    ) -> list[Clips]:
+        with closing(Store(condition.fps.device, room.scratch)) as store:
+            return generate(
+                network,
+                condition=condition,
+                null=null,
+                seeds=seeds,
+                sampling=self.config.sampling,
+                diffusion=self.config.diffusion,
+                rooms=plan_memory(
+                    network,
+                    self.config.sampling,
+                    clips=len(seeds),
+                    device_bytes=room.device_bytes,
+                    host_bytes=room.host_bytes,
+                    team_size=team.size,
+                ),
+                store=store,
+                team=team,
+                progress=progress,
+            )

@@ -1,0 +1,105 @@
+"""The training loss: every level denoises its own patch at its own noise level (paper, eq. 4)."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from data_pipeline.feeding.loader import Batch
+from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.diffusion import (
+    add_noise,
+    c_in,
+    c_noise,
+    c_nrm,
+    draw_sigma,
+    loss_weight,
+    v_target,
+)
+from t2v.methods.hpdm.network import CHANNELS
+from t2v.methods.seeds import mix
+from t2v.network.conditioning import Condition
+
+Patches = Float[Tensor, "batch levels channels frames height width"]
+
+
+def level_losses(
+    model: nn.Module, batch: Batch, config: HPDMConfig, *, seed: int, device: torch.device
+) -> Float[Tensor, " levels"]:
+    """Mean weighted squared error of each level; the loss is their sum.
+
+    Noise, noise levels and self-conditioning are functions of (seed, sample number) alone: neither
+    rank nor world size changes them.
+    """
+    shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
+    noise, sigma, self_conditioned = draw_noise(
+        config, batch.numbers, torch.Size(shape), seed=seed, device=device
+    )
+    return weighted_errors(model, batch, config, noise, sigma, self_conditioned).mean(0)
+
+
+def weighted_errors(
+    model: nn.Module,
+    batch: Batch,
+    config: HPDMConfig,
+    noise: Patches,
+    sigma: Float[Tensor, "batch levels"],
+    self_conditioned: Float[Tensor, " batch"],
+) -> Float[Tensor, "batch levels"]:
+    """Weighted squared error of each sample's levels at given noise; 1 in `self_conditioned` lets
+    a sample's pass see the latents of an earlier one."""
+    device = noise.device
+    x = to_patches(batch.patches.to(device))
+    levels = range(config.pyramid.levels)
+    scales = [config.diffusion.level_input_scale(level) for level in levels]
+    input_scale = torch.tensor(scales, device=device).expand_as(sigma).flatten()
+    flat_x, flat_noise, flat_sigma = x.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()
+
+    x_noisy = add_noise(flat_x, flat_noise, flat_sigma, input_scale)
+    scaled = (wide(c_in(flat_sigma, input_scale)) * x_noisy).unflatten(0, sigma.shape)
+    target = wide(c_nrm(flat_sigma)) * v_target(flat_x, flat_noise, flat_sigma)
+
+    offsets = batch.offsets.to(device)
+    condition = Condition.of(batch, device)
+    told = c_noise(flat_sigma).view_as(sigma)
+    previous = None
+    if config.model.self_conditioning_rate > 0:
+        with torch.no_grad():
+            previous = model(scaled, told, offsets, condition)[1]
+        previous = previous * self_conditioned[:, None, None, None]
+    output, _ = model(scaled, told, offsets, condition, previous)
+
+    error = (output.flatten(0, 1) - target).square().mean(dim=(1, 2, 3, 4))
+    return (loss_weight(flat_sigma, input_scale) * error).unflatten(0, sigma.shape)
+
+
+def to_patches(pixels: Int[Tensor, "batch levels frames height width channels"]) -> Patches:
+    """Bytes -> [-1, 1], channels first."""
+    return rearrange(pixels, "b l t h w c -> b l c t h w").float() / 127.5 - 1
+
+
+def draw_noise(
+    config: HPDMConfig,
+    numbers: Int[Tensor, " batch"],
+    shape: torch.Size,
+    *,
+    seed: int,
+    device: torch.device,
+) -> tuple[Patches, Float[Tensor, "batch levels"], Float[Tensor, " batch"]]:
+    """(noise, sigma, 1 or 0 for self-conditioning) of each sample, from (seed, sample number)."""
+    generator = torch.Generator(device)
+    noise = torch.empty(len(numbers), *shape, device=device)
+    normal = torch.empty(len(numbers), shape[0], device=device)
+    chance = torch.empty(len(numbers), device=device)
+    for row, number in enumerate(numbers.tolist()):
+        generator.manual_seed(mix(seed, number))
+        noise[row].normal_(generator=generator)
+        normal[row].normal_(generator=generator)
+        chance[row].uniform_(generator=generator)
+    sigma = draw_sigma(normal.flatten(), config.diffusion).view_as(normal)
+    return noise, sigma, (chance < config.model.self_conditioning_rate).float()
+
+
+def wide(values: Float[Tensor, " batch"]) -> Float[Tensor, "batch 1 1 1 1"]:
+    """A value per sample, ready to multiply patches."""
+    return values[:, None, None, None, None]

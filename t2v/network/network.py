@@ -1,0 +1,18 @@
+"""What an engine asks of a network."""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+
+class Network(nn.Module, ABC):
+    """A network that can be built on the meta device, split over ranks, and only then filled.
+
+    Engines wrap, gather, recompute and compile its `blocks` one by one, and the rest together.
+    """
+
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter, in a fixed order, from one seed."""

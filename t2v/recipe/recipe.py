@@ -1,0 +1,152 @@
+"""A recipe: one complete YAML file, and what of it must fit together."""
+
+import math
+from pathlib import Path
+
+import yaml
+from pydantic import Field, model_validator
+
+from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.feeding.config import (
+    ClassConditioning,
+    Conditioning,
+    DataConfig,
+    TextConditioning,
+)
+from data_pipeline.strict import Strict
+from t2v.attempt.watchdog import WatchdogConfig
+from t2v.checkpoint.checkpoints import CheckpointConfig
+from t2v.engine.config import EngineConfig
+from t2v.engine.optimizer import OptimizerConfig
+from t2v.methods.method import Method
+from t2v.recipe.methods import METHODS, AnyMethodConfig
+from t2v.recipe.reading import apply_override, parse, read_mapping
+from t2v.train.held_out import HeldOutConfig
+from t2v.train.warm_start import WarmStartConfig
+from t2v.watching.metrics import MetricsConfig
+from t2v.watching.side_job import SamplesConfig
+
+# Sections that stood at the top before there was a second method.
+MOVED = ("pyramid", "model", "diffusion", "sampling")
+
+
+class RunConfig(Strict):
+    """Everything a run is made of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    run_dir: str = Field(pattern=r"^[^\x00]+$", description="run folder; `runs/<name>` by custom")
+    seed: int = Field(ge=0, lt=2**63)
+    total_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    global_batch_size: int = Field(ge=1, le=10**9, description="clips per step, over all ranks")
+    micro_batch_size: int = Field(ge=1, description="clips per forward pass of a rank")
+    ema_half_life_steps: float = Field(
+        gt=0, le=1e9, description="steps after which a weight counts half"
+    )
+    method: AnyMethodConfig
+    conditioning: Conditioning
+    data: DataConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
+    watchdog: WatchdogConfig = WatchdogConfig()
+    warm_start: WarmStartConfig | None = None
+    held_out: HeldOutConfig | None = None
+    samples: SamplesConfig | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_fit_together(self) -> "RunConfig":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} is wrong because it does not divide "
+                f"global_batch_size {self.global_batch_size}; choose a divisor"
+            )
+        if self.engine.kind == "zero" and self.optimizer.name == "lamb":
+            raise ValueError(
+                "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the "
+                "norms of whole ones; use adamw, or engine.kind fsdp"
+            )
+        patience = self.engine.collective_timeout_seconds
+        for section in ("data", "step", "checkpoint") if self.engine.kind != "single" else ():
+            if (deadline := self.watchdog.deadline(section)) >= patience:
+                raise ValueError(
+                    f"watchdog.{section}_seconds: {deadline:g} is wrong because ranks wait only "
+                    f"engine.collective_timeout_seconds = {patience:g} for each other, so the one "
+                    "that hangs would not be found out; raise that above it"
+                )
+        weights = [source.weight for source in self.data.sources]
+        total = sum(weights) // math.gcd(*weights)
+        if self.global_batch_size % total:
+            raise ValueError(
+                f"data.sources: weights {weights} make {total} equal parts, which do not divide "
+                f"global_batch_size {self.global_batch_size}; choose weights whose parts do"
+            )
+        if self.held_out and not self.held_out.sources and not self.data.held_out_share:
+            raise ValueError(
+                "held_out: there is nothing to measure on; give held_out.sources, or "
+                "data.held_out_share to keep some of the training data apart"
+            )
+        if self.samples:
+            refuse_other_subjects(self.samples, self.conditioning)
+        return self
+
+
+def refuse_other_subjects(samples: SamplesConfig, conditioning: Conditioning) -> None:
+    """ValueError where samples are asked for in a way that the recipe cannot follow."""
+    if isinstance(conditioning, ClassConditioning):
+        bad = [label for label in samples.labels if label >= conditioning.num_classes]
+        if bad or not samples.labels:
+            last = conditioning.num_classes - 1
+            raise ValueError(f"samples.labels: {bad or 'none'} given; use classes 0 to {last}")
+    elif isinstance(conditioning, TextConditioning):
+        if not samples.prompts:
+            raise ValueError("samples.prompts: missing; the recipe reads text, give some")
+        if samples.automatic and not samples.encoder:
+            raise ValueError(
+                "samples.encoder: missing; give the text encoder of the training set, or "
+                "samples.automatic: false and --encoder to t2v samples"
+            )
+    elif not samples.count:
+        raise ValueError("samples.count: missing; the recipe has neither text nor classes")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """The recipe at `path` with `dotted.key=value` overrides; errors say all that is wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
+    content = read_mapping(path)
+    for override in overrides:
+        apply_override(content, override)
+    return parse_config(content, str(path))
+
+
+def parse_config(content: dict, origin: str) -> RunConfig:
+    """A recipe from plain data; `origin` begins each line of the error."""
+    if moved := [name for name in MOVED if name in content]:
+        raise ConfigError(
+            f"{origin}: {', '.join(moved)}: wrong at the top because they belong to a method; "
+            "write `method: {kind: hpdm, pyramid: ..., model: ..., diffusion: ..., sampling: ...}`."
+        )
+    return parse(RunConfig, content, origin)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved recipe as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def method_of(config: RunConfig) -> Method:
+    """The recipe's method."""
+    return METHODS[config.method.kind](config.method, config.conditioning)
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per step and rank; derived, never set."""
+    count, rest = divmod(config.global_batch_size, config.micro_batch_size * world_size)
+    if rest:
+        raise ConfigError(
+            f"global_batch_size: {config.global_batch_size} is wrong because {world_size} ranks of "
+            f"micro_batch_size {config.micro_batch_size} do not divide it; change one of them."
+        )
+    return count
