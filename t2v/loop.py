@@ -23,7 +23,7 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compute import make_deterministic
-from t2v.engine.engine import build_engine
+from t2v.engine.engine import Engine, build_engine
 from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
 from t2v.methods.method import Method
@@ -121,13 +121,7 @@ def begin(
 ) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     fault("setup")
-    with torch.device("meta"):
-        network = method.network()
-    frozen = config.warm_start.freeze_base_steps if config.warm_start else 0
-    groups = Groups(method.new_parameters, freeze_base_steps=frozen)
-    engine = build_engine(
-        network, config.engine, config.optimizer, world, groups=groups, seed=config.seed
-    )
+    engine = open_engine(config, method, world)
     state = TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
     checkpoints.clean()
     found = checkpoints.newest()
@@ -196,6 +190,17 @@ def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any
         "data_fingerprint": loader.fingerprint,
         "text_encoder": loader.text_encoder,
     }
+
+
+def open_engine(config: RunConfig, method: Method, world: World) -> Engine:
+    """A recipe's engine around a network of initial values."""
+    with torch.device("meta"):
+        network = method.network()
+    frozen = config.warm_start.freeze_base_steps if config.warm_start else 0
+    groups = Groups(method.new_parameters, freeze_base_steps=frozen)
+    return build_engine(
+        network, config.engine, config.optimizer, world, groups=groups, seed=config.seed
+    )
 
 
 def open_loader(config: RunConfig, world: World) -> Loader:

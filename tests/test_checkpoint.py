@@ -28,20 +28,18 @@ from t2v.checkpoint.finding import (
 )
 from t2v.checkpoint.manifest import Manifest, read_manifest, record_file
 from t2v.checkpoint.tensor_files import INDEX, file_of
-from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE
 from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
 from t2v.train.state import TrainState
 from tests.tiny import tiny_config
+from tests.training import engine_of
 
 TENSORS = file_of(0)
 
 
 def fresh_state(config: RunConfig) -> TrainState:
-    with torch.device("meta"):
-        model = method_of(config).network()
-    engine = build_engine(model, config, ALONE)
+    engine = engine_of(config, ALONE)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
 
@@ -354,6 +352,23 @@ def test_any_changed_field_of_a_manifest_is_found(state, tmp_path):
     verify_checkpoint(folder)
 
 
+def test_manifest_from_before_there_were_methods_is_refused_by_name(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    old = manifest["config"] | manifest["config"].pop("method")
+    path.write_text(json.dumps(manifest | {"format": 1, "config": old}))
+    told = f"{path}: is wrong because it was written before recipes had methods; read it with"
+    for read in (verify_checkpoint, resolve_checkpoint):
+        with pytest.raises(StorageError) as caught:
+            read(folder)
+        assert str(caught.value).startswith(told)
+    # A run does not begin anew beside it either.
+    with pytest.raises(StorageError, match="written before recipes had methods"):
+        made.newest()
+
+
 def test_manifest_naming_a_file_outside_is_refused(state, tmp_path):
     (folder,) = save(state, checkpoints(tmp_path), 1)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -406,7 +421,7 @@ def test_missing_and_extra_tensors_are_refused_by_name(state, tmp_path):
     [
         ({"seed": 4}, "seed: 3 -> 4"),
         ({"global_batch_size": 8}, "global_batch_size: 4 -> 8"),
-        ({"model": {"detach_context": True}}, "\n  model.detach_context: false -> true"),
+        ({"model": {"detach_context": True}}, "\n  method.model.detach_context: false -> true"),
         ({"optimizer": {"name": "lamb"}}, 'optimizer.name: "adamw" -> "lamb"'),
     ],
 )

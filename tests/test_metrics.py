@@ -99,7 +99,7 @@ def test_what_is_not_finite_is_null(tmp_path, value):
 
 
 def digest_of(numbers: list[int], ids: list[str]) -> str:
-    sums = StepSums(1, ALONE)
+    sums = StepSums(("flow",), ALONE)
     sums.add_samples(numbers, ids)
     sums.add_step(torch.zeros(1), data_seconds=0.0, step_seconds=1.0)
     return sums.summary(len(ids))["batch_digest"]
@@ -113,11 +113,11 @@ def test_batch_digest_tells_samples_and_their_order_but_not_who_read_them():
 
 
 def test_a_line_holds_means_since_the_last_one():
-    sums = StepSums(2, ALONE)
+    sums = StepSums(("first", "second"), ALONE)
     sums.add_step(torch.tensor([1.0, 2.0]), data_seconds=0.5, step_seconds=1.0)
     sums.add_step(torch.tensor([3.0, 6.0]), data_seconds=0.5, step_seconds=3.0)
     line = sums.summary(8)
-    assert (line["loss"], line["loss_level_0"], line["loss_level_1"]) == (6.0, 2.0, 4.0)
+    assert (line["loss"], line["loss_first"], line["loss_second"]) == (6.0, 2.0, 4.0)
     assert (line["samples_per_second"], line["data_wait_share"]) == (4.0, 0.25)
     sums.add_step(torch.tensor([1.0, 1.0]), data_seconds=0.0, step_seconds=1.0)
     assert sums.summary(8)["loss"] == 2.0

@@ -125,8 +125,9 @@ def parse_config(content: dict, origin: str) -> RunConfig:
     """A recipe from plain data; `origin` begins each line of the error."""
     if moved := [name for name in MOVED if name in content]:
         raise ConfigError(
-            f"{origin}: {', '.join(moved)}: wrong at the top because they belong to a method; "
-            "write `method: {kind: hpdm, pyramid: ..., model: ..., diffusion: ..., sampling: ...}`."
+            f"{origin}: {', '.join(moved)}: wrong at the top because a method's settings "
+            "stand in its section; write `method: {kind: hpdm, pyramid: ..., model: ..., "
+            "diffusion: ..., sampling: ...}`."
         )
     return parse(RunConfig, content, origin)
 
