@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compute import make_deterministic
+from t2v.engine.device import Pace, on_device
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
@@ -77,12 +79,15 @@ def train(
             micro_batches = world.together(lambda: read(steps, state))
             samples = [name for batch in micro_batches for name in batch.ids]
             watchdog.enter("step", state.step, samples)
-            losses = accumulate_gradients(state, wait(micro_batches), config, method, report)
+            losses = accumulate_gradients(
+                state, wait(micro_batches), config, method, report,
+                tell=partial(watchdog.enter, "step", state.step, samples),
+            )  # fmt: skip
             rates = learning_rates(
                 config.optimizer, config.warm_start, step=state.step,
                 total_steps=config.total_steps, updates=state.engine.updates,
             )  # fmt: skip
-            grad_norm = float(state.engine.gradient_norm())
+            grad_norm, *losses = torch.cat([state.engine.gradient_norm()[None], losses]).tolist()
             watchdog.enter("checkpoint", state.step)
             checkpoints.wait_for_copy()
             watchdog.enter("step", state.step, samples)
@@ -151,13 +156,16 @@ def accumulate_gradients(
     config: RunConfig,
     method: Method,
     report: Report,
+    *,
+    tell: Callable[[], None],
 ) -> Tensor:
-    """Gradients of a step's loss; returns this rank's mean loss of each part."""
+    """Gradients of a step's loss; returns this rank's mean loss of each part. `tell` is called
+    after each micro-batch, so that a long step is no hang."""
     engine = state.engine
     count = accumulation_steps(config, engine.world.world_size)
     device = engine.world.device
-    losses = torch.zeros(len(method.parts), device=device)
-    for number, batch in enumerate(micro_batches, start=1):
+    losses, pace = torch.zeros(len(method.parts), device=device), Pace(device)
+    for number, batch in enumerate(on_device(micro_batches, device), start=1):
         report.samples(batch)
         with engine.autocast():
             of_parts = method.losses(engine.model, batch, seed=config.seed, device=device) / count
@@ -165,6 +173,8 @@ def accumulate_gradients(
             of_parts = of_parts * math.nan
         engine.backward(of_parts.sum(), final=number == count)
         losses += of_parts.detach()
+        pace.wait()
+        tell()
     fault("collective", state.step + 1)
     return losses
 

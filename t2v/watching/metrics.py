@@ -4,13 +4,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
@@ -42,9 +41,11 @@ class StepSums:
         for number, name in zip(numbers, ids, strict=True):
             self.digest = wrap(self.digest + sample_digest(number, name))
 
-    def add_step(self, losses: Tensor, *, data_seconds: float, step_seconds: float) -> None:
+    def add_step(
+        self, losses: Sequence[float], *, data_seconds: float, step_seconds: float
+    ) -> None:
         """Account for a step; `losses` are this rank's mean of each part."""
-        self.losses += losses.detach().double().cpu()
+        self.losses += torch.tensor(losses, dtype=torch.float64)
         self.data_seconds += data_seconds
         self.seconds += step_seconds
         self.steps += 1

@@ -2,12 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from data_pipeline.feeding.config import DataConfig
 from data_pipeline.feeding.loader import Batch
@@ -77,7 +75,7 @@ class Report:
     def step(
         self,
         state: TrainState,
-        losses: Tensor,
+        losses: Sequence[float],
         *,
         data_seconds: float,
         step_seconds: float,
