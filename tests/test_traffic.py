@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.feeding.loader import Batch
 from t2v.engine.world import join_world
+from t2v.methods.hpdm.objective import weighted_errors
 from t2v.recipe.recipe import method_of
 from tests.distributed import run_distributed
 from tests.tiny import noise_batch, tiny_config
@@ -93,15 +94,13 @@ def tree_lists(index: object) -> tuple:
 
 
 def test_a_micro_batch_sends_nothing_to_the_device_but_itself():
-    """Reading a value back raises on `meta`; so would a random draw, which the noise is spared."""
+    """Reading a value back raises on `meta`, and so does a random draw: the noise is given."""
     config = tiny_config()
     method = method_of(config)
     network = method.network().to("meta")
     batch = noise_batch(config, [0, 1, 2, 3])
     shape = (4, 2, 3, *config.method.pyramid.patch_size)
     noise, sigma, chance = (torch.empty(s, device="meta") for s in (shape, (4, 2), (4,)))
-    from t2v.methods.hpdm.objective import weighted_errors
-
     with Transfers() as transfers:
         weighted_errors(network, batch, config.method, noise, sigma, chance).sum().backward()
     assert transfers.sent == {"to": 5}  # patches, offsets, frame rate, size, label

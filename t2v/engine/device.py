@@ -24,7 +24,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield _received(*coming)
 
 
-def _received(batch: Batch, copied: torch.cuda.Event) -> Batch:
+def _received(batch: Batch, copied: torch.Event) -> Batch:
     """A batch whose copy the current stream waits for, and whose memory it keeps."""
     current = torch.cuda.current_stream()
     current.wait_event(copied)
@@ -39,7 +39,7 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._last: torch.cuda.Event | None = None
+        self._last: torch.Event | None = None
 
     def wait(self) -> None:
         """Called after each piece was handed over: until the one before it is done."""
