@@ -1,9 +1,11 @@
 """A checkpoint is complete and right, or it is not one."""
 
+import errno
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked, StorageError
-from t2v.checkpoint import checkpoints as checkpoint
-from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint import host_copy
+from t2v.checkpoint.checkpoints import Checkpoints
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.checkpoint.finding import (
     list_checkpoints,
@@ -193,7 +196,7 @@ def test_the_table_of_steps_names_the_file_that_is_wrong(state, tmp_path, capsys
 
 
 def test_a_copy_that_the_host_cannot_hold_is_refused_before_training(state, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"its copy takes [\d.]+ GiB .* and 0\.0 are left"):
         checkpoints(tmp_path).reserve(state.slices())
 
@@ -282,6 +285,7 @@ KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
 from t2v.checkpoint import checkpoints as checkpoint
+from t2v.checkpoint import host_copy
 from tests.test_checkpoint import checkpoints, save, shuffled_state
 from tests.tiny import tiny_config
 state, made = shuffled_state(tiny_config()), checkpoints(Path(sys.argv[1]))
@@ -473,3 +477,40 @@ def test_manifest_tells_what_made_it(state, tmp_path):
     assert (manifest.step, manifest.updates, manifest.engine) == (5, 7, "single")
     assert manifest.config["seed"] == 3
     assert set(manifest.files) == {INDEX, TENSORS}
+
+
+def test_a_step_that_cannot_be_removed_costs_neither_a_save_nor_a_start(
+    state, tmp_path, monkeypatch, capsys
+):
+    """A reader's `.nfs` file, another owner: the old step is named, and everything goes on."""
+    kept = checkpoints(tmp_path, keep_last=2)
+    real = shutil.rmtree
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", f"{path}/.nfs0001")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (1, 2, 3):
+        save(state, kept, step)
+    told = [saved.problem for saved in kept.news()]
+    assert told == [None] * 3
+    assert ".nfs0001" in capsys.readouterr().out
+    again = checkpoints(tmp_path, keep_last=2)
+    again.clean()
+    assert "remove it by hand" in capsys.readouterr().out
+    (found, _) = again.newest()
+    assert found.name == "step-00000003"
+    monkeypatch.setattr(shutil, "rmtree", real)
+    again.clean()
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".staging*")] == []
+
+
+def test_old_steps_make_room_on_a_full_disk_but_two_stay(state, tmp_path, monkeypatch):
+    kept = checkpoints(tmp_path, keep_last=9)
+    for step in (1, 2, 3, 4):
+        save(state, kept, step)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    save(state, kept, 5)
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000003", "step-00000004", "step-00000005"]

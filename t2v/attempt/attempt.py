@@ -36,6 +36,7 @@ from t2v.checkpoint.manifest import fingerprint, present_versions, read_manifest
 from t2v.engine.world import World
 
 FOLLOW_SECONDS = 4.0
+LONGEST_REASON = 4000  # characters; some libraries put whole files into their errors
 RECORDS = ("status.json", "failure.md")
 # What ranks leave in an attempt's folder.
 OF_RANKS = re.compile(r"\.?alarm\.json(\.\d+)?|(failure|position)-rank-\d{5}\.(json|part)")
@@ -195,9 +196,10 @@ def exit_code_of(error: BaseException) -> int:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line or a few."""
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if len(text) <= LONGEST_REASON:
+        return text
+    return f"{text[: LONGEST_REASON - 20]} ... ({len(text):,} characters)"
 
 
 def from_a_collective(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from data_pipeline.feeding.config import (
 )
 from data_pipeline.strict import Strict
 from t2v.attempt.watchdog import WatchdogConfig
-from t2v.checkpoint.checkpoints import CheckpointConfig
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.engine.config import EngineConfig
 from t2v.engine.optimizer import OptimizerConfig
 from t2v.methods.method import Method
