@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ def heartbeat_file() -> Path:
 
 def beat(path: Path, **facts: Any) -> None:
     """Leave a sign of life; a reader sees the old one or the new."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}")
-    staging.write_text(json.dumps({"at": time.time(), "pid": os.getpid(), **facts}))
+    # Never a file that is there: among temporary ones others may have laid a link of that name.
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with staging.open("x", encoding="utf-8") as file:
+        file.write(json.dumps({"at": time.time(), "pid": os.getpid(), **facts}))
     staging.replace(path)
 
 

@@ -1,5 +1,6 @@
 """From a recipe and a profile to a submitted job; every check comes before the queue."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -112,7 +113,13 @@ def prepare_data(
 
 def write_out(launch: Launch, folder: Path) -> list[str]:
     """Write the files for an operator to read, change and submit; returns what to do with them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in launch.files.items():
+        path = folder / name
+        if os.path.lexists(path) and (path.is_dir() or path.read_bytes() != text.encode()):
+            raise ConfigError(
+                f"{path}: is there already with other content; remove it, or give --out another "
+                "folder."
+            )
     for name, text in launch.files.items():
         storage.write_atomic(folder / name, text.encode())
     written = ", ".join(str(folder / name) for name in launch.files)

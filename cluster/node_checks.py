@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -141,10 +142,10 @@ def loader_bytes(config: RunConfig, *, ranks: int) -> int:
 def check_run_folder(run_dir: Path) -> Check:
     """The run folder can be written durably, and its disk's clock is this node's."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    probe = run_dir / f".preflight-{node_name()}-{os.getpid()}"
+    probe = run_dir / f".preflight-{node_name()}-{uuid.uuid4().hex}"
     started = time.perf_counter()
     try:
-        with probe.open("wb") as file:
+        with probe.open("xb") as file:
             file.write(os.urandom(1 << 20))
             file.flush()
             os.fsync(file.fileno())

@@ -4,14 +4,15 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import NumericError
+from data_pipeline.errors import ConfigError, NumericError
 from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.loader import Batch, Loader
 from data_pipeline.feeding.sample import SampleReader
@@ -23,7 +24,8 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compute import make_deterministic
-from t2v.engine.engine import build_engine
+from t2v.engine.device import Pace, on_device
+from t2v.engine.engine import Engine, build_engine
 from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
 from t2v.methods.method import Method
@@ -77,12 +79,15 @@ def train(
             micro_batches = world.together(lambda: read(steps, state))
             samples = [name for batch in micro_batches for name in batch.ids]
             watchdog.enter("step", state.step, samples)
-            losses = accumulate_gradients(state, wait(micro_batches), config, method, report)
+            losses = accumulate_gradients(
+                state, wait(micro_batches), config, method, report,
+                tell=partial(watchdog.enter, "step", state.step, samples),
+            )  # fmt: skip
             rates = learning_rates(
                 config.optimizer, config.warm_start, step=state.step,
                 total_steps=config.total_steps, updates=state.engine.updates,
             )  # fmt: skip
-            grad_norm = float(state.engine.gradient_norm())
+            grad_norm, *losses = torch.cat([state.engine.gradient_norm()[None], losses]).tolist()
             watchdog.enter("checkpoint", state.step)
             checkpoints.wait_for_copy()
             watchdog.enter("step", state.step, samples)
@@ -121,13 +126,7 @@ def begin(
 ) -> TrainState:
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     fault("setup")
-    with torch.device("meta"):
-        network = method.network()
-    frozen = config.warm_start.freeze_base_steps if config.warm_start else 0
-    groups = Groups(method.new_parameters, freeze_base_steps=frozen)
-    engine = build_engine(
-        network, config.engine, config.optimizer, world, groups=groups, seed=config.seed
-    )
+    engine = open_engine(config, method, world)
     state = TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
     checkpoints.clean()
     found = checkpoints.newest()
@@ -136,6 +135,7 @@ def begin(
         told = config.checkpoint.accept_data_change
         refuse_other_run(folder, manifest, facts(state, config, loader), told=told)
         state.restore(folder, manifest)
+        refuse_past_end(folder, state, config)
         if world.is_first:
             print(f"resumed from {folder}", flush=True)
     elif config.warm_start is not None:
@@ -143,6 +143,15 @@ def begin(
         state.ema.restart()
     checkpoints.reserve(state.slices())
     return state
+
+
+def refuse_past_end(folder: Path, state: TrainState, config: RunConfig) -> None:
+    """ConfigError where a run has gone further than it now is to go."""
+    if state.step > config.total_steps:
+        raise ConfigError(
+            f"total_steps: {config.total_steps} is wrong because {folder} is of step "
+            f"{state.step}; raise it, or begin a new run folder."
+        )
 
 
 def read(steps: Iterator[list[Batch]], state: TrainState) -> list[Batch]:
@@ -157,13 +166,16 @@ def accumulate_gradients(
     config: RunConfig,
     method: Method,
     report: Report,
+    *,
+    tell: Callable[[], None],
 ) -> Tensor:
-    """Gradients of a step's loss; returns this rank's mean loss of each part."""
+    """Gradients of a step's loss; returns this rank's mean loss of each part. `tell` is called
+    after each micro-batch, so that a long step is no hang."""
     engine = state.engine
     count = accumulation_steps(config, engine.world.world_size)
     device = engine.world.device
-    losses = torch.zeros(len(method.parts), device=device)
-    for number, batch in enumerate(micro_batches, start=1):
+    losses, pace = torch.zeros(len(method.parts), device=device), Pace(device)
+    for number, batch in enumerate(on_device(micro_batches, device), start=1):
         report.samples(batch)
         with engine.autocast():
             of_parts = method.losses(engine.model, batch, seed=config.seed, device=device) / count
@@ -171,6 +183,8 @@ def accumulate_gradients(
             of_parts = of_parts * math.nan
         engine.backward(of_parts.sum(), final=number == count)
         losses += of_parts.detach()
+        pace.wait()
+        tell()
     fault("collective", state.step + 1)
     return losses
 
@@ -196,6 +210,17 @@ def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any
         "data_fingerprint": loader.fingerprint,
         "text_encoder": loader.text_encoder,
     }
+
+
+def open_engine(config: RunConfig, method: Method, world: World) -> Engine:
+    """A recipe's engine around a network of initial values."""
+    with torch.device("meta"):
+        network = method.network()
+    frozen = config.warm_start.freeze_base_steps if config.warm_start else 0
+    groups = Groups(method.new_parameters, freeze_base_steps=frozen)
+    return build_engine(
+        network, config.engine, config.optimizer, world, groups=groups, seed=config.seed
+    )
 
 
 def open_loader(config: RunConfig, world: World) -> Loader:

@@ -18,6 +18,7 @@ from data_pipeline.making.build import build
 from data_pipeline.making.toy import Toy, all_toys, write_toy
 from data_pipeline.making.toy_score import read_toy
 from data_pipeline.media.video import decode_clip
+from data_pipeline.store import storage
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.recipe.recipe import RunConfig, load_config
@@ -31,7 +32,7 @@ BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
 def run_quickstart(workdir: Path) -> int:
     """Run every part in `workdir`; prints what was measured and where everything is."""
     console, started = Console(), time.monotonic()
-    if workdir.exists() and any(workdir.iterdir()):
+    if not storage.is_empty(str(workdir)):
         raise ConfigError(f"{workdir}: is not empty; remove it or give --workdir another folder.")
     if not (CONFIGS / "quickstart_base.yaml").is_file():
         raise InputMissing(f"{CONFIGS}: no recipes here; run from a clone of the repository.")

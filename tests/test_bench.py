@@ -6,7 +6,7 @@ import time
 import pytest
 import yaml
 from test_loader import NONE, PYRAMID, TEXT, config
-from tiny import RECIPE
+from tiny import tiny_content
 
 from data_pipeline import stages
 from data_pipeline.errors import ConfigError
@@ -41,11 +41,10 @@ def test_no_samples_are_refused(datasets):
 
 
 def test_the_command_says_how_many_gpus_are_fed(datasets, tmp_path, capsys):
-    content = RECIPE | {
-        "data": {"sources": [{"path": str(datasets / "videos")}], "num_workers": 0},
-        "pyramid": {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]},
-        "conditioning": {"kind": "none"},
-    }
+    content = tiny_content(
+        data={"sources": [{"path": str(datasets / "videos")}]},
+        pyramid={"patch_size": [4, 12, 16], "clip_size": [8, 24, 32]},
+    ) | {"conditioning": {"kind": "none"}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content))
     assert main(["data", "bench", str(recipe), "--samples", "8", "--json"]) == 0

@@ -1,9 +1,11 @@
 """A checkpoint is complete and right, or it is not one."""
 
+import errno
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked, StorageError
-from t2v.checkpoint import checkpoints as checkpoint
-from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint import host_copy
+from t2v.checkpoint.checkpoints import Checkpoints
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.checkpoint.finding import (
     list_checkpoints,
@@ -28,20 +31,18 @@ from t2v.checkpoint.finding import (
 )
 from t2v.checkpoint.manifest import Manifest, read_manifest, record_file
 from t2v.checkpoint.tensor_files import INDEX, file_of
-from t2v.engine.engine import build_engine
 from t2v.engine.world import ALONE
 from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
 from t2v.train.state import TrainState
 from tests.tiny import tiny_config
+from tests.training import engine_of
 
 TENSORS = file_of(0)
 
 
 def fresh_state(config: RunConfig) -> TrainState:
-    with torch.device("meta"):
-        model = method_of(config).network()
-    engine = build_engine(model, config, ALONE)
+    engine = engine_of(config, ALONE)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
 
@@ -195,7 +196,7 @@ def test_the_table_of_steps_names_the_file_that_is_wrong(state, tmp_path, capsys
 
 
 def test_a_copy_that_the_host_cannot_hold_is_refused_before_training(state, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 1000)
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"its copy takes [\d.]+ GiB .* and 0\.0 are left"):
         checkpoints(tmp_path).reserve(state.slices())
 
@@ -284,6 +285,7 @@ KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
 from t2v.checkpoint import checkpoints as checkpoint
+from t2v.checkpoint import host_copy
 from tests.test_checkpoint import checkpoints, save, shuffled_state
 from tests.tiny import tiny_config
 state, made = shuffled_state(tiny_config()), checkpoints(Path(sys.argv[1]))
@@ -354,6 +356,23 @@ def test_any_changed_field_of_a_manifest_is_found(state, tmp_path):
     verify_checkpoint(folder)
 
 
+def test_manifest_from_before_there_were_methods_is_refused_by_name(state, tmp_path):
+    made = checkpoints(tmp_path)
+    (folder,) = save(state, made, 1)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    old = manifest["config"] | manifest["config"].pop("method")
+    path.write_text(json.dumps(manifest | {"format": 1, "config": old}))
+    told = f"{path}: is wrong because it was written before recipes had methods; read it with"
+    for read in (verify_checkpoint, resolve_checkpoint):
+        with pytest.raises(StorageError) as caught:
+            read(folder)
+        assert str(caught.value).startswith(told)
+    # A run does not begin anew beside it either.
+    with pytest.raises(StorageError, match="written before recipes had methods"):
+        made.newest()
+
+
 def test_manifest_naming_a_file_outside_is_refused(state, tmp_path):
     (folder,) = save(state, checkpoints(tmp_path), 1)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -406,7 +425,7 @@ def test_missing_and_extra_tensors_are_refused_by_name(state, tmp_path):
     [
         ({"seed": 4}, "seed: 3 -> 4"),
         ({"global_batch_size": 8}, "global_batch_size: 4 -> 8"),
-        ({"model": {"detach_context": True}}, "\n  model.detach_context: false -> true"),
+        ({"model": {"detach_context": True}}, "\n  method.model.detach_context: false -> true"),
         ({"optimizer": {"name": "lamb"}}, 'optimizer.name: "adamw" -> "lamb"'),
     ],
 )
@@ -458,3 +477,40 @@ def test_manifest_tells_what_made_it(state, tmp_path):
     assert (manifest.step, manifest.updates, manifest.engine) == (5, 7, "single")
     assert manifest.config["seed"] == 3
     assert set(manifest.files) == {INDEX, TENSORS}
+
+
+def test_a_step_that_cannot_be_removed_costs_neither_a_save_nor_a_start(
+    state, tmp_path, monkeypatch, capsys
+):
+    """A reader's `.nfs` file, another owner: the old step is named, and everything goes on."""
+    kept = checkpoints(tmp_path, keep_last=2)
+    real = shutil.rmtree
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", f"{path}/.nfs0001")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (1, 2, 3):
+        save(state, kept, step)
+    told = [saved.problem for saved in kept.news()]
+    assert told == [None] * 3
+    assert ".nfs0001" in capsys.readouterr().out
+    again = checkpoints(tmp_path, keep_last=2)
+    again.clean()
+    assert "remove it by hand" in capsys.readouterr().out
+    (found, _) = again.newest()
+    assert found.name == "step-00000003"
+    monkeypatch.setattr(shutil, "rmtree", real)
+    again.clean()
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".staging*")] == []
+
+
+def test_old_steps_make_room_on_a_full_disk_but_two_stay(state, tmp_path, monkeypatch):
+    kept = checkpoints(tmp_path, keep_last=9)
+    for step in (1, 2, 3, 4):
+        save(state, kept, step)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    save(state, kept, 5)
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000003", "step-00000004", "step-00000005"]

@@ -59,15 +59,15 @@ def test_an_unknown_key_names_the_one_that_was_meant(recipe, capsys):
 
 
 def test_a_patch_that_tokens_do_not_divide_is_refused(recipe, capsys):
-    code, error = refusal(capsys, "plan", recipe(model__token_size=[1, 4, 4]))
+    code, error = refusal(capsys, "plan", recipe(method__model__token_size=[1, 4, 4]))
     assert code == 78
-    assert "pyramid.patch_size: 6 (height) is wrong because it is no multiple of" in error
+    assert "method.pyramid.patch_size: 6 (height) is wrong because it is no multiple of" in error
 
 
 def test_a_clip_that_the_pyramid_does_not_reach_is_refused(recipe, capsys):
-    code, error = refusal(capsys, "train", recipe(pyramid__clip_size=[4, 13, 16]))
+    code, error = refusal(capsys, "train", recipe(method__pyramid__clip_size=[4, 13, 16]))
     assert code == 78
-    assert "pyramid.clip_size: 13 (height)" in error
+    assert "method.pyramid.clip_size: 13 (height)" in error
 
 
 def test_a_recipe_that_is_not_there_is_missing_input(capsys):
@@ -165,7 +165,8 @@ def run(datasets, tmp_path_factory) -> Path:
     """A run of two steps on the shared toy videos, with its encoder beside them."""
     folder = tmp_path_factory.mktemp("run")
     content = json.loads(json.dumps(RECIPE)) | {"total_steps": 2, "run_dir": str(folder / "run")}
-    content["pyramid"] = {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]}
+    pyramid = {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]}
+    content["method"]["pyramid"] = pyramid
     content["conditioning"] = {"kind": "text", "encoder": "tiny", "width": 8, "max_tokens": 8}
     content["data"]["sources"] = [{"path": str(datasets / "videos")}]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
@@ -206,9 +207,17 @@ def test_sampling_refuses_an_encoder_that_did_not_embed_the_training_set(run, tm
         (["--prompt", ""], 78, "prompt 1: 0 characters is wrong"),
         (["--prompt", "a" * 10_000], 78, "prompt 1: 10000 characters is wrong"),
         ([], 78, "--prompt: missing"),
-        (["--prompt", "a cat", "--set", "overlap=xyz"], 78, "sampling.overlap: value 'xyz'"),
-        (["--prompt", "a cat", "--set", "nonsense=1"], 78, "sampling.nonsense: unknown field"),
-        (["--prompt", "a cat", "--set", "steps=[1]"], 78, "sampling.steps: [1] has 1 entries"),
+        (["--prompt", "a cat", "--set", "overlap=xyz"], 78, "method.sampling.overlap: value 'xyz'"),
+        (
+            ["--prompt", "a cat", "--set", "nonsense=1"],
+            78,
+            "method.sampling.nonsense: unknown field",
+        ),
+        (
+            ["--prompt", "a cat", "--set", "steps=[1]"],
+            78,
+            "method.sampling.steps: [1] has 1 entries",
+        ),
     ],
 )
 def test_sampling_settings_and_prompts_are_checked(
@@ -222,7 +231,11 @@ def test_sampling_settings_and_prompts_are_checked(
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_training(run, tmp_path, capsys):
-    changes = ["model.token_dim=24", f"run_dir={tmp_path / 'new'}", f"warm_start.checkpoint={run}"]
+    changes = [
+        "method.model.token_dim=24",
+        f"run_dir={tmp_path / 'new'}",
+        f"warm_start.checkpoint={run}",
+    ]
     code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
     assert code == 78
     assert "does not fit the model because" in error
@@ -274,18 +287,18 @@ def test_an_incomplete_encoder_is_refused(datasets, tmp_path, damage, words, cap
 
 
 def test_a_run_goes_on_with_its_own_diffusion_only(run, capsys):
-    changes = ["diffusion.input_scale=7.0", "total_steps=4"]
+    changes = ["method.diffusion.input_scale=7.0", "total_steps=4"]
     code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
     assert code == 78
-    assert "diffusion.input_scale: 1.0 -> 7.0" in error
+    assert "method.diffusion.input_scale: 1.0 -> 7.0" in error
 
 
 def test_a_base_of_another_input_scale_is_refused(run, tmp_path, capsys):
     changes = [f"run_dir={tmp_path / 'new'}", f"warm_start.checkpoint={run}"]
-    changes.append("diffusion.input_scale=7.0")
+    changes.append("method.diffusion.input_scale=7.0")
     code, error = refusal(capsys, "train", str(run.parent / "recipe.yaml"), *changes)
     assert code == 78
-    assert "diffusion.input_scale: 7.0 is wrong because the base" in error
+    assert "method.diffusion.input_scale: 7.0 is wrong because the base" in error
 
 
 def test_a_run_beyond_its_last_step_is_done(run):

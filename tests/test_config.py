@@ -52,7 +52,20 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
     ("override", "expected"),
     [
         ("total_step=3", "total_step: unknown field; did you mean 'total_steps'?"),
-        ("model.token_dims=8", "model.token_dims: unknown field; did you mean 'token_dim'?"),
+        (
+            "method.model.token_dims=8",
+            "method.model.token_dims: unknown field; did you mean 'token_dim'?",
+        ),
+        ("method.samplings={}", "method.samplings: unknown field; did you mean 'sampling'?"),
+        (
+            "method.hpdm={}",
+            "method.hpdm: unknown field; known here: kind, sampling, pyramid, model, diffusion.",
+        ),
+        (
+            "method.kind=hpmd",
+            "method.kind: value 'hpmd' is wrong because it is none of 'hpdm'; correct it.",
+        ),
+        ("method={}", "method.kind: missing; every recipe is complete, add it."),
         (
             "data.sources.0.pth=a",
             "data.sources.0.pth: unknown field; did you mean 'path'?",
@@ -81,9 +94,9 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "number; correct it.",
         ),
         (
-            "diffusion.sigma_mean=.nan",
-            "diffusion.sigma_mean: value nan is wrong because input should be a finite number; "
-            "correct it.",
+            "method.diffusion.sigma_mean=.nan",
+            "method.diffusion.sigma_mean: value nan is wrong because input should be a finite "
+            "number; correct it.",
         ),
         (
             "total_steps=true",
@@ -101,27 +114,27 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ),
         ("conditioning={}", "conditioning.kind: missing; every recipe is complete, add it."),
         (
-            "pyramid={levels: 2, patch_size: [2, 6, 8]}",
-            "pyramid.clip_size: missing; every recipe is complete, add it.",
+            "method.pyramid={levels: 2, patch_size: [2, 6, 8]}",
+            "method.pyramid.clip_size: missing; every recipe is complete, add it.",
         ),
         (
-            "pyramid.clip_size=[4, 12, 17]",
-            "pyramid.clip_size: 17 (width) is wrong because it does not come from patch_size 8 by "
-            "the same whole factor at each of 2 levels; use 8 or 16.",
+            "method.pyramid.clip_size=[4, 12, 17]",
+            "method.pyramid.clip_size: 17 (width) is wrong because it does not come from "
+            "patch_size 8 by the same whole factor at each of 2 levels; use 8 or 16.",
         ),
         (
-            "model.token_size=[1, 3, 5]",
-            "pyramid.patch_size: 8 (width) is wrong because it is no multiple of model.token_size "
-            "5; use 5 or 10.",
+            "method.model.token_size=[1, 3, 5]",
+            "method.pyramid.patch_size: 8 (width) is wrong because it is no multiple of "
+            "model.token_size 5; use 5 or 10.",
         ),
         (
-            "model.levels_per_block=[2, 1]",
-            "model.levels_per_block: [2, 1] is wrong because it does not rise from at least 1 to "
-            "pyramid.levels = 2; let its last entry cover every level.",
+            "method.model.levels_per_block=[2, 1]",
+            "method.model.levels_per_block: [2, 1] is wrong because it does not rise from at "
+            "least 1 to pyramid.levels = 2; let its last entry cover every level.",
         ),
         (
-            "sampling.steps=[4]",
-            "sampling.steps: [4] has 1 entries for 2 levels; give one per level.",
+            "method.sampling.steps=[4]",
+            "method.sampling.steps: [4] has 1 entries for 2 levels; give one per level.",
         ),
         (
             "micro_batch_size=3",
@@ -134,9 +147,9 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "global_batch_size 4; choose weights whose parts do.",
         ),
         (
-            "model.latent_head_dim=5",
-            "model.latent_head_dim: 5 is wrong because it does not divide latent_dim 16; choose a "
-            "divisor.",
+            "method.model.latent_head_dim=5",
+            "method.model.latent_head_dim: 5 is wrong because it does not divide latent_dim 16; "
+            "choose a divisor.",
         ),
         (
             "engine.dp_replicate=2",
@@ -195,8 +208,8 @@ def test_a_tile_that_would_cut_tokens_is_refused():
     with pytest.raises(ConfigError) as caught:
         tiny_config(model={"token_size": [2, 3, 4]}, sampling={"overlap": "fhw"})
     assert str(caught.value) == (
-        "tiny: sampling.overlap: 'f' is wrong because half of pyramid.patch_size 2 (frames) is "
-        "not whole tokens of 2; leave 'f' out."
+        "tiny: method.sampling.overlap: 'f' is wrong because half of pyramid.patch_size 2 "
+        "(frames) is not whole tokens of 2; leave 'f' out."
     )
 
 
@@ -223,11 +236,29 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     ]
 
 
-def test_a_missing_field_is_named():
-    content = {key: value for key, value in RECIPE.items() if key != "seed"}
+@pytest.mark.parametrize("name", ["seed", "method"])
+def test_a_missing_field_is_named(name):
+    content = {key: value for key, value in RECIPE.items() if key != name}
     with pytest.raises(ConfigError) as caught:
         parse_config(content, "recipe.yaml")
-    assert str(caught.value) == "recipe.yaml: seed: missing; every recipe is complete, add it."
+    assert str(caught.value) == f"recipe.yaml: {name}: missing; every recipe is complete, add it."
+
+
+def test_a_recipe_from_before_there_were_methods_is_told_the_new_form(tmp_path):
+    method = RECIPE["method"]
+    old = {key: value for key, value in RECIPE.items() if key != "method"}
+    old |= {key: value for key, value in method.items() if key != "kind"}
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(old))
+    form = (
+        "wrong at the top because a method's settings stand in its section; write `method: {kind: "
+        "hpdm, pyramid: ..., model: ..., diffusion: ..., sampling: ...}`."
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: pyramid, model, diffusion, sampling: {form}"
+    # So is one old override of a new recipe.
+    assert message(tmp_path, ["model.token_dim=8"]) == f"model: {form}"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +298,7 @@ def test_overrides_reach_into_sections_lists_and_absent_sections(tmp_path):
             "total_steps=7",
             "optimizer.learning_rate=1.0e-4",
             "data.sources.0.path=s3://bucket/set=1",
-            "sampling.steps=[3, 1]",
+            "method.sampling.steps=[3, 1]",
             "warm_start.checkpoint=runs/base",
         ],
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint.checkpoints import Checkpoints
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.engine.engine import Engine
 from t2v.engine.world import ALONE, World, join_world
 from t2v.recipe.recipe import RunConfig

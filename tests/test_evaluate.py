@@ -32,7 +32,7 @@ from tests.scenes import (
 from tests.stand_ins import (
     write_clip_model,
 )
-from tests.tiny import RECIPE, tiny_config
+from tests.tiny import tiny_config, tiny_content
 
 __all__ = ["home"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -158,7 +158,7 @@ def test_real_and_generated_clips_come_to_a_view_alike():
     pyramid = tiny_config(
         pyramid={"levels": 3, "clip_size": [8, 24, 32]}, model={"levels_per_block": [1, 2, 3]},
         sampling={"steps": [1, 1, 1]},
-    ).pyramid  # fmt: skip
+    ).method.pyramid  # fmt: skip
     for level in range(3):
         view = View(name="v", level=level, size=pyramid.size(level), frames=1, metrics=["seam"])
         assert np.array_equal(bring_to(clip, view, "clip"), level_clip(clip, pyramid, level))
@@ -226,9 +226,12 @@ def test_text_score_is_clips_own_cosine(home, tmp_path):
 @pytest.fixture(scope="module")
 def run(home) -> Path:
     """A run of one step of a recipe with classes and two levels."""
-    content = json.loads(json.dumps(RECIPE)) | {"total_steps": 1, "run_dir": str(home / "run")}
-    content["data"]["sources"] = [{"path": str(home / "real")}]
-    content["sampling"] = {"steps": [1, 1], "overlap": "w", "weights": "raw", "fps": 8.0}
+    content = tiny_content(
+        total_steps=1,
+        run_dir=str(home / "run"),
+        data={"sources": [{"path": str(home / "real")}]},
+        sampling={"steps": [1, 1], "overlap": "w", "weights": "raw", "fps": 8.0},
+    )
     (home / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", str(home / "recipe.yaml")]) == 0
     return home / "run"

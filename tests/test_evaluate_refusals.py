@@ -28,7 +28,7 @@ __all__ = ["home"]
         ({"i3d": None}, "i3d: missing, but view 'whole' asks for fvd"),
         ({"views": [{"name": "a", "size": [4, 8, 8], "frames": 3, "stride": 2, "metrics": ["seam"]
                      }]},
-         "views.0: frames: 3 with stride 2 is wrong because clips have 4 frames"),
+         "views.0.frames: 3 with stride 2 is wrong because clips have 4 frames"),
         ({"generated": {"clips": 1}}, "generated.clips: value 1 is wrong"),
         ({"c3d": {"path": "c3d.pt", "splits": 40}}, "c3d.splits: 40 is wrong because 48"),
     ],
@@ -102,6 +102,11 @@ def test_what_is_not_there_is_one_line(home, tmp_path, capsys):
     [
         ("{", 65, "samples.json: is damaged because"),
         ("[1, 2]", 65, "samples.json: is damaged because it is no list of samples"),
+        ('[{"file": "a.mp4", "levels": [3]}]', 65, "no list of samples ('0.levels')"),
+        ('[{"file": "a.mp4", "levels": {"0": 5}}]', 65, "no list of samples ('0.levels.0')"),
+        ('[{"file": "a.mp4", "outputs": 5}]', 65, "no list of samples ('0.outputs')"),
+        ('[{"file": "a.mp4", "outputs": [{"borders": []}]}]', 65, "samples ('0.outputs.0.size')"),
+        ('[{"file": "a.mp4", "settings": {"fps": "8"}}]', 65, "samples ('0.settings.fps')"),
         ('[{"file": "../real/dataset.json"}]', 65, "is wrong because it leaves the folder"),
         ("[]", 66, "holds no samples.json and no mp4"),
         (None, 66, "0003.mp4: missing although samples.json names it"),

@@ -109,7 +109,7 @@ def test_leftovers_of_dead_attempts_are_removed_and_good_steps_kept(dataset, tmp
     config = config_of(dataset, tmp_path / "run", total_steps=8)
     assert train(config, stop_at_step=4) == 75
     checkpoints = tmp_path / "run" / "checkpoints"
-    for name in (".staging-step-00000006-dead", ".staging-step-00000001-retired"):
+    for name in (f".staging-step-00000006-{'0' * 32}", f".staging-step-00000001-{'f' * 32}"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "rank-00000.safetensors").write_bytes(b"half")
     (checkpoints / "step-00000005").mkdir()  # never finished: no manifest

@@ -22,11 +22,11 @@ from t2v.engine.world import join_world
 from t2v.methods.hpdm.memory import LevelRoom, canvas_bytes, plan_memory, row_bytes, volume_bytes
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.store import Store
-from t2v.methods.method import Team
-from t2v.sampling.generate import Means, rooms_for
+from t2v.methods.method import Room, Team
+from t2v.recipe.recipe import method_of
 from t2v.sampling.subjects import Conditions, Request, read_prompts, subjects_of
 from tests.distributed import next_world, run_distributed
-from tests.tiny import RECIPE, THREE_LEVELS, class_condition, stirred_model, tiny_config
+from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config, tiny_content
 
 SAMPLING = {"steps": [2, 2, 1], "guidance_scale": 2.0, "overlap": ["", "h", ""], "tile_batch": 24}
 
@@ -67,12 +67,13 @@ def sampled_together(run: str, out: str) -> tuple[int, list[np.ndarray]]:
 def run(datasets, tmp_path_factory) -> Path:
     """A run of one step of an unconditional recipe with three levels."""
     folder = tmp_path_factory.mktemp("run")
-    content = json.loads(json.dumps(RECIPE)) | {"total_steps": 1, "run_dir": str(folder / "run")}
-    content |= {"conditioning": {"kind": "none"}, "pyramid": {"patch_size": [2, 6, 8]}}
-    for section, change in THREE_LEVELS.items():
-        content[section] = {**content[section], **change}
-    content["sampling"] = {"steps": [2, 1, 1], "overlap": "w", "tile_batch": 8, "weights": "raw"}
-    content["data"]["sources"] = [{"path": str(datasets / "videos")}]
+    sampling = {"steps": [2, 1, 1], "overlap": "w", "tile_batch": 8, "weights": "raw"}
+    content = tiny_content(
+        **THREE_LEVELS | {"sampling": sampling},
+        total_steps=1,
+        run_dir=str(folder / "run"),
+        data={"sources": [{"path": str(datasets / "videos")}]},
+    ) | {"conditioning": {"kind": "none"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", str(folder / "recipe.yaml")]) == 0
     return folder / "run"
@@ -130,7 +131,7 @@ def test_clips_that_are_there_are_not_made_again(run, tmp_path):
 
 def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
     assert command(str(run), str(tmp_path / "free"), 1, []) == 0
-    few = ["--memory-gib=8", f"--scratch={tmp_path}", "--set=tile_batch=3"]
+    few = ["--memory-gib=8", f"--scratch={tmp_path}", "--set=method.sampling.tile_batch=3"]
     assert command(str(run), str(tmp_path / "few"), 1, few) == 0
     (free,), (bound,) = clips_of(tmp_path / "free"), clips_of(tmp_path / "few")
     assert abs(free.astype(int) - bound).max() <= 3
@@ -148,18 +149,21 @@ def test_a_memory_budget_does_not_change_a_clip(run, tmp_path):
         (["--set==1"], "--set =1: is no setting; write KEY=VALUE."),
         (["--prompt=a dog"], "--prompt: is wrong because the checkpoint reads no text"),
         (["--encoder=t5"], "--encoder: is wrong because the checkpoint reads no text"),
-        (["--set=guidance_scale=.inf"], "sampling.guidance_scale: value inf is wrong"),
-        (["--set=overlap=5"], "sampling.overlap: value 5 is wrong"),
-        (["--set=fps=1000000"], "sampling.fps: value 1000000 is wrong"),
+        (["--set=guidance_scale=.inf"], "method.sampling.guidance_scale: value inf is wrong"),
+        (["--set=overlap=5"], "method.sampling.overlap: value 5 is wrong"),
+        (["--set=fps=1000000"], "method.sampling.fps: value 1000000 is wrong"),
         (["--set=fps=0.0001"], "fps: 0.0001 is wrong because mp4 holds no rate below 0.001"),
         (["--label=1"], "--label: [1] is wrong because the checkpoint has no classes"),
         (["--count=0"], "--count: 0 is wrong"),
         (["--negative-prompt=fog"], "--negative-prompt: is wrong because the checkpoint reads no"),
         (["--seed=-1"], "--seed: -1 is wrong"),
-        (["--set=overlap=whf"], "sampling.overlap: value 'whf' is wrong because it is none of f,"),
-        (["--set=overlap=[h,w]"], "sampling.overlap: ['h', 'w'] has 2 entries for 3 levels"),
-        (["--set=guidance_scale=[1]"], "sampling.guidance_scale: [1.0] has 1 entries"),
-        (["--set=shifted=w"], "--set: sampling.shifted: 'w' is wrong because tiles already"),
+        (
+            ["--set=overlap=whf"],
+            "method.sampling.overlap: value 'whf' is wrong because it is none of f,",
+        ),
+        (["--set=overlap=[h,w]"], "method.sampling.overlap: ['h', 'w'] has 2 entries for 3 levels"),
+        (["--set=guidance_scale=[1]"], "method.sampling.guidance_scale: [1.0] has 1 entries"),
+        (["--set=shifted=w"], "--set: method.sampling.shifted: 'w' is wrong because tiles already"),
     ],
 )
 def test_a_request_that_cannot_be_is_one_line(run, tmp_path, capsys, more, words):
@@ -302,12 +306,14 @@ def test_the_plan_stays_within_the_budget_and_uses_what_there_is(overlap):
 
 def test_more_clips_go_together_only_where_nothing_suffers():
     config = three_levels()
-    model, means = stirred_model(config), Means(clips_at_once=4)
+    model, method = stirred_model(config), method_of(config)
     one = max(taken(model, config, plan_memory(
         model, config.method.sampling, clips=1, device_bytes=1 << 40), 1))  # fmt: skip
-    assert rooms_for(model, config, 9, Team(), means, (1 << 40, 0))[0] == 4
-    assert rooms_for(model, config, 2, Team(), means, (1 << 40, 0))[0] == 2
-    assert rooms_for(model, config, 9, Team(), means, (int(1.1 * one), 0))[0] == 1
+    for most in (4, 2):
+        assert method.clips_at_once(model, most, Room(1 << 40), Team()) == most
+    assert method.clips_at_once(model, 4, Room(int(1.1 * one)), Team()) == 1
+    with pytest.raises(ConfigError, match="--memory-gib: leaves"):
+        method.clips_at_once(model, 4, Room(1), Team())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,8 +13,9 @@ from data_pipeline.feeding.loader import Loader, global_order, open_sources
 from data_pipeline.feeding.order import held_out_rows
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.loop import train
-from t2v.recipe.recipe import RunConfig, parse_config
-from t2v.train.held_out import fixed_noise, noise_bins, passes, sigma_at
+from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at
+from t2v.recipe.recipe import RunConfig, method_of, parse_config
+from t2v.train.held_out import passes
 from tests.distributed import next_world, run_distributed
 from tests.test_loop import (
     STEPS,
@@ -25,7 +26,7 @@ from tests.test_loop import (
     leave_no_handlers,
     tensors_at,
 )
-from tests.tiny import RECIPE, tiny_config
+from tests.tiny import tiny_config, tiny_content
 
 __all__ = ["dataset", "leave_no_handlers"]
 
@@ -96,25 +97,25 @@ def test_a_split_is_part_of_the_fingerprint_and_none_leaves_it_as_it_was(dataset
 
 
 def test_over_all_turns_each_level_visits_every_bin_once():
-    config = tiny_config()
+    drawn = {"levels": 2, "seed": 3}
     for number in range(5):
-        table = [noise_bins(config, [number], [turn], 8)[0] for turn in range(8)]
+        table = [noise_bins([number], [turn], bins=8, **drawn)[0] for turn in range(8)]
         for of_level in zip(*table, strict=True):
             assert sorted(of_level) == list(range(8))
-    meetings = {tuple(noise_bins(config, [n], [0], 4)[0]) for n in range(200)}
+    meetings = {tuple(noise_bins([n], [0], bins=4, **drawn)[0]) for n in range(200)}
     assert len(meetings) == 16  # every pair of bins of two levels
 
 
 def test_noise_falls_into_its_bin_and_is_a_function_of_sample_and_turn():
-    config = tiny_config()
-    edges = sigma_at(torch.linspace(0, 1, 9), config.method.diffusion)
+    config = tiny_config().method
+    edges = sigma_at(torch.linspace(0, 1, 9), config.diffusion)
     numbers, turns = [3] * 8, list(range(8))
-    places = noise_bins(config, numbers, turns, 8)
-    noise, sigma, _ = fixed_noise(config, numbers, turns, places, 8)
+    places = noise_bins(numbers, turns, bins=8, levels=2, seed=3)
+    noise, sigma, _ = fixed_noise(config, numbers, turns, places, bins=8, seed=3)
     for row, of_levels in enumerate(places):
         for level, place in enumerate(of_levels):
             assert edges[place] <= sigma[row, level] <= edges[place + 1]
-    again = fixed_noise(config, [9, 3], [0, 5], [[0, 0], places[5]], 8)
+    again = fixed_noise(config, [9, 3], [0, 5], [[0, 0], places[5]], bins=8, seed=3)
     assert torch.equal(again[0][1], noise[5])
     assert torch.equal(again[1][1], sigma[5])
 
@@ -124,7 +125,7 @@ def test_bins_are_equal_shares_of_the_training_noise():
     drawn = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     diffusion = config.method.diffusion
     logs = diffusion.sigma_mean + diffusion.sigma_std * drawn
-    edges = sigma_at(torch.linspace(0, 1, 9), diffusion)[1:-1]
+    edges = torch.tensor(method_of(config).bin_edges(8))
     counts = torch.bincount(torch.bucketize(logs.exp(), edges), minlength=8)
     # 12,500 expected; five standard deviations of a binomial count
     assert (counts - 12_500).abs().max() < 5 * (100_000 / 8 * 7 / 8) ** 0.5
@@ -166,6 +167,8 @@ def test_measuring_changes_nothing_of_the_run(dataset, tmp_path):
         assert line["held_out_loss"] == sum(levels)
         for level, value in enumerate(levels):
             assert value == pytest.approx(np.mean(line[f"held_out_level_{level}_bins"]))
+        assert line["held_out_bin_axis"] == "sigma"
+        assert line["held_out_bin_edges"] == method_of(with_it).bin_edges(2)
     # The last checkpoint, measured again, says the same.
     again = with_it.model_copy(update={"total_steps": STEPS + 1})
     assert train(again) == 0
@@ -221,18 +224,13 @@ def test_averages_are_what_is_measured_unless_raw_weights_are_asked_for(dataset,
 
 def test_captions_are_never_dropped_in_measuring(datasets, tmp_path):
     text = {"kind": "text", "encoder": "tiny", "width": 8, "max_tokens": 16, "dropout": 1.0}
-    recipe = RECIPE | {
-        "run_dir": str(tmp_path / "run"),
-        "total_steps": 1,
-        "pyramid": {"levels": 2, "patch_size": [4, 12, 16], "clip_size": [8, 24, 32]},
-        "conditioning": text,
-        "data": {
-            "sources": [{"path": str(datasets / "videos")}],
-            "held_out_share": 0.3,
-            "num_workers": 0,
-        },
-        "held_out": {"every_steps": 1, "samples": 3, "bins": 2},
-    }
+    recipe = tiny_content(
+        run_dir=str(tmp_path / "run"),
+        total_steps=1,
+        pyramid={"patch_size": [4, 12, 16], "clip_size": [8, 24, 32]},
+        data={"sources": [{"path": str(datasets / "videos")}], "held_out_share": 0.3},
+        held_out={"every_steps": 1, "samples": 3, "bins": 2},
+    ) | {"conditioning": text}
     config = parse_config(recipe, "text")
     (source,) = open_sources(config.data, config.method.pyramid, config.conditioning)
     assert source.embeddings is not None

@@ -20,6 +20,7 @@ from t2v.attempt.run_folder import locked
 from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
 from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
 from t2v.loop import train
+from t2v.methods.hpdm.method import HPDMMethod
 from t2v.recipe.recipe import RunConfig, dump_config, load_config
 from tests.distributed import next_world, run_distributed
 from tests.test_warm_start import BASE
@@ -215,23 +216,23 @@ def test_request_before_the_first_step_ends_without_a_checkpoint(dataset, tmp_pa
     assert train(config) == 0
 
 
-def poison(monkeypatch, steps: set[int]) -> None:
+def poison(monkeypatch, config: RunConfig, steps: set[int]) -> None:
     """Make the loss of whole steps NaN, as one bad clip or one bad chip would."""
-    real = loop.level_losses
+    real = HPDMMethod.losses
 
-    def poisoned(model, batch, config, device):
+    def poisoned(method, network, batch, **settings):
         step = int(batch.numbers[0]) // config.global_batch_size + 1
-        losses = real(model, batch, config, device)
+        losses = real(method, network, batch, **settings)
         return losses * float("nan") if step in steps else losses
 
-    monkeypatch.setattr(loop, "level_losses", poisoned)
+    monkeypatch.setattr(HPDMMethod, "losses", poisoned)
 
 
 def test_step_without_a_finite_gradient_changes_nothing_and_names_its_samples(
     dataset, tmp_path, monkeypatch
 ):
     config = config_of(dataset, tmp_path / "run", checkpoint={"every_steps": 1, "keep_last": 9})
-    poison(monkeypatch, {3})
+    poison(monkeypatch, config, {3})
     assert train(config) == 0
     assert_same_tensors(tensors_at(tmp_path / "run", 3), tensors_at(tmp_path / "run", 2))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -248,7 +249,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_without_saving(dataset, tmp_pa
     config = config_of(
         dataset, tmp_path / "run", optimizer={"max_skips_in_a_row": 3}, total_steps=20
     )
-    poison(monkeypatch, {4, 5, 6})
+    poison(monkeypatch, config, {4, 5, 6})
     with pytest.raises(NumericError, match="no finite gradient in 3 steps in a row up to step 6"):
         train(config)
     assert [info.step for info in list_checkpoints(tmp_path / "run")] == [2, 4]

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import torch
 
 from t2v.engine.world import ALONE
+from t2v.watching import metrics as metrics_module
 from t2v.watching.metrics import Metrics, MetricsConfig, StepSums, drop_after, read_lines
 
 
@@ -99,9 +99,9 @@ def test_what_is_not_finite_is_null(tmp_path, value):
 
 
 def digest_of(numbers: list[int], ids: list[str]) -> str:
-    sums = StepSums(1, ALONE)
+    sums = StepSums(("flow",), ALONE)
     sums.add_samples(numbers, ids)
-    sums.add_step(torch.zeros(1), data_seconds=0.0, step_seconds=1.0)
+    sums.add_step([0.0], data_seconds=0.0, step_seconds=1.0)
     return sums.summary(len(ids))["batch_digest"]
 
 
@@ -113,13 +113,13 @@ def test_batch_digest_tells_samples_and_their_order_but_not_who_read_them():
 
 
 def test_a_line_holds_means_since_the_last_one():
-    sums = StepSums(2, ALONE)
-    sums.add_step(torch.tensor([1.0, 2.0]), data_seconds=0.5, step_seconds=1.0)
-    sums.add_step(torch.tensor([3.0, 6.0]), data_seconds=0.5, step_seconds=3.0)
+    sums = StepSums(("first", "second"), ALONE)
+    sums.add_step([1.0, 2.0], data_seconds=0.5, step_seconds=1.0)
+    sums.add_step([3.0, 6.0], data_seconds=0.5, step_seconds=3.0)
     line = sums.summary(8)
-    assert (line["loss"], line["loss_level_0"], line["loss_level_1"]) == (6.0, 2.0, 4.0)
+    assert (line["loss"], line["loss_first"], line["loss_second"]) == (6.0, 2.0, 4.0)
     assert (line["samples_per_second"], line["data_wait_share"]) == (4.0, 0.25)
-    sums.add_step(torch.tensor([1.0, 1.0]), data_seconds=0.0, step_seconds=1.0)
+    sums.add_step([1.0, 1.0], data_seconds=0.0, step_seconds=1.0)
     assert sums.summary(8)["loss"] == 2.0
 
 
@@ -140,3 +140,31 @@ def test_wandb_keeps_its_run_over_restarts_and_never_stops_training(tmp_path, mo
     assert "wandb: ends here because ZeroDivisionError" in capsys.readouterr().out
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
     assert (tmp_path / "wandb_id").read_text() == run_id
+
+
+def test_a_long_file_is_neither_held_nor_parsed_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 20_001):
+            line = {
+                "step": step,
+                "step_seconds": 0.5,
+                "productive_seconds": step / 2,
+                "x": "y" * 99,
+            }
+            file.write(json.dumps(line) + "\n")
+    parsed = []
+    real = metrics_module.parse_line
+
+    def counted(line: bytes) -> dict | None:
+        parsed.append(len(line))
+        return real(line)
+
+    metrics_module.parse_line, before = counted, path.read_bytes()
+    try:
+        assert drop_after(path, 19_990) == (9995.0, 19_990)
+    finally:
+        metrics_module.parse_line = real
+    assert len(parsed) == 11
+    assert before.startswith(path.read_bytes())
+    assert [line["step"] for line in read_lines(path)][-1] == 19_990

@@ -7,7 +7,8 @@ import pytest
 
 from data_pipeline.errors import StorageError
 from data_pipeline.store import storage
-from t2v.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from t2v.checkpoint.checkpoints import Checkpoints
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
 from t2v.checkpoint.mirror import Mirror
 from t2v.engine.world import ALONE

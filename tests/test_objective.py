@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from t2v.methods.hpdm.diffusion import c_in, c_nrm, c_out, v_target
-from t2v.methods.hpdm.objective import draw_noise, level_losses, mix, to_patches
-from t2v.recipe.recipe import RunConfig
-from tests.tiny import THREE_LEVELS, noise_batch, stirred_model, tiny_config
+from t2v.methods.hpdm.objective import draw_noise, to_patches
+from t2v.methods.seeds import mix
+from t2v.recipe.recipe import RunConfig, method_of
+from tests.tiny import THREE_LEVELS, NoiseBatch, noise_batch, stirred_model, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,14 @@ class Knower(nn.Module):
         return answer.unflatten(0, told.shape) + self.error, torch.zeros(*told.shape, 1, 1)
 
 
+def losses_of(network: nn.Module, batch: NoiseBatch, config: RunConfig) -> Tensor:
+    return method_of(config).losses(network, batch, seed=config.seed, device=CPU)
+
+
+def noise_of(config: RunConfig, numbers: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    return draw_noise(config.method, numbers, shape, seed=config.seed, device=CPU)
+
+
 def wide(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
@@ -38,7 +47,7 @@ def wide(values: Tensor) -> Tensor:
 def test_the_true_velocity_costs_nothing():
     config = tiny_config(diffusion={"input_scale": 2.0})
     batch = noise_batch(config, [0, 1, 2])
-    losses = level_losses(Knower(config, to_patches(batch.patches)), batch, config, CPU)
+    losses = losses_of(Knower(config, to_patches(batch.patches)), batch, config)
     assert losses.shape == (2,)
     # The noise is recovered from fp32 sums.
     torch.testing.assert_close(losses, torch.zeros(2), rtol=0, atol=1e-6)
@@ -50,8 +59,8 @@ def test_an_error_costs_what_edm_charges_for_the_denoised_patch():
     batch = noise_batch(config, [4, 5])
     x = to_patches(batch.patches)
     error = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    losses = level_losses(Knower(config, x, error), batch, config, CPU)
-    _, sigma, _ = draw_noise(config, batch.numbers, x.shape[1:], CPU)
+    losses = losses_of(Knower(config, x, error), batch, config)
+    _, sigma, _ = noise_of(config, batch.numbers, x.shape[1:])
     for level in range(2):
         scale = torch.full((2,), config.method.diffusion.level_input_scale(level))
         of_denoised = wide(c_out(sigma[:, level], scale)) * error[:, level]
@@ -63,10 +72,10 @@ def test_a_sample_s_loss_does_not_depend_on_its_company():
     config = tiny_config(**THREE_LEVELS)
     model, numbers = stirred_model(config), [7, 0, 3, 12]
     with torch.no_grad():
-        together = level_losses(model, noise_batch(config, numbers), config, CPU)
-        alone = [level_losses(model, noise_batch(config, [n]), config, CPU) for n in numbers]
+        together = losses_of(model, noise_batch(config, numbers), config)
+        alone = [losses_of(model, noise_batch(config, [n]), config) for n in numbers]
         halves = [
-            level_losses(model, noise_batch(config, part), config, CPU)
+            losses_of(model, noise_batch(config, part), config)
             for part in (numbers[:2], numbers[2:])
         ]
     # Matrix products of other batch sizes round otherwise.
@@ -77,18 +86,18 @@ def test_a_sample_s_loss_does_not_depend_on_its_company():
 def test_noise_is_bitwise_a_function_of_seed_and_sample_number():
     config = tiny_config(**THREE_LEVELS)
     shape = torch.Size((3, 3, 2, 6, 8))
-    together = draw_noise(config, torch.tensor([5, 1, 9]), shape, CPU)
-    alone = draw_noise(config, torch.tensor([1]), shape, CPU)
+    together = noise_of(config, torch.tensor([5, 1, 9]), shape)
+    alone = noise_of(config, torch.tensor([1]), shape)
     for many, one in zip(together, alone, strict=True):
         assert torch.equal(many[1:2], one)
-    other_seed = draw_noise(tiny_config(**THREE_LEVELS, seed=4), torch.tensor([1]), shape, CPU)
+    other_seed = noise_of(tiny_config(**THREE_LEVELS, seed=4), torch.tensor([1]), shape)
     assert not torch.equal(other_seed[0], alone[0])
 
 
 def test_levels_have_independent_noise_and_noise_levels():
     config = tiny_config(**THREE_LEVELS)
     numbers = torch.arange(400)
-    noise, sigma, _ = draw_noise(config, numbers, torch.Size((3, 1, 1, 1, 8)), CPU)
+    noise, sigma, _ = noise_of(config, numbers, torch.Size((3, 1, 1, 1, 8)))
     for drawn in (noise.flatten(2)[:, :, 0], sigma.log()):
         correlation = torch.corrcoef(drawn.T) - torch.eye(3)
         # Five standard errors of 400 draws.
@@ -100,13 +109,14 @@ def test_self_conditioning_costs_one_pass_without_gradient(rate, passes):
     config = tiny_config(model={"self_conditioning_rate": rate})
     model, with_gradient = stirred_model(config), []
     model.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
-    level_losses(model, noise_batch(config, [0]), config, CPU)
+    losses_of(model, noise_batch(config, [0]), config)
     assert with_gradient == [False, True][-passes:]
+    assert with_gradient.count(False) == method_of(config).passes_without_gradient
 
 
 def test_the_share_of_self_conditioned_samples_is_the_rate():
     config = tiny_config(model={"self_conditioning_rate": 0.25})
-    chosen = draw_noise(config, torch.arange(2_000), torch.Size((2, 1, 1, 1, 1)), CPU)[2]
+    chosen = noise_of(config, torch.arange(2_000), torch.Size((2, 1, 1, 1, 1)))[2]
     assert set(chosen.tolist()) == {0.0, 1.0}
     # Five standard errors.
     assert float(chosen.mean()) == pytest.approx(0.25, abs=0.05)
@@ -117,8 +127,8 @@ def test_a_sample_without_self_conditioning_gets_zeros():
     model, seen = stirred_model(rare), []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[4:]))
     batch = noise_batch(rare, list(range(12)))
-    level_losses(model, batch, rare.method, seed=rare.seed, device=CPU)
-    chosen = draw_noise(rare, batch.numbers, to_patches(batch.patches).shape[1:], CPU)[2]
+    losses_of(model, batch, rare)
+    chosen = noise_of(rare, batch.numbers, to_patches(batch.patches).shape[1:])[2]
     assert seen[0] == ()
     latents = seen[1][0]
     assert not latents.requires_grad

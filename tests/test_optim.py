@@ -6,16 +6,20 @@ import pytest
 import torch
 
 from t2v.engine.optimizer import (
+    Groups,
     OptimizerConfig,
     build_optimizer,
     parameter_groups,
     set_rates,
     start_moments,
 )
+from t2v.methods.hpdm.method import HPDMMethod
+from t2v.recipe.recipe import RunConfig
 from t2v.train.schedule import learning_rate, learning_rates
 from tests.tiny import tiny_config
 
 FUSION = "blocks.1.fusion.linear.weight"
+GROUPS = Groups(HPDMMethod.new_parameters)
 
 
 def config(**changes) -> OptimizerConfig:
@@ -26,7 +30,7 @@ def config(**changes) -> OptimizerConfig:
 def optimizer_of(settings: OptimizerConfig, weights, sum_over_parts=lambda values: values):
     parts = {str(number): weight for number, weight in enumerate(weights)}
     shapes = {name: tuple(part.shape) for name, part in parts.items()}
-    groups = parameter_groups(settings, parts, shapes)
+    groups = parameter_groups(settings, GROUPS, parts, shapes)
     optimizer = build_optimizer(settings, groups, sum_over_parts)
     start_moments(optimizer, weights)
     return optimizer
@@ -136,7 +140,7 @@ def test_a_rate_of_zero_freezes_weights_and_moments(name):
     parts = {"tokenizer.weight": torch.randn(4, 3), FUSION: torch.randn(4, 3)}
     before = {key: part.clone() for key, part in parts.items()}
     groups = parameter_groups(
-        config(name=name), parts, {key: tuple(part.shape) for key, part in parts.items()}
+        config(name=name), GROUPS, parts, {key: tuple(part.shape) for key, part in parts.items()}
     )
     optimizer = build_optimizer(config(name=name), groups, lambda values: values)
     start_moments(optimizer, parts.values())
@@ -153,6 +157,12 @@ def test_a_rate_of_zero_freezes_weights_and_moments(name):
     assert (int(base["step"]), int(new["step"])) == (0, 3)
 
 
+def rates_of(run: RunConfig, step: int, updates: int) -> dict[str, float]:
+    return learning_rates(
+        run.optimizer, run.warm_start, step=step, total_steps=run.total_steps, updates=updates
+    )
+
+
 def test_groups_learn_at_their_own_rates():
     run = tiny_config(
         warm_start={
@@ -164,9 +174,9 @@ def test_groups_learn_at_their_own_rates():
     )
     plain = [learning_rate(run.optimizer, step, run.total_steps) for step in range(20)]
     # Two of the first steps were skipped: they count as steps, and not as updates.
-    rates = [learning_rates(run, step, max(step - 2, 0)) for step in range(20)]
+    rates = [rates_of(run, step, max(step - 2, 0)) for step in range(20)]
     assert [each["base"] for each in rates] == [0.0] * 5 + plain[5:]
     assert [each["new"] for each in rates[4:]] == [2 * rate for rate in plain[4:]]
     assert rates[0]["new"] == plain[0] * 2 / 4
     without = tiny_config()
-    assert learning_rates(without, 3, 3) == {"base": plain[3], "new": plain[3]}
+    assert rates_of(without, 3, 3) == {"base": plain[3], "new": plain[3]}

@@ -40,12 +40,12 @@ def test_the_text_to_video_recipe_on_64_gpus():
     # The recipe self-conditions and recomputes: two more forward passes.
     assert tflop["spent"] == pytest.approx(5 * tflop["forward"])
     assert told["pixel_share"] == pytest.approx(4 / 8**3)
-    assert told["tokens_per_patch"] == 1536
+    assert told["method"]["tokens per patch"] == 1536
     assert told["total_samples"] == 15_000 * 8192
     assert told["step"]["accumulation_steps"] * 4 * 64 == told["step"]["samples"] == 8192
     assert told["step"]["patch_gib"] == 8192 * 4 * 8 * 36 * 64 * 3 / GIB
     assert told["step"]["embedding_gib"] == 8192 * 128 * 1024 * 2 / GIB
-    assert sum(told["sampling_network_calls"]) == 36_479
+    assert sum(told["method"]["network calls per sampled clip"]) == 36_479
     assert told["memory_gib"]["total"] < 80
 
 
@@ -98,7 +98,7 @@ def test_recomputation_trades_operations_for_memory():
     [
         ([], 8, 40, r"set engine\.activation_checkpointing=(selective|blocks)\.$"),
         ([], 8, 14, r"=blocks, engine\.accumulate=shards and micro_batch_size=\d\.$"),
-        (["engine.kind=single", "model.latent_dim=3072"], 1, 60, r"use \d+ GPUs"),
+        (["engine.kind=single", "method.model.latent_dim=3072"], 1, 60, r"use \d+ GPUs"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_sums_and_a_knob_that_helps(overrides, gpus, gib, knob):
@@ -201,8 +201,8 @@ def test_selective_recomputation_lies_between_none_and_all(t2v_footprint):
 
 
 def test_a_network_of_absurd_size_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"model\.latent_dim") as caught:
-        recipe("ucf101_s", "model.latent_dim=4294967296")
+    with pytest.raises(ConfigError, match=r"method\.model\.latent_dim") as caught:
+        recipe("ucf101_s", "method.model.latent_dim=4294967296")
     assert "\n" not in str(caught.value)
 
 

@@ -49,7 +49,7 @@ def test_a_flag_file_is_a_request_until_it_is_acknowledged(tmp_path):
 
 
 def test_arming_does_not_import_torch():
-    code = "import sys; from t2v.train import preemption; print('torch' in sys.modules)"
+    code = "import sys; from t2v.attempt import preemption; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from t2v.plan.footprint import forward_flops
+from t2v.plan.footprint import forward_flops, training_tflop
 from t2v.plan.plan import compute_per_sample, measure
-from t2v.watching.rates import Rates, first_start, peak_tflops, training_tflop
+from t2v.recipe.recipe import method_of
+from t2v.watching.rates import Rates, first_start, peak_tflops
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -34,14 +35,14 @@ def test_training_costs_what_the_plan_says_without_recomputation(self_conditioni
     model = {"self_conditioning_rate": self_conditioning_rate}
     config = tiny_config(model=model, engine={"activation_checkpointing": "blocks"})
     compute = compute_per_sample(config, measure(config))
-    expected = compute.training + compute.self_conditioning
-    assert training_tflop(config) == pytest.approx(expected)
+    expected = compute.training + compute.without_gradient
+    assert training_tflop(method_of(config)) == pytest.approx(expected)
 
 
 def test_speed_is_shared_by_the_devices_and_has_no_mfu_on_a_cpu():
-    config = tiny_config(model={"self_conditioning_rate": 0.0})
-    rates = Rates(config, 4, CPU).of(8.0)
-    expected = 3 * forward_flops(config) * 8.0 / 4 / 1e12
+    method = method_of(tiny_config(model={"self_conditioning_rate": 0.0}))
+    rates = Rates(training_tflop(method), "fp32", 4, CPU).of(8.0)
+    expected = 3 * forward_flops(method) * 8.0 / 4 / 1e12
     assert rates == {"model_tflops_per_device": pytest.approx(expected), "mfu": None}
 
 

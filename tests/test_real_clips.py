@@ -14,7 +14,6 @@ from data_pipeline.making.build import build
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.cli import main
-from t2v.methods.hpdm.objective import level_losses
 from t2v.recipe.recipe import RunConfig, load_config, method_of
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
@@ -34,27 +33,30 @@ def recipe(workdir: Path) -> dict:
         "global_batch_size": 8,
         "micro_batch_size": 8,
         "ema_half_life_steps": 5.0,
-        "pyramid": {"levels": 2, "patch_size": [8, 36, 64], "clip_size": [16, 72, 128]},
+        "method": {
+            "kind": "hpdm",
+            "pyramid": {"levels": 2, "patch_size": [8, 36, 64], "clip_size": [16, 72, 128]},
+            "model": {
+                "token_size": [1, 6, 8],
+                "token_dim": 160,
+                "num_latents": 32,
+                "latent_dim": 128,
+                "latent_layers": 1,
+                "token_head_dim": 32,
+                "latent_head_dim": 32,
+                "levels_per_block": [1, 2],
+                "conditioning_dim": 128,
+                "self_conditioning_rate": 0.9,
+            },
+            "diffusion": {"input_scale": 1.0, "input_scale_growth": 1.0, "sigma_mean": 0.0},
+            "sampling": {"steps": [4, 2], "fps": 8.0},
+        },
         "conditioning": {"kind": "text", "encoder": "tiny", "width": 32, "max_tokens": 32},
         "data": {"sources": [{"path": str(workdir / "data")}], "num_workers": 1},
-        "model": {
-            "token_size": [1, 6, 8],
-            "token_dim": 160,
-            "num_latents": 32,
-            "latent_dim": 128,
-            "latent_layers": 1,
-            "token_head_dim": 32,
-            "latent_head_dim": 32,
-            "levels_per_block": [1, 2],
-            "conditioning_dim": 128,
-            "self_conditioning_rate": 0.9,
-        },
-        "diffusion": {"input_scale": 1.0, "input_scale_growth": 1.0, "sigma_mean": 0.0},
         "optimizer": {"name": "adamw", "learning_rate": 0.002, "warmup_steps": 5},
         "engine": {"kind": "single", "precision": "fp32"},
         "checkpoint": {"every_steps": 25},
         "metrics": {},
-        "sampling": {"steps": [4, 2], "fps": 8.0},
     }
 
 
@@ -64,7 +66,7 @@ def losses_before_and_after(config: RunConfig, run: Path) -> tuple[Tensor, Tenso
     with closing(
         Loader(
             config.data,
-            config.method.pyramid,
+            config.method.view,
             config.conditioning,
             **settings,
             rank=0,
@@ -72,12 +74,13 @@ def losses_before_and_after(config: RunConfig, run: Path) -> tuple[Tensor, Tenso
         )
     ) as loader:
         [batch] = next(iter(loader.steps(0, 1)))
-    model = method_of(config).network()
+    method = method_of(config)
+    model = method.network()
     model.init_weights(config.seed)
-    losses = []
+    losses, cpu = [], torch.device("cpu")
     for _ in range(2):
         with torch.no_grad():
-            losses.append(level_losses(model, batch, config, torch.device("cpu")))
+            losses.append(method.losses(model, batch, seed=config.seed, device=cpu))
         load_weights(resolve_checkpoint(run), model, weights="raw")
     return losses[0], losses[1]
 

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.errors import InputMissing
 from data_pipeline.media.video import encode_clip
 from t2v.recipe.recipe import dump_config
-from t2v.watching.page import page, video, write_report
+from t2v.watching.page import bin_names, page, video, write_report
 from t2v.watching.page_files import condensed, spread
 from tests.tiny import tiny_config
 
@@ -54,7 +54,8 @@ def run_dir(tmp_path_factory) -> Path:
                     "step": step, "held_out_loss": 5 * loss, "held_out_level_0": 2.5 * loss,
                     "held_out_level_1": 2.5 * loss, "held_out_level_0_bins": of_bins,
                     "held_out_level_1_bins": [*of_bins[:3], None], "held_out_samples": 8,
-                    "held_out_weights": "ema",
+                    "held_out_weights": "ema", "held_out_bin_axis": EVIL,
+                    "held_out_bin_edges": [0.25, 1.0, 40],
                 }
             )  # fmt: skip
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -100,7 +101,7 @@ def test_every_part_of_the_run_is_told(run_dir):
     for said in (
         "60 of 100", "41.0%", "97.0%", "Level 1 by noise", "3 samples could not be used",
         "no end", "step 20", "damaged", "token_head_dim: 8", "Dotted lines are restarts",
-        "on rank 3",
+        "on rank 3", "&gt; &lt; 0.25", "&gt; 0.25 to 1", "&gt; 1 to 40", "&gt; &gt; 40",
     ):  # fmt: skip
         assert said in text, said
     assert text.count("<video") == 5
@@ -133,6 +134,7 @@ def test_a_run_that_has_only_begun_has_a_page_and_no_run_is_refused(tmp_path):
     [
         '{"step": 7, "held_out_loss": 1, "held_out_level_0": null, "held_out_level_0_bins": null}',
         '{"step": 7, "held_out_loss": 1, "held_out_level_0": "x", "held_out_level_0_bins": 3}',
+        '{"step": 7, "held_out_loss": 1, "held_out_level_0_bins": [1, 2], "held_out_bin_edges": 5}',
         '{"step": 7, "loss": 1' + 400 * "0" + "}",
         '{"step": 7, "loss": NaN, "mfu": [], "samples_per_second": {}}',
     ],
@@ -142,12 +144,29 @@ def test_lines_that_say_nothing_do_not_hide_the_page(tmp_path, line):
     assert "<h2>Held-out loss</h2>" in page(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("bins", "edges", "names"),
+    [
+        ([1.0], [], ["all"]),
+        ([1.0, 2.0], [0.5], ["time < 0.5", "time > 0.5"]),
+        ([1.0, 2.0, 3.0], [0.25, 0.75], ["time < 0.25", "time 0.25 to 0.75", "time > 0.75"]),
+        ([1.0, 2.0, 3.0], [0.25, None], ["bin 0", "bin 1", "bin 2"]),
+        ([1.0, 2.0, 3.0], None, ["bin 0", "bin 1", "bin 2"]),
+        (None, [0.5], []),
+    ],
+)
+def test_a_bin_is_named_by_its_edges_or_its_number(bins, edges, names):
+    line = {"held_out_a_bins": bins, "held_out_bin_axis": "time", "held_out_bin_edges": edges}
+    assert bin_names(line, "held_out_a_bins") == names
+
+
 @pytest.mark.parametrize("count", [1, 99, 100, 101, 1000, 12_345])
 def test_very_many_lines_become_means_of_neighbours(count):
     lines = [{"step": n, "loss": float(n % 5), "name": "x"} for n in range(1, count + 1)]
     few = condensed(iter(lines), 100)
     assert len(few) <= 101
     assert (few[-1]["step"], few == lines) == (count, count < 100)
+    assert all(list(line) == ["step", "loss", "name"] for line in few)
     gaps = [line["step"] for line in few]
     before = [0, *gaps[:-1]]
     weighted = sum(

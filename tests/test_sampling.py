@@ -119,11 +119,10 @@ def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order
 @pytest.mark.parametrize("overlap", ["", "hw", "fhw"])
 def test_a_pyramid_that_grows_in_space_alone_is_sampled_too(overlap):
     """The geometry of the 16x576x1024 variant: an axis of one tile does not overlap."""
+    pyramid = {"levels": 3, "clip_size": [2, 24, 32]}
     config = tiny_config(
-        **THREE_LEVELS | {"pyramid": {"levels": 3, "clip_size": [2, 24, 32]}},
-    )
-    config = config.model_copy(
-        update={"sampling": config.method.sampling.model_copy(update={"overlap": overlap})}
+        **THREE_LEVELS
+        | {"pyramid": pyramid, "sampling": THREE_LEVELS["sampling"] | {"overlap": overlap}}
     )
     clips = random_clips(config, 1)
     found = sample(Painter(config, clips), config, labels=[0], seeds=[5])
@@ -188,7 +187,7 @@ def test_a_step_follows_the_exact_trajectory_with_its_order(second_order, order)
     ],
 )
 def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
-    config = load_config(CONFIGS / f"{name}.yaml", [f"sampling.overlap='{overlap}'"])
+    config = load_config(CONFIGS / f"{name}.yaml", [f"method.sampling.overlap='{overlap}'"])
     assert sum(network_calls(config.method.sampling, config.method.pyramid)) == calls
 
 
@@ -196,7 +195,7 @@ def test_network_calls_are_those_of_the_published_sampler(name, overlap, calls):
 def test_network_calls_of_every_overlap_follow_from_its_axes(overlap):
     """128, 64, 32, 16 steps; an axis of `2 ** level` tiles has twice as many less one if they
     overlap."""
-    config = load_config(CONFIGS / "t2v_64x288x512.yaml", [f"sampling.overlap='{overlap}'"])
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml", [f"method.sampling.overlap='{overlap}'"])
     tiles = [
         (2 * 2**level - 1) ** len(overlap) * 2 ** (level * (3 - len(overlap))) for level in range(4)
     ]
@@ -283,7 +282,7 @@ def test_where_features_and_latents_are_kept_does_not_change_a_clip(keep, tmp_pa
         torch.testing.assert_close(canvas, free[level], **tolerance)
     if keep == "bf16":
         exact = three_levels(**changes)
-        for level, canvas in enumerate(generate(model, sampling=exact.sampling, **shared)):
+        for level, canvas in enumerate(generate(model, sampling=exact.method.sampling, **shared)):
             # Features keep eight bits of their mantissa.
             torch.testing.assert_close(canvas, free[level], rtol=0, atol=5e-2)
 
@@ -333,7 +332,7 @@ def test_levels_have_their_own_overlap_and_guidance():
         after = sample(model, three_levels(**base | change), [1], [0])
         same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
         assert same == [True, False, False]
-    calls = network_calls(three_levels(**base).sampling, model.pyramid)
+    calls = network_calls(three_levels(**base).method.sampling, model.pyramid)
     assert calls == [3, 2 * 18, 4 * 7 * 4]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from t2v.evaluation.seam import seam_energies, seam_scores, tile_borders
-from t2v.methods.hpdm.tiling import tile_level
+from t2v.evaluation.seam import seam_energies, seam_scores
+from t2v.methods.hpdm.tiling import tile_borders, tile_level
 
 SIZE, PATCH = (8, 48, 64), (4, 12, 16)
 

@@ -36,7 +36,7 @@ def test_an_unfinished_write_is_not_listed_and_can_be_removed(tmp_path):
         file.write(b"x")
         assert storage.list_files(str(tmp_path)) == ["a.tar"]
     assert storage.list_files(str(tmp_path), ".tar") == ["a.tar", "b.tar"]
-    (tmp_path / ".c.tar.0123.part").write_bytes(b"left by a killed writer")
+    (tmp_path / f".c.tar.{'0123' * 8}.part").write_bytes(b"left by a killed writer")
     storage.remove_partial(str(tmp_path))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 

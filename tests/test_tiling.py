@@ -39,7 +39,7 @@ VARIANTS = [
     ],
 )
 def test_tile_counts_are_the_published_ones(name, overlap, counts):
-    pyramid = load_config(CONFIGS / f"{name}.yaml").pyramid
+    pyramid = load_config(CONFIGS / f"{name}.yaml").method.pyramid
     for level, count in enumerate(counts):
         assert len(tile_level(pyramid.size(level), pyramid.patch_size, overlap)) == count
 
@@ -47,7 +47,7 @@ def test_tile_counts_are_the_published_ones(name, overlap, counts):
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("name", ["t2v_64x288x512", "ucf101_s", "t2v_16x576x1024"])
 def test_every_overlap_has_the_product_of_its_axes_counts(name, overlap):
-    pyramid = load_config(CONFIGS / f"{name}.yaml").pyramid
+    pyramid = load_config(CONFIGS / f"{name}.yaml").method.pyramid
     for level in range(pyramid.levels):
         wanted = prod(
             ALONG_AXIS[letter in overlap][level] if pyramid.growth[axis] == 2 else 1

@@ -132,7 +132,8 @@ def test_a_base_reads_from_the_pyramids_clips_what_level_0_would():
 def test_a_size_that_is_no_whole_multiple_is_refused():
     assert reduction((64, 288, 512), (8, 36, 64), "video") == (8, 8, 8)
     assert reduction((1, 288, 512), (8, 36, 64), "image") == (1, 8, 8)
-    with pytest.raises(ConfigError, match=r"no whole multiple of pyramid.clip_size \(8, 36, 60\)"):
+    said = r"no whole multiple of the recipe's clip size \(8, 36, 60\)"
+    with pytest.raises(ConfigError, match=said):
         reduction((64, 288, 512), (8, 36, 60), "video")
 
 

@@ -8,14 +8,15 @@ import torch
 
 from data_pipeline.errors import ConfigError, InputMissing
 from t2v.checkpoint.tensor_files import TensorKind
-from t2v.engine.engine import build_engine
+from t2v.engine.engine import Engine
 from t2v.engine.world import ALONE, join_world
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, method_of
-from t2v.train.warm_start import plan_warm_start, resize_table, warm_start
+from t2v.train.warm_start import WarmStart, plan_warm_start, resize_table, warm_start
 from tests.distributed import run_distributed
 from tests.test_checkpoint import checkpoints, facts, fresh_state, shuffled_state, tensors_of
 from tests.tiny import noise_batch, tiny_config
+from tests.training import engine_of
 
 BASE = {
     "pyramid": {"levels": 1, "patch_size": [2, 6, 8], "clip_size": [2, 6, 8]},
@@ -40,6 +41,12 @@ def pyramid_config(base: Path, **settings) -> RunConfig:
     return tiny_config(warm_start={"checkpoint": str(base), **settings})
 
 
+def begin(config: RunConfig, engine: Engine) -> WarmStart:
+    """Give an engine its recipe's base."""
+    assert config.warm_start is not None
+    return warm_start(config.warm_start, method_of(config), engine)
+
+
 def weights_of(config: RunConfig, state) -> dict[str, torch.Tensor]:
     return {name: part.clone() for name, part in state.engine.parameters().items()}
 
@@ -49,7 +56,7 @@ def test_known_weights_are_the_bases_and_new_ones_keep_their_values(base, weight
     config = pyramid_config(base, weights=weights)
     state = fresh_state(config)
     before = weights_of(config, state)
-    plan = warm_start(config, state.engine)
+    plan = begin(config, state.engine)
     assert plan.new == [
         "conditioning.level_embedding",
         "blocks.1.fusion.linear.weight",
@@ -65,7 +72,7 @@ def test_known_weights_are_the_bases_and_new_ones_keep_their_values(base, weight
 def test_level_0_is_bitwise_the_bases_at_step_0(base):
     config = pyramid_config(base)
     state = fresh_state(config)
-    warm_start(config, state.engine)
+    begin(config, state.engine)
     base_state = shuffled_state(tiny_config(**BASE), seed=1)
     for name, part in base_state.engine.parameters().items():
         part.copy_(base_state.ema.averages[name])
@@ -93,10 +100,8 @@ def no_volumes(*_) -> torch.Tensor:
 
 def warm_weights(config: RunConfig) -> dict:
     with join_world(config.engine) as world:
-        with torch.device("meta"):
-            model = method_of(config).network()
-        engine = build_engine(model, config, world)
-        warm_start(config, engine)
+        engine = engine_of(config, world)
+        begin(config, engine)
         places = engine.places()
         return {
             name: (places[name].offset, part.flatten().numpy())
@@ -108,7 +113,7 @@ def warm_weights(config: RunConfig) -> dict:
 def test_sharded_warm_start_gives_bitwise_the_same_weights(base):
     config = pyramid_config(base)
     state = fresh_state(config)
-    warm_start(config, state.engine)
+    begin(config, state.engine)
     alone = weights_of(config, state)
     fsdp = tiny_config(engine={"kind": "fsdp"}, warm_start={"checkpoint": str(base)})
     for weights in run_distributed(warm_weights, 2, fsdp):
@@ -133,16 +138,15 @@ def test_sharded_warm_start_gives_bitwise_the_same_weights(base):
 )
 def test_another_network_is_refused(base, change, message):
     config = tiny_config(warm_start={"checkpoint": str(base)}, **change)
-    with torch.device("meta"):
-        model = method_of(config).network()
+    engine = engine_of(config, ALONE)
     with pytest.raises(ConfigError, match=message):
-        warm_start(config, build_engine(model, config, ALONE))
+        begin(config, engine)
 
 
 def test_absent_base_is_named(tmp_path):
     config = pyramid_config(tmp_path / "nowhere")
     with pytest.raises(InputMissing, match="nowhere: no such checkpoint"):
-        warm_start(config, fresh_state(config).engine)
+        begin(config, fresh_state(config).engine)
 
 
 def test_position_tables_of_another_grid_are_interpolated_when_asked(base):
@@ -151,7 +155,7 @@ def test_position_tables_of_another_grid_are_interpolated_when_asked(base):
         pyramid={"levels": 2, "patch_size": [2, 6, 16], "clip_size": [4, 12, 32]},
     )
     state = fresh_state(config)
-    plan = warm_start(config, state.engine)
+    plan = begin(config, state.engine)
     assert plan.resized == ["positions.width"]
     table = tensors_of(shuffled_state(tiny_config(**BASE), seed=1))["ema.positions.width"]
     expected = torch.nn.functional.interpolate(table.T[None], size=4, mode="linear")[0].T
@@ -172,6 +176,7 @@ def test_a_pyramids_own_keys_are_ignored_by_a_base():
         Path("x"),
         {"latents": kind, "blocks.1.fusion.linear.bias": kind},
         {"latents": kind},
+        method_of(tiny_config(**BASE)),
         resize_positions=False,
     )
     assert (plan.loaded, plan.ignored) == (["latents"], ["blocks.1.fusion.linear.bias"])

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v.engine.engine import Engine, build_engine
+from t2v.engine.engine import Engine
 from t2v.engine.world import World, join_world
+from t2v.loop import open_engine
 from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
 from t2v.train.schedule import learning_rates
@@ -17,7 +18,7 @@ from tests.tiny import noise_batch
 
 @dataclass
 class Outcome:
-    """[losses per level..., gradient norm] of each step, and whole tensors."""
+    """[loss of each part..., gradient norm] of each step, and whole tensors."""
 
     history: np.ndarray
     start: dict[str, np.ndarray]
@@ -28,25 +29,21 @@ class Outcome:
 
 def engine_of(config: RunConfig, world: World) -> Engine:
     """A recipe's engine with its initial values."""
-    with torch.device("meta"):
-        model = method_of(config).network()
-    return build_engine(model, config, world)
+    return open_engine(config, method_of(config), world)
 
 
 def accumulate(engine: Engine, config: RunConfig, step: int) -> Tensor:
-    """Gradients of a step, of this rank's share of the global batch; its mean loss per level."""
+    """Gradients of a step, of this rank's share of the global batch; its mean loss of each part."""
     world, size = engine.world, config.micro_batch_size
     share = config.global_batch_size // world.world_size
     first = step * config.global_batch_size + world.rank * share
-    losses = torch.zeros(config.method.pyramid.levels)
+    method = method_of(config)
+    losses = torch.zeros(len(method.parts))
     for number in range(first, first + share, size):
         batch = noise_batch(config, list(range(number, number + size)))
         with engine.autocast():
-            loss = (
-                method_of(config).losses(engine.model, batch, seed=config.seed, device=world.device)
-                * size
-                / share
-            )
+            of_parts = method.losses(engine.model, batch, seed=config.seed, device=world.device)
+            loss = of_parts * size / share
         engine.backward(loss.sum(), final=number + size == first + share)
         losses += loss.detach()
     return losses
@@ -56,7 +53,11 @@ def take_step(engine: Engine, config: RunConfig, step: int) -> list[float]:
     """One update; returns a row of the history."""
     losses = accumulate(engine, config, step)
     norm = float(engine.gradient_norm())
-    engine.update(learning_rates(config, step, engine.updates), norm)
+    rates = learning_rates(
+        config.optimizer, config.warm_start, step=step,
+        total_steps=config.total_steps, updates=engine.updates,
+    )  # fmt: skip
+    engine.update(rates, norm)
     return [*(engine.world.total(losses) / engine.world.world_size).tolist(), norm]
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -59,6 +59,19 @@ class Batch:
     text_mask: Bool[Tensor, "batch tokens"] | None
     label: Int64[Tensor, " batch"] | None
     quarantined: list[dict]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a device needs of it; numbers are the host's, which draws seeds from them."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "numbers"}
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a GPU, by copies from pinned memory that the host does not wait for."""
+        moved = {
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, **moved)
 
 
 class Loader:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
 from data_pipeline.making.cutting import Cut
 from data_pipeline.making.listing import Collection, Item, Kind, list_media
 from data_pipeline.making.samples import (
@@ -33,10 +32,11 @@ from data_pipeline.shards.dataset import (
     digest_json,
     open_dataset,
 )
-from data_pipeline.shards.tar import index_tar, write_index, write_tar
+from data_pipeline.shards.tar import index_tar, open_index, write_index, write_tar
 from data_pipeline.store import storage
 
 PLAN = "build.json"
+BEFORE_INDEX = (".tar", ".rejected.json")  # what is written of a shard before it is one
 
 
 @dataclass
@@ -95,9 +95,11 @@ def build(
     """Shard captioned media at one clip size, `shard_samples` source files to a shard.
 
     What `out` already holds is kept, so a killed build goes on where it stopped, and tasks (number,
-    count) may run side by side; the one that completes the shards returns the dataset.
+    count) may run side by side; the one that completes the shards returns the dataset. A build that
+    fails before its first shard takes back what it wrote, and no other file.
     """
     out = str(out)
+    storage.refuse_overlap(str(source), out)
     _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
     collection = list_source(source, kind, split)
     items, is_video = collection.items, collection.kind == "video"
@@ -112,15 +114,16 @@ def build(
     listing = [(item.file, item.caption, item.metadata) for item in items]
     plan = {"kind": target.kind, "clip": target.size, "fps": target.fps, "cut": cut}
     plan |= {"filters": asdict(target.filters), "shard_samples": shard_samples}
-    _claim(out, plan | {"items": digest_json(listing)})
-    if storage.exists(storage.join(out, MANIFEST)):
-        return _with_contact_sheet(open_dataset(out))
     folder = storage.join(out, "shards")
     groups = [items[at : at + shard_samples] for at in range(0, len(items), shard_samples)]
     names = [f"{number:06d}" for number in range(len(groups))]
-    mine = [n for n in range(task[0], len(groups), task[1]) if not _finished(folder, names[n])]
-    budget = Budget(collection.folder, len(items), max_drop_rate)
+    made_folders, is_new = storage.absent_folders(folder), False
     try:
+        is_new = _claim(out, plan | {"items": digest_json(listing)})
+        if storage.exists(storage.join(out, MANIFEST)):
+            return _with_contact_sheet(open_dataset(out))
+        mine = [n for n in range(task[0], len(groups), task[1]) if not _finished(folder, names[n])]
+        budget = Budget(collection.folder, len(items), max_drop_rate)
         make = partial(
             make_samples, folder=collection.folder, target=target, deadline_seconds=deadline
         )
@@ -132,8 +135,9 @@ def build(
             group = zip(groups[number], islice(made, len(groups[number])), strict=True)
             _write_shard(folder, names[number], target.kind, group, budget, unusable)
     except BaseException:
-        if task[1] == 1 and not storage.list_files(folder, ".idx"):
-            shutil.rmtree(out, ignore_errors=True)
+        if task[1] == 1 and not _finished(folder, names[0]):
+            first = [f"{folder}/{names[0]}{suffix}" for suffix in BEFORE_INDEX]
+            storage.take_back([*first, f"{out}/{PLAN}"] if is_new else [], made_folders)
         raise
     if not all(_finished(folder, name) for name in names):
         return None
@@ -168,6 +172,7 @@ def index(
     names = [name.removesuffix(".tar") for name in storage.list_files(shard_folder, ".tar")]
     if not names:
         raise InputMissing(f"{shard_folder}: holds no .tar; give the folder of the shards.")
+    _refuse_strangers(path, shard_folder, names)
     kind = kind or _kind_inside(shard_folder, names)
     for name in progress(names, f"index {kind} shards", total=len(names)):
         write_index(shard_folder, name, kind)
@@ -251,20 +256,37 @@ def _refuse_bad_counts(
         )
 
 
-def _claim(out: str, plan: dict) -> None:
-    """Write down what is built in a folder, or refuse if something else is."""
-    path = storage.join(out, PLAN)
+def _claim(out: str, plan: dict) -> bool:
+    """Write down what is built in a folder, or refuse if something else is; whether it is new."""
     text = json.dumps(plan, indent=1) + "\n"
-    if storage.exists(path):
-        if storage.read_bytes(path).decode() != text:
+    found = storage.claim(out, PLAN, text.encode(), what="build")
+    if found not in (None, text.encode()):
+        raise ConfigError(
+            f"{out}: holds a dataset of another source or other settings (see {PLAN}); "
+            "give a new folder, or delete it first."
+        )
+    return found is None
+
+
+def _refuse_strangers(path: str, shard_folder: str, names: Sequence[str]) -> None:
+    """ConfigError where indexing would replace a file that is no manifest or index of ours."""
+    known: set[str] = set()
+    if storage.exists(manifest := storage.join(path, MANIFEST)):
+        try:
+            known = {shard.name for shard in open_dataset(path).info.shards}
+        except UserError:
             raise ConfigError(
-                f"{out}: holds a dataset of another source or other settings (see {PLAN}); "
-                "give a new folder, or delete it first."
-            )
-        return
-    if storage.exists(out) and (storage.list_files(out) or storage.exists(f"{out}/shards")):
-        raise ConfigError(f"{out}: is not empty and no build of ours; give a new folder.")
-    storage.write_atomic(path, text.encode())
+                f"{manifest}: is there already and no whole one of ours; move it away, then index."
+            ) from None
+    for name in names:
+        if name not in known and storage.exists(storage.join(shard_folder, f"{name}.idx")):
+            try:
+                open_index(shard_folder, name)
+            except DataError:
+                raise ConfigError(
+                    f"{storage.join(shard_folder, name)}.idx: is there already and no index of "
+                    "ours; move it away, then index."
+                ) from None
 
 
 def _finished(folder: str, name: str) -> bool:

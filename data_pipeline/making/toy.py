@@ -14,6 +14,7 @@ from rich.progress import track
 from data_pipeline.errors import ConfigError
 from data_pipeline.media.video import encode_clip
 from data_pipeline.pyramid import Clip
+from data_pipeline.store import storage
 
 COLORS = {
     "red": (230, 30, 30),
@@ -122,7 +123,7 @@ def write_toy(
     out = Path(out)
     if min(videos, images, seed) < 0:
         raise ConfigError(f"{out}: numbers and seed of toys are wrong below 0; use 0 or more.")
-    if out.exists() and any(out.iterdir()):
+    if not storage.is_empty(str(out)):
         raise ConfigError(f"{out}: is not empty; give a new folder.")
     for kind, count, suffix in (("videos", videos, "mp4"), ("images", images, "jpg")):
         folder = out / kind

@@ -137,8 +137,8 @@ def reduction(stored: Size, wanted: Size, kind: str) -> Size:
     stored_frames, frames = (1, 1) if kind == "image" else (stored[0], wanted[0])
     if stored_frames % frames or stored[1] % wanted[1] or stored[2] % wanted[2]:
         raise ConfigError(
-            f"stored size {stored} is wrong because it is no whole multiple of pyramid.clip_size "
-            f"{wanted} on every axis (frames, height, width); build the dataset at that size."
+            f"stored size {stored} is wrong because it is no whole multiple of the recipe's clip "
+            f"size {wanted} on every axis (frames, height, width); build the dataset at that size."
         )
     return stored_frames // frames, stored[1] // wanted[1], stored[2] // wanted[2]
 

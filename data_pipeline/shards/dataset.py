@@ -25,7 +25,7 @@ FORMAT = 1
 class ShardInfo(Strict):
     """One shard of a dataset or embedding set."""
 
-    name: str
+    name: str = Field(pattern="^[^/]+$")
     samples: int = Field(ge=0)
     index_sha256: str
 

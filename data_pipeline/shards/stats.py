@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline import page as page_file
 from data_pipeline.errors import DataError
 from data_pipeline.media.video import probe
 from data_pipeline.progress import progress
@@ -133,14 +134,14 @@ def write_page(stats: Stats, out: str | Path | None = None) -> str:
         pictures = html.escape(f"no pictures: a sample {error}; run t2v data verify.")
     body = "".join(f"<h2>{name}</h2>{_bars(values)}" for name, values in charts)
     page = (
-        '<!doctype html><meta charset="utf-8">'
+        f'<!doctype html><meta charset="utf-8">{page_file.GENERATOR}'
         f"<title>{html.escape(Path(stats.path).name)}</title>"
         "<style>body{font:14px sans-serif;margin:2em;max-width:60em}th{text-align:left;"
         "padding-right:2em}text{font:11px sans-serif}</style>"
         f"<h1>{html.escape(stats.path)}</h1><p>fingerprint {stats.fingerprint}</p>"
         f"<table>{table}</table><h2>random samples</h2>{pictures}{body}"
     )
-    storage.write_atomic(path, page.encode())
+    page_file.write_page(path, page)
     return path
 
 

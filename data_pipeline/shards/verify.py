@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,8 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
     """Make a dataset sound with the samples that are left.
 
     Indexes are made again; a damaged tar is written again with its whole samples and kept as
-    `NAME.tar.damaged`. Embeddings in doubt lose their index, so that `t2v data embed` makes them
-    again; it must be run if any sample was lost.
+    `NAME.tar.damaged`, or `.damaged1` ... where that is there. Embeddings in doubt lose their
+    index, so that `t2v data embed` makes them again; it must be run if any sample was lost.
     """
     dataset = open_dataset(path)
     info, folder = dataset.info, dataset.shard_folder
@@ -270,7 +271,9 @@ def _check_embedding_shard(embeddings: EmbeddingSet, shard: int) -> Iterator[Fau
 
 def _rewrite(tar: str, kind: str, bad_rows: set[int]) -> None:
     """Keep a tar as `.damaged`, and write its whole samples but for some rows in its place."""
-    with storage.local_file(tar).open("rb") as old, storage.open_atomic(f"{tar}.damaged") as kept:
+    names = (f"{tar}.damaged{number or ''}" for number in count())
+    aside = next(name for name in names if not storage.exists(name))  # older ones stay, too
+    with storage.local_file(tar).open("rb") as old, storage.open_atomic(aside) as kept:
         shutil.copyfileobj(old, kept)
     contents = examine_tar(tar, kind)
 

@@ -2,11 +2,13 @@
 
 Ranges are kept in blocks, each with its crc32 behind it; whole objects as they are. An entry is
 named by path and version, so that a replaced object is never mixed with its successor. Past the
-quota the least recently used entries go.
+quota the least recently used entries go, and nothing else that lies in the folder.
 """
 
 import fcntl
 import os
+import re
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +21,9 @@ from data_pipeline.errors import ConfigError, StorageError
 from data_pipeline.store.s3 import ObjectChanged, ObjectStore, Version
 
 Result = TypeVar("Result")
+
+# An entry, and one that is being written.
+ENTRY = re.compile(r"([0-9a-f]{64}|\.[0-9a-f]{32})\.t2v")
 
 BLOCK_BYTES = 2 * 1024 * 1024
 CRC_BYTES = 4
@@ -104,7 +109,7 @@ class Cache:
 
     def _entry(self, path: str, version: Version, part: str) -> Path:
         name = sha256(f"{path}\n{version.etag}\n{version.size}\n{part}".encode()).hexdigest()
-        return self.folder / name[:2] / name
+        return self.folder / name[:2] / f"{name}.t2v"
 
     @contextmanager
     def _new(self, entry: Path) -> Iterator[BinaryIO]:
@@ -112,7 +117,7 @@ class Cache:
         if self._added % CHECK_QUOTA_EVERY == 0:
             self._make_room()
         self._added += 1
-        partial = entry.with_name(f".{uuid.uuid4().hex}")
+        partial = entry.with_name(f".{uuid.uuid4().hex}.t2v")
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("xb") as file:
@@ -131,11 +136,14 @@ class Cache:
         with self._lock("quota"):
             entries = []
             for path in self.folder.glob("??/*"):
+                if not ENTRY.fullmatch(path.name):
+                    continue
                 try:
-                    status = path.stat()
+                    status = path.lstat()
                 except FileNotFoundError:
                     continue
-                entries.append((status.st_mtime_ns, status.st_size, path))
+                if stat.S_ISREG(status.st_mode):
+                    entries.append((status.st_mtime_ns, status.st_size, path))
             surplus = sum(size for _, size, _ in entries) - self.quota_bytes
             for _, size, path in sorted(entries):
                 if surplus <= 0:

@@ -2,21 +2,23 @@
 sees half a file."""
 
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from data_pipeline.errors import ConfigError, InputMissing, StorageError, UserError
 
 if TYPE_CHECKING:
     from data_pipeline.store.cache import Cache
 
 PARTIAL = ".part"
+OURS_PARTIAL = re.compile(rf"\..+\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")  # of `open_atomic`
 S3 = "s3://"
 
 
@@ -58,6 +60,49 @@ def list_folders(folder: str) -> list[str]:
         return []
     with _storage_errors(folder):
         return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def is_empty(folder: str) -> bool:
+    """Whether nothing lies in a folder, or it is not there; ConfigError where it is no folder.
+
+    What a killed writer of ours left half does not count.
+    """
+    if is_remote(folder):
+        store = remote().store
+        return not any(store.list(folder)) and not any(store.list_folders(folder))
+    root = _local(folder)
+    if not os.path.lexists(root):
+        return True
+    if not root.is_dir():
+        raise ConfigError(f"{folder}: is no folder; give a new one.")
+    with _storage_errors(folder):
+        return all(OURS_PARTIAL.fullmatch(name) for name in os.listdir(root))
+
+
+def claim(folder: str, mark: str, content: bytes, *, what: str) -> bytes | None:
+    """Make an empty folder `what` of ours by its first file; what that file says already where the
+    folder is one, None where it was not. ConfigError where anything else is in the folder."""
+    path = join(folder, mark)
+    empty = is_empty(folder)  # looked at before the mark, which another task may be writing
+    if exists(path):
+        return read_bytes(path)
+    if not empty:
+        raise ConfigError(f"{folder}: is not empty and no {what} of ours; give a new folder.")
+    write_atomic(path, content)
+    return None
+
+
+def refuse_overlap(source: str, out: str) -> None:
+    """ConfigError where an output contains its source or lies inside it, links followed."""
+    if is_remote(source) != is_remote(out):
+        return
+    inner, outer = _real(out), _real(source)
+    for how in ("lies inside", "contains"):
+        if inner.startswith(outer):
+            raise ConfigError(
+                f"{out}: is wrong because it {how} the source {source}; give a folder beside it."
+            )
+        inner, outer = outer, inner
 
 
 def read_bytes(path: str) -> bytes:
@@ -162,13 +207,34 @@ def remove(path: str) -> None:
 
 
 def remove_partial(folder: str) -> None:
-    """Delete what killed writers left in a folder; no writer may be at work there."""
+    """Delete what killed writers of ours left in a folder; no writer may be at work there."""
     if is_remote(folder):
         return  # an object appears whole or not at all
     root = _local(folder)
     if root.is_dir():
-        for path in root.glob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+        for path in root.iterdir():
+            if OURS_PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
+
+
+def absent_folders(folder: str) -> list[str]:
+    """Those of a folder and its parents that are not there, outermost first; none in an object
+    store, which has no folders."""
+    if is_remote(folder):
+        return []
+    path = _local(folder)
+    return [str(place) for place in (*reversed(path.parents), path) if not os.path.lexists(place)]
+
+
+def take_back(files: Iterable[str], folders: Iterable[str]) -> None:
+    """Delete files that the caller wrote, and then, innermost first, the folders that it made and
+    that nobody else has put anything into; whatever cannot be deleted stays."""
+    for path in files:
+        with suppress(UserError):
+            remove(path)
+    for folder in sorted(folders, key=len, reverse=True):
+        with suppress(OSError):
+            _local(folder).rmdir()
 
 
 def remote() -> "Cache":
@@ -191,6 +257,12 @@ def _local(path: str) -> Path:
             f"{path}: is wrong because {scheme}:// is not served; give a folder or {S3}..."
         )
     return Path(path)
+
+
+def _real(path: str) -> str:
+    """A path without links and with a slash at its end, by which it begins all that it contains."""
+    real = path if is_remote(path) else os.path.realpath(_local(path))
+    return f"{real.rstrip('/')}/"
 
 
 def sync_folder(folder: Path) -> None:

@@ -278,14 +278,13 @@ def fetch_encoder(encoder: str) -> Path:
 
 def _claim(folder: str, reader: TextEncoder) -> None:
     """Write down which encoder fills a folder, or refuse another one; then the null embedding."""
-    path = storage.join(folder, PROVENANCE)
-    text = reader.provenance.model_dump_json(indent=1) + "\n"
-    if storage.exists(path) and storage.read_bytes(path).decode() != text:
+    content = (reader.provenance.model_dump_json(indent=1) + "\n").encode()
+    found = storage.claim(folder, PROVENANCE, content, what="embedding set")
+    if found not in (None, content):
         raise ConfigError(
             f"{folder}: holds embeddings of another encoder or other settings (see {PROVENANCE}); "
             "choose another --name, or delete the folder."
         )
-    storage.write_atomic(path, text.encode())
     null = save({TENSOR: reader.encode([""])[0]})
     storage.write_atomic(storage.join(folder, NULL), null)
 

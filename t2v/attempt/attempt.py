@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import shutil
+import re
 import threading
 import traceback
 import uuid
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data_pipeline.errors import ConfigError, InputMissing, UserError
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.failure import Failure, failure_page, first_failure, heard_alarm, ring, wait_until
 from t2v.attempt.failure import record_failure as record
+from t2v.attempt.record import FILE as ATTEMPTS
 from t2v.attempt.record import (
     INTERRUPTED,
     append_attempt,
@@ -26,13 +29,17 @@ from t2v.attempt.record import (
     refuse_restart_storm,
     unfinished,
 )
-from t2v.attempt.run_folder import State, StatusFile, locked, timestamp, whoami
+from t2v.attempt.run_folder import LOCK, State, StatusFile, locked, timestamp, whoami
 from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.checkpoint.manifest import fingerprint, present_versions, read_manifest
 from t2v.engine.world import World
 
 FOLLOW_SECONDS = 4.0
+LONGEST_REASON = 4000  # characters; some libraries put whole files into their errors
+RECORDS = ("status.json", "failure.md")
+# What ranks leave in an attempt's folder.
+OF_RANKS = re.compile(r"\.?alarm\.json(\.\d+)?|(failure|position)-rank-\d{5}\.(json|part)")
 
 
 class Attempt:
@@ -189,9 +196,10 @@ def exit_code_of(error: BaseException) -> int:
 
 def reason_of(error: BaseException) -> str:
     """An error in a line or a few."""
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if len(text) <= LONGEST_REASON:
+        return text
+    return f"{text[: LONGEST_REASON - 20]} ... ({len(text):,} characters)"
 
 
 def from_a_collective(error: BaseException) -> bool:
@@ -219,10 +227,11 @@ def begin_attempt(
         nonce = uuid.uuid4().hex
 
         def own() -> int:
-            is_new = not run_dir.exists()
-            if is_new:
-                exits.push(lambda kind, error, trace: _leave_nothing(run_dir, error))
+            refuse_strangers(run_dir, recipe)
+            made = storage.absent_folders(str(run_dir))
             exits.enter_context(locked(run_dir))
+            if made:
+                exits.push(lambda kind, error, trace: _leave_nothing(run_dir, made, error))
             told = {"nonce": nonce, "world_size": world.world_size, "engine": engine}
             told["config_fingerprint"] = fingerprint(recipe)
             return _begin(run_dir, status, told, clear_failures=clear_failures)
@@ -281,11 +290,37 @@ def _begin(run_dir: Path, status: StatusFile, told: dict[str, Any], *, clear_fai
     return number
 
 
-def _leave_nothing(run_dir: Path, error: BaseException | None) -> None:
-    """Take away a run folder that this start made, where it was refused before it trained."""
+def refuse_strangers(run_dir: Path, recipe: dict[str, Any]) -> None:
+    """ConfigError where a folder that is no run has a file that a run would replace; the recipe
+    itself may lie there."""
+    if (run_dir / ATTEMPTS).exists():
+        return
+    for name in ("config.yaml", "metrics.jsonl", "quarantine.jsonl", *RECORDS):
+        path = run_dir / name
+        if os.path.lexists(path) and not (name == "config.yaml" and _holds(path, recipe)):
+            raise ConfigError(
+                f"{path}: is there already, but {run_dir} is no run; choose another run_dir, or "
+                "move the file away."
+            )
+
+
+def _holds(path: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return yaml.safe_load(path.read_bytes()) == recipe
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _leave_nothing(run_dir: Path, made: list[str], error: BaseException | None) -> None:
+    """Take back what this start wrote, and the folders it made, where it was refused before it
+    trained; the lock is held, so that no other start has written there."""
     trained = (run_dir / "metrics.jsonl").exists()
     if isinstance(error, (ConfigError, InputMissing)) and not trained:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        logs = run_dir / "logs" / "attempt-0001"
+        records = [path for path in logs.glob("*") if OF_RANKS.fullmatch(path.name)]
+        files = [run_dir / name for name in ("config.yaml", *RECORDS, ATTEMPTS, LOCK)]
+        folders = [*made, run_dir / "checkpoints", logs.parent, logs]
+        storage.take_back(map(str, [*records, *files]), map(str, folders))
 
 
 def job_id() -> str | None:

@@ -32,6 +32,8 @@ class _Ear:
         self.something_to_save = False
         self.on_leaving: Callable[[], None] | None = None
         self.flag_file: Path | None = None
+        # Ranks whose launcher was killed have nobody to tell them to stop, or to end them.
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
@@ -51,6 +53,8 @@ class _Ear:
                 if first is not None and now - first > ECHO_SECONDS:
                     self._leave()
                 first = first or now
+            if self.launcher is not None and os.getppid() != self.launcher:
+                self.heard = True
             if self.something_to_save or not (self.heard or self._sees_flag()):
                 since = None
             elif since is None:

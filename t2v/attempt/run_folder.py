@@ -17,6 +17,7 @@ from typing import Any, Literal
 from data_pipeline.errors import RunLocked
 
 State = Literal["starting", "running", "done", "preempted", "failed"]
+LOCK = "run.lock"
 REFRESH_SECONDS = 1.0
 HEARTBEAT_SECONDS = 3.0
 # An owner on another host whose heart has not beaten for so long is dead. Beats are watched, not
@@ -35,7 +36,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     owner's heart beats in the file too.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 
-from data_pipeline.errors import ConfigError, NumericError, StorageError, UserError
-from data_pipeline.host_memory import available_memory
+from data_pipeline.errors import NumericError, StorageError, UserError
 from data_pipeline.store import storage
-from data_pipeline.strict import Strict
 from t2v.attempt.faults import fault
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.contract import WEIGHTS, model_signature
-from t2v.checkpoint.finding import list_checkpoints, newest_valid, step_folder
+from t2v.checkpoint.finding import newest_valid, step_folder
+from t2v.checkpoint.host_copy import HostCopy, gpus_of
+from t2v.checkpoint.keeping import Keeping, staging_of
 from t2v.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
     present_versions,
-    read_manifest,
     record_file,
     wrong_sizes,
 )
@@ -39,32 +38,9 @@ from t2v.checkpoint.mirror import Mirror
 from t2v.checkpoint.tensor_files import INDEX, Slice, WrittenFile, join_index, write_slices
 from t2v.engine.world import World
 
-STAGING = ".staging-"
 REFUSED = "refused-"
 SETTLE_SECONDS = 60.0
 GIB = 2**30
-
-
-class CheckpointConfig(Strict):
-    """How often a run is saved and how much of it is kept."""
-
-    every_steps: int = Field(ge=1)
-    keep_last: int = Field(default=3, ge=2, description="newest checkpoints kept")
-    milestone_every_steps: int = Field(default=0, ge=0, description="kept for ever; 0: none")
-    asynchronous: bool = Field(
-        default=True, description="train on while a copy in host memory is written"
-    )
-    max_failures_in_a_row: int = Field(
-        default=3, ge=1, description="saves that a disk may refuse before the run stops"
-    )
-    mirror: str | None = Field(
-        default=None,
-        pattern="^s3://.+",
-        description="a prefix to which every committed step is copied, and restored from",
-    )
-    accept_data_change: bool = Field(
-        default=False, description="resume although the datasets are not those of the checkpoint"
-    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +74,7 @@ class Checkpoints:
         self.mirror = Mirror(config.mirror, world) if config.mirror else None
         self.failures_in_a_row = 0
         self._news: list[Saved] = []
+        self._keeping = Keeping(self.folder, config, self.mirror)
         self._copy = HostCopy()
         self._copied = threading.Event()
         self._stall = 0.0
@@ -107,12 +84,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what earlier attempts left unfinished; only the owner of the run may call this."""
 
-        def remove() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for staging in self.folder.glob(f"{STAGING}*"):
-                shutil.rmtree(staging)
-
-        self.world.on_first(remove, self.world.storage)
+        self.world.on_first(self._keeping.clean, self.world.storage)
 
     def due(self, step: int) -> bool:
         """Whether a step is one to save."""
@@ -245,11 +217,12 @@ class Checkpoints:
             if self.world.is_first:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
-        self.world.on_first(self._retire, group)
+        self.world.on_first(self._keeping.retire, group)
         return manifest.size_bytes
 
     def _stage(self, folder: Path) -> Path:
-        staging = folder.with_name(f"{STAGING}{folder.name}-{uuid.uuid4().hex}")
+        self._keeping.make_room()
+        staging = staging_of(folder)
         staging.mkdir(parents=True)
         return staging
 
@@ -288,70 +261,9 @@ class Checkpoints:
         storage.sync_folder(folder.parent)
         return manifest
 
-    def _retire(self) -> None:
-        """Delete old checkpoints; only finished ones count, and milestones and the one with the
-        lowest held-out loss stay."""
-        fault("checkpoint.retire")
-        every = self.config.milestone_every_steps
-        finished = [info for info in list_checkpoints(self.folder) if info.problem is None]
-        losses = [info.held_out_loss for info in finished if info.held_out_loss is not None]
-        for info in finished[: -self.config.keep_last]:
-            milestone = bool(every) and info.step % every == 0
-            best = info.held_out_loss is not None and info.held_out_loss == min(losses)
-            if not milestone and not best:
-                # Renamed first: a deletion that is cut short leaves no half checkpoint.
-                dying = info.folder.with_name(f"{STAGING}{info.folder.name}-retired")
-                info.folder.rename(dying)
-                if self.mirror is not None:
-                    self.mirror.retire(read_manifest(dying))
-                shutil.rmtree(dying)
-
     def _news_of_failure(self) -> str:
         problems = [saved.problem for saved in self._news if saved.problem]
         return problems[-1] if problems else f"{self.folder}: the last save failed; see the log."
-
-
-class HostCopy:
-    """Copies of tensors in host memory that is used again; pinned where a GPU fills it."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def reserve(self, slices: dict[str, Slice]) -> None:
-        """Claim the memory, and touch it: fresh pages cost more than the copy itself. ConfigError
-        where the host has less."""
-        kept = {name: piece for name, piece in slices.items() if piece.place.kept}
-        new = {name: piece.part for name, piece in kept.items() if name not in self._buffers}
-        needed = sum(part.numel() * part.itemsize for part in new.values())
-        if needed > (left := available_memory()):
-            raise ConfigError(
-                f"checkpoint: is wrong because its copy takes {needed / GIB:.1f} GiB of this "
-                f"rank's host memory, and {left / GIB:.1f} are left; split the model over more "
-                "ranks, or give each more memory."
-            )
-        for name, part in new.items():
-            pinned = part.device.type == "cuda"
-            buffer = torch.zeros(part.shape, dtype=part.dtype, pin_memory=pinned)
-            self._buffers[name] = buffer.fill_(1)
-
-    def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
-        """Those slices that this rank writes, as they are now; valid until the next call."""
-        slices = {name: piece for name, piece in slices.items() if piece.place.kept}
-        self.reserve(slices)
-        # A stream of its own: on training's, the copy would wait for all that is queued there.
-        streams = {device: torch.cuda.Stream(device) for device in gpus_of(slices)}
-        for name, piece in slices.items():
-            with torch.cuda.stream(streams.get(piece.part.device)):
-                self._buffers[name].copy_(piece.part, non_blocking=True)
-        for stream in streams.values():
-            stream.synchronize()
-        return {name: Slice(self._buffers[name], piece.place) for name, piece in slices.items()}
-
-
-def gpus_of(slices: dict[str, Slice]) -> set[torch.device]:
-    """The GPUs that hold parts of tensors."""
-    devices = {piece.part.device for piece in slices.values()}
-    return {device for device in devices if device.type == "cuda"}
 
 
 def finish_writes(slices: dict[str, Slice]) -> None:

@@ -71,7 +71,7 @@ def export_checkpoint(
     The self-test runs the model of the checkpoint, rounded as the export is, and the model of the
     export on the same noise; their outputs must be equal bit for bit.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out}: is there already; choose another folder, or remove it.")
     manifest = read_manifest(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,7 @@ class Mirror:
         """Delete a step, its manifest first; what fails is left for a lifecycle rule."""
         home = self._home(manifest)
         try:
-            names = storage.list_files(home)
-            for name in sorted(names, key=lambda name: name != MANIFEST):
+            for name in (MANIFEST, *manifest.files):
                 storage.remove(storage.join(home, name))
         except UserError as failure:
             print(f"mirror: {home} is not deleted because {failure}", flush=True)

@@ -22,7 +22,10 @@ class EngineConfig(Strict):
         description="recompute blocks in backward; selective: all but their matrix products",
     )
     compile: bool = Field(default=False, description="torch.compile per block")
-    reshard_after_forward: bool = Field(default=True, description="fsdp: free weights in between")
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="fsdp: free gathered weights after each pass; false: gather them once a step",
+    )
     accumulate: Literal["whole", "shards"] = Field(
         default="whole",
         description="fsdp: gradients of a step's micro-batches add up whole and travel once, or "

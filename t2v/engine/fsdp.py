@@ -72,8 +72,11 @@ def fsdp_engine(
 
     def exchange(final: bool) -> None:
         now = final or config.accumulate == "shards"
+        # Where memory holds the whole model, it is gathered once a step: weights change only then.
+        frees = final or config.reshard_after_forward
         for module in sharded:
             module.set_requires_gradient_sync(now, recurse=False)
+            module.set_reshard_after_backward(frees, recurse=False)
 
     def let_go() -> None:
         for module in sharded:

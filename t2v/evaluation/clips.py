@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.media.video import Size, decode_clip, encode_clip, probe, reduce_clip, reduction
@@ -15,9 +16,34 @@ from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.shards.tar import digest64
 from t2v.evaluation.protocol import FrameRule, RealSet, View
 from t2v.evaluation.protocol import Protocol as Rules
+from t2v.methods.method import Output
 
 SUMMARY = "samples.json"
 FPS_TOLERANCE = 0.01
+
+
+class SampleFile(BaseModel):
+    """A clip's file in a folder of samples."""
+
+    file: str
+    sha256: str | None = None
+
+
+class SampleSettings(BaseModel):
+    """What is asked of the settings that samples were made with."""
+
+    fps: float = 0.0
+
+
+class SampleRecord(SampleFile):
+    """What is asked of a sample's record; the rest of it may be anything."""
+
+    levels: dict[str, SampleFile] | None = None
+    outputs: list[Output] | None = None
+    settings: SampleSettings | None = None
+
+
+SUMMARIES = TypeAdapter(list[SampleRecord])
 
 
 @dataclass(frozen=True)
@@ -261,13 +287,16 @@ def _frame_rate(media: bytes, where: Path) -> float:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        records = json.loads(text)
+        SUMMARIES.validate_json(text, strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        reason = f"it is no list of samples{f' ({where!r})' if where else ''}"
+        raise DataError(f"{path}: is damaged because {reason}; sample again.") from None
+    except ValueError as error:
         raise DataError(f"{path}: is damaged because {error}; sample again.") from None
-    is_list = isinstance(records, list)
-    if not is_list or any(not isinstance(r, dict) or "file" not in r for r in records):
-        raise DataError(f"{path}: is damaged because it is no list of samples; sample again.")
     names = [entry["file"] for r in records for entry in (r, *(r.get("levels") or {}).values())]
-    if bad := next((n for n in names if not isinstance(n, str) or Path(n).name != n), None):
+    if bad := next((n for n in names if Path(n).name != n), None):
         raise DataError(f"{path}: file {bad!r} is wrong because it leaves the folder; correct it.")
     return records

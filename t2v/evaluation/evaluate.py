@@ -1,6 +1,7 @@
 """From a protocol and a run, or a folder of clips, to scores with their uncertainty."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.store import storage
 from t2v.engine.world import World
 from t2v.evaluation.clips import GeneratedClips, RealClips, is_samples, open_generated, open_real
@@ -24,7 +25,7 @@ from t2v.evaluation.measures import (
     load_i3d,
 )
 from t2v.evaluation.protocol import Metric, Protocol, View, dump_protocol
-from t2v.evaluation.results import RESULT, markdown, score
+from t2v.evaluation.results import RESULT, markdown, read_result, score
 from t2v.evaluation.scores import (
     frechet_distance,
     inception_score,
@@ -35,6 +36,8 @@ from t2v.evaluation.scores import (
 from t2v.evaluation.seam import seam_scores
 from t2v.sampling.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
 from t2v.sampling.source import open_source
+
+PROTOCOL, TABLE = "protocol.yaml", "result.md"
 
 Measures = dict[str, dict[str, Measure]]  # by view and metric
 
@@ -57,8 +60,8 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
     and protocol.yaml with every digest that it was left without."""
     with sampling_world() as world:
         real = world.on_first(lambda: open_real(protocol, origin))
-        # Before hours of measuring: is it a folder?
-        world.on_first(lambda: job.out.mkdir(parents=True, exist_ok=True))
+        # Before hours of measuring.
+        world.on_first(lambda: make_folder(job.out))
         folder = job.target
         if not is_samples(folder):
             folder = job.out / "samples"
@@ -94,6 +97,20 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
             }
         world.on_first(lambda: write_result(protocol, real, generated, measures, values, job.out))
     return job.out
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a result; ConfigError where it would replace a file of somebody else."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = [name for name in (RESULT, PROTOCOL, TABLE) if os.path.lexists(out / name)]
+    if found:
+        try:
+            read_result(out)
+        except UserError:
+            raise ConfigError(
+                f"{out / found[0]}: is there already and of no evaluation of ours; give --out "
+                "another folder."
+            ) from None
 
 
 def sample_for(protocol: Protocol, real: RealClips, job: Job, folder: Path, world: World) -> None:
@@ -200,9 +217,10 @@ def write_result(
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "pinned": pinned.pinned(),
     }
-    storage.write_atomic(str(out / "protocol.yaml"), dump_protocol(pinned).encode())
-    storage.write_atomic(str(out / "result.md"), markdown({"generated": result}).encode())
+    # First of all, for it tells that the others are ours.
     storage.write_atomic(str(out / RESULT), (json.dumps(result, indent=1) + "\n").encode())
+    storage.write_atomic(str(out / PROTOCOL), dump_protocol(pinned).encode())
+    storage.write_atomic(str(out / TABLE), markdown({"generated": result}).encode())
 
 
 def pin(protocol: Protocol, real: RealClips, measures: Measures) -> Protocol:

@@ -112,8 +112,9 @@ class ConditionEmbedding(nn.Module):
     ) -> tuple[Float[Tensor, "batch levels dim"], Float[Tensor, "batch text token_dim"] | None]:
         hidden = F.silu(self.noise_in(scalar_features(noise.flatten(), FEATURES)))
         vector = self.noise_out(hidden).unflatten(0, noise.shape)
-        strides = torch.tensor([self.frame_strides[level] for level in levels], device=noise.device)
-        rate = torch.log2(1 + condition.fps[:, None] / strides) / 4
+        # Numbers of the host in a list or a tensor would stop it until the device has read them.
+        rates = [condition.fps / self.frame_strides[level] for level in levels]
+        rate = torch.log2(1 + torch.stack(rates, dim=1)) / 4
         rate_features = scalar_features(rate.flatten(), FEATURES).unflatten(0, rate.shape)
         size = torch.log2(condition.original_size / 256) / 4
         size_features = scalar_features(size.flatten(), FEATURES).view(len(size), -1)
@@ -121,7 +122,8 @@ class ConditionEmbedding(nn.Module):
         vector = vector + self.original_size(size_features)[:, None]
         if self.level_embedding is not None:
             zero = self.level_embedding.new_zeros(1, self.level_embedding.shape[1])
-            vector = vector + torch.cat([zero, self.level_embedding])[levels]
+            known = torch.cat([zero, self.level_embedding])
+            vector = vector + torch.stack([known[level] for level in levels])
         if self.label is not None:
             vector = vector + self.label(condition.label)[:, None]
         if self.text is None:

@@ -119,7 +119,7 @@ def _explain(error: typing.Any, model: type[BaseModel]) -> str:
             tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
             return f"{path}.kind: value {tag!r} is wrong because it is none of {known}; correct it."
         case "union_tag_not_found":
-            return f"{path}.kind: missing; nothing is left to defaults, add it."
+            return f"{path}.kind: missing; every recipe is complete, add it."
         case "extra_forbidden":
             known = list(_place(error["loc"][:-1], model)[1].model_fields)
             close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
@@ -144,8 +144,8 @@ def _place(location: tuple, model: type[BaseModel]) -> tuple[str, type[BaseModel
     for part in location:
         if isinstance(part, int):
             path.append(str(part))
-        elif chosen := [one for one in candidates if part in _kinds(one)]:
-            model = chosen[0]
+        elif len(candidates) > 1 and (chosen := [c for c in candidates if part in _kinds(c)]):
+            model, candidates = chosen[0], []
         elif not UNION_MEMBER.fullmatch(part):
             path.append(part)
             field = model.model_fields.get(part)

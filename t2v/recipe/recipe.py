@@ -15,7 +15,7 @@ from data_pipeline.feeding.config import (
 )
 from data_pipeline.strict import Strict
 from t2v.attempt.watchdog import WatchdogConfig
-from t2v.checkpoint.checkpoints import CheckpointConfig
+from t2v.checkpoint.config import CheckpointConfig
 from t2v.engine.config import EngineConfig
 from t2v.engine.optimizer import OptimizerConfig
 from t2v.methods.method import Method
@@ -127,8 +127,9 @@ def parse_config(content: dict, origin: str) -> RunConfig:
     """A recipe from plain data; `origin` begins each line of the error."""
     if moved := [name for name in MOVED if name in content]:
         raise ConfigError(
-            f"{origin}: {', '.join(moved)}: wrong at the top because they belong to a method; "
-            "write `method: {kind: hpdm, pyramid: ..., model: ..., diffusion: ..., sampling: ...}`."
+            f"{origin}: {', '.join(moved)}: wrong at the top because a method's settings "
+            "stand in its section; write `method: {kind: hpdm, pyramid: ..., model: ..., "
+            "diffusion: ..., sampling: ...}`."
         )
     return parse(RunConfig, content, origin)
 

@@ -4,6 +4,7 @@ Under a launcher, processes share the clips, and then the tiles of those that ar
 written when it is finished; clips that are there already, made in the same way, are not made again.
 """
 
+import io
 import json
 import math
 import os
@@ -45,6 +46,8 @@ GIB = 2**30
 PATIENCE_SECONDS = 24 * 3600.0
 RESERVE_BYTES = 192 << 20  # libraries that load late, and encoding
 MOST_ON_SHEET = 64
+# Tells that a folder's clips and records are ours to replace.
+MARK, MARK_TEXT = ".t2v-samples", b"made by t2v sample, which may replace numbered files here\n"
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def sample_pending(
     shared by teams."""
     config, source = recipe.config, recipe.source
     conditions = Conditions(config, recipe.request, source.text_encoder, world.device)
-    # Before hours of sampling: is it a folder?
-    out.mkdir(parents=True, exist_ok=True)
+    # Before hours of sampling; what others keep under names of ours is not written over.
+    world.on_first(lambda: storage.claim(str(out), MARK, MARK_TEXT, what="folder of samples"))
     whole_rounds = len(pending) // world.world_size * world.world_size
     own, rest = pending[:whole_rounds][world.rank :: world.world_size], pending[whole_rounds:]
     team, shared = join_team(rest, world)
@@ -214,7 +217,7 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
         if not key or not equals:
             raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
         try:
-            content["method"]["sampling"][key.removeprefix("sampling.")] = parse_value(text)
+            content["method"]["sampling"][key.removeprefix("method.sampling.")] = parse_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
     return parse_config(content, "--set")
@@ -297,7 +300,9 @@ def summarise(out: Path, count: int) -> None:
     """contact_sheet.png from the written clips and, last, samples.json with all records."""
     records = [record for number in range(count) if (record := read_record(out, number))]
     clips = [decode_clip((out / r["file"]).read_bytes()) for r in records[:MOST_ON_SHEET]]
-    contact_sheet(clips).save(out / "contact_sheet.png")
+    sheet = io.BytesIO()
+    contact_sheet(clips).save(sheet, "PNG")
+    storage.write_atomic(str(out / "contact_sheet.png"), sheet.getvalue())
     storage.write_atomic(str(out / "samples.json"), json.dumps(records, indent=1).encode())
 
 

@@ -4,19 +4,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
 from t2v.watching.views import Guarded, TensorBoardView, WandbView, say
 
+BLOCK_BYTES = 1 << 16
 MOST_WAITING = 10_000  # lines kept in memory while the disk is full
 
 
@@ -42,9 +41,11 @@ class StepSums:
         for number, name in zip(numbers, ids, strict=True):
             self.digest = wrap(self.digest + sample_digest(number, name))
 
-    def add_step(self, losses: Tensor, *, data_seconds: float, step_seconds: float) -> None:
+    def add_step(
+        self, losses: Sequence[float], *, data_seconds: float, step_seconds: float
+    ) -> None:
         """Account for a step; `losses` are this rank's mean of each part."""
-        self.losses += losses.detach().double().cpu()
+        self.losses += torch.tensor(losses, dtype=torch.float64)
         self.data_seconds += data_seconds
         self.seconds += step_seconds
         self.steps += 1
@@ -96,7 +97,7 @@ class Metrics:
 
     def __init__(self, run_dir: Path, config: MetricsConfig, *, name: str, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self.measured = measured(drop_after(self.path, step))
+        self.measured = drop_after(self.path, step)
         self.file = self.path.open("ab", buffering=0)
         self.waiting: list[bytes] = []
         self.views: list[Guarded] = []
@@ -134,24 +135,56 @@ class Metrics:
             view.close()
 
 
-def drop_after(path: Path, step: int) -> list[dict]:
+def drop_after(path: Path, step: int) -> tuple[float, int]:
     """Forget lines of steps after `step`, and a last line that a killed process left half; returns
-    the others. A damaged line before one of these is named, and stays."""
+    what the rest measured: (seconds of its steps, the last of them). A damaged line before one of
+    these is named, and stays. A long file is read from its end, and never held whole."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    parsed = [parse_line(line) for line in lines]
-    known = [number for number, values in enumerate(parsed) if values and values["step"] <= step]
-    kept = []
-    for number in range(known[-1] + 1 if known else 0):
-        values = parsed[number]
-        if values is None:
-            say(f"{path}: line {number + 1} is damaged and is passed over; look at it.")
-        if values is None or values["step"] <= step:
-            kept.append(lines[number])
-    if len(kept) < len(lines):
-        storage.write_atomic(path, b"".join(kept))
-    return [values for number in known if (values := parsed[number])]
+        return 0.0, 0
+    end, found = 0, None
+    for place, line in lines_from_the_end(path):
+        values = parse_line(line)
+        if values is None or values["step"] > step:
+            continue
+        end = end or place + len(line)
+        if "productive_seconds" in values:
+            found = values["productive_seconds"], values["step"]
+            break
+    _cut(path, end)
+    _name_damaged(path)
+    return found or measured(read_lines(path))
+
+
+def lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(place in the file, line) of each line, the last one first."""
+    with path.open("rb") as file:
+        start, rest = file.seek(0, os.SEEK_END), b""
+        while start:
+            size = min(BLOCK_BYTES, start)
+            start = file.seek(start - size)
+            first, *whole = (file.read(size) + rest).splitlines(keepends=True)
+            place = start + len(first) + sum(map(len, whole))
+            for line in reversed(whole):
+                place -= len(line)
+                yield place, line
+            rest = first
+        if rest:
+            yield 0, rest
+
+
+def _cut(path: Path, end: int) -> None:
+    """Keep a file up to `end`."""
+    if end < path.stat().st_size:
+        with path.open("r+b") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+def _name_damaged(path: Path) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not (line.startswith(b"{") and line.endswith(b"}\n")):
+                say(f"{path}: line {number} is damaged and is passed over; look at it.")
 
 
 def parse_line(line: bytes) -> dict | None:

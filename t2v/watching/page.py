@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.errors import DataError, InputMissing
 from data_pipeline.media.video import decode_clip
-from data_pipeline.store import storage
+from data_pipeline.page import GENERATOR, write_page
 from t2v.watching.charts import COLOURS, Series, line_chart, shade, short
 from t2v.watching.page_files import (
     entry,
@@ -40,7 +40,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise InputMissing(f"{run_dir}: no such run; give a run folder, which holds metrics.jsonl.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(str(out), page(run_dir).encode())
+    write_page(str(out), page(run_dir))
     return out
 
 
@@ -71,7 +71,8 @@ def page(run_dir: Path) -> str:
     )
     name = escape(run_dir.resolve().name)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
+        f"<title>{name}</title>"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'
@@ -158,9 +159,9 @@ def held_out_section(lines: list[dict]) -> str:
             ],
         )
     ]
-    names = bin_names(last)
     for part in parts:
         key = f"held_out_{part}_bins"
+        names = bin_names(last, key)
         series = [
             Series(
                 name,
@@ -178,13 +179,17 @@ def held_out_section(lines: list[dict]) -> str:
     )
 
 
-def bin_names(line: dict) -> list[str]:
-    """The range of noise of each bin, as a held-out line tells it."""
-    axis, told = line.get("held_out_bin_axis", ""), line.get("held_out_bin_edges")
-    edges = [f"{edge:.2g}" for edge in told or [] if isinstance(edge, (int, float))]
-    if not edges:
+def bin_names(line: dict, key: str) -> list[str]:
+    """The range of noise of each bin of a part, as a held-out line tells it; else its number."""
+    bins = len(line[key]) if isinstance(line[key], list) else 0
+    if bins == 1:
         return ["all"]
+    told = [entry(line.get("held_out_bin_edges"), n) for n in range(bins - 1)]
+    edges = [f"{edge:.2g}" for edge in told if edge is not None]
+    if len(edges) < len(told) or not edges:
+        return [f"bin {n}" for n in range(bins)]
     between = [f"{low} to {high}" for low, high in pairwise(edges)]
+    axis = line.get("held_out_bin_axis")
     return [f"{axis} {name}" for name in (f"< {edges[0]}", *between, f"> {edges[-1]}")]
 
 

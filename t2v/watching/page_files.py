@@ -60,7 +60,7 @@ def merged(lines: list[dict]) -> dict:
     """One line for several: the last step, and means of what is finite."""
     if len(lines) == 1:
         return lines[0]
-    keys = {key for line in lines for key in line}
+    keys = dict.fromkeys(key for line in lines for key in line)
     return {key: mean(lines, key) for key in keys} | {"step": lines[-1]["step"]}
 
 

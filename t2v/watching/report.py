@@ -2,12 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from data_pipeline.feeding.config import DataConfig
 from data_pipeline.feeding.loader import Batch
@@ -77,7 +75,7 @@ class Report:
     def step(
         self,
         state: TrainState,
-        losses: Tensor,
+        losses: Sequence[float],
         *,
         data_seconds: float,
         step_seconds: float,
@@ -161,8 +159,11 @@ class Lines:
         self.last_step = values["step"]
         values |= self.rates.of(values["samples_per_second"]) | peak_memory()
         values["checkpoint_seconds"], self.stall_seconds = self.stall_seconds, 0.0
+        values["productive_seconds"] = self.productive_seconds
         if self.first_start is not None:
-            values["goodput"] = self.productive_seconds / (time.time() - self.first_start)
+            elapsed = time.time() - self.first_start
+            # A clock that was set back tells nothing.
+            values["goodput"] = self.productive_seconds / elapsed if elapsed > 0 else None
         self.write(values)
 
     def write(self, values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 
 COMMITTED = re.compile(r"step-(\d{8,})")
+STAGED = re.compile(r"\.step-\d{8,}-[0-9a-f]{32}")
 POLL_SECONDS = 5.0
 TRIES = 2
 STATE_SECONDS = 10.0  # between two looks of the run at its side job
@@ -113,6 +115,9 @@ def sample_run(run_dir: Path, *, follow: bool, parent: int | None, encoder: str 
     failed: Counter[int] = Counter()
     codes: dict[int, int] = {}
     with alone(folder):
+        for staging in folder.iterdir():  # of jobs that were killed
+            if STAGED.fullmatch(staging.name) and not staging.is_symlink():
+                shutil.rmtree(staging, ignore_errors=True)
         while True:
             ended = parent is None and run_ended(run_dir)
             due = due_steps(run_dir, config.every_steps)
@@ -132,8 +137,13 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
     """Sample one checkpoint into `samples/step-...`, which appears when it is complete; the exit
     code of `t2v sample`."""
     name = f"step-{step:08d}"
-    staging = run_dir / "samples" / f".{name}"
-    shutil.rmtree(staging, ignore_errors=True)
+    folder = run_dir / "samples" / name
+    staging = folder.with_name(f".{name}-{uuid.uuid4().hex}")
+    if os.path.lexists(folder):
+        reason = f"{folder} is there already and holds no samples.json; move it away"
+        write_state(run_dir, state="failed", step=step, reason=reason)
+        print(f"step {step}: not sampled because {reason}", flush=True)
+        return ConfigError.exit_code
     write_state(run_dir, state="sampling", step=step)
     command = sample_command(run_dir / "checkpoints" / name, staging, config, encoder)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -144,7 +154,7 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
         write_state(run_dir, state="failed", step=step, reason=reason)
         print(f"step {step}: not sampled because {reason}", flush=True)
         return max(done.returncode, 1)
-    staging.rename(staging.with_name(name))
+    staging.rename(folder)
     write_state(run_dir, state="done", step=step)
     print(f"step {step}: sampled.", flush=True)
     return 0

@@ -50,9 +50,10 @@ def weighted_errors(
     a sample's pass see the latents of an earlier one."""
     device = noise.device
     x = to_patches(batch.patches.to(device))
-    levels = range(config.pyramid.levels)
-    scales = [config.diffusion.level_input_scale(level) for level in levels]
-    input_scale = torch.tensor(scales, device=device).expand_as(sigma).flatten()
+    input_scale = torch.empty_like(sigma)
+    for level in range(config.pyramid.levels):
+        input_scale[:, level].fill_(config.diffusion.level_input_scale(level))
+    input_scale = input_scale.flatten()
     flat_x, flat_noise, flat_sigma = x.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()
 
     x_noisy = add_noise(flat_x, flat_noise, flat_sigma, input_scale)
