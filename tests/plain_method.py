@@ -105,7 +105,9 @@ class PlainMethod(Method):
         return {"layers": self.config.layers}
 
     @torch.no_grad()
-    def generate(self, network, *, condition, null, seeds, room, team, progress) -> list[Tensor]:
+    def generate(
+        self, network, *, condition, null, seeds, room, team, progress, given=None
+    ) -> list[Tensor]:
         draws = (torch.Generator().manual_seed(seed) for seed in seeds)
         x = torch.stack([torch.randn(3, *self.config.clip_size, generator=g) for g in draws])
         steps = self.config.sampling.steps

@@ -250,16 +250,15 @@ def _outputs(model: Network, method: Method) -> list[Tensor]:
     """The network's answer to fixed noise."""
     generator = torch.Generator().manual_seed(0)
 
-    def noisy(value: object) -> object:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return torch.rand(value.shape, generator=generator) if is_float else value
+    def noisy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            is_float = value.is_floating_point()
+            return torch.rand(value.shape, generator=generator) if is_float else value
+        if isinstance(value, list):
+            return [noisy(part) for part in value]
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{name: noisy(part) for name, part in vars(value).items()})
+        return value
 
-    inputs = method.inputs()
-    for name, value in inputs.items():
-        is_record = is_dataclass(value) and not isinstance(value, type)
-        inputs[name] = (
-            replace(value, **{key: noisy(part) for key, part in vars(value).items()})
-            if is_record
-            else noisy(value)
-        )
+    inputs = {name: noisy(value) for name, value in method.inputs().items()}
     return [part for part in tree_iter(model(**inputs)) if isinstance(part, Tensor)]

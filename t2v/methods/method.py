@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -61,6 +62,15 @@ class MethodConfig(Strict, ABC):
     def view(self) -> Pyramid:
         """What a batch shows of each clip: one window per level of this pyramid."""
 
+    @property
+    def values_per_sample(self) -> int:
+        """How many numbers the network is given of a sample."""
+        return self.view.levels * prod(self.view.patch_size) * 3
+
+    def problem_with_batches(self, global_batch_size: int) -> str | None:
+        """Why a step cannot have as many samples, beginning with their number."""
+        return None
+
 
 @dataclass(frozen=True)
 class Output:
@@ -110,6 +120,7 @@ class Method(ABC):
 
     parts: tuple[str, ...]
     passes_without_gradient: int = 0  # of the network, for one training pass
+    mean_compute: float = 1.0  # operations of an average sample / those for `inputs()`
     calls_per_clip: int  # of the network, to generate it without guidance
     is_guided: bool = False  # whether generation looks at the null condition
 
@@ -122,7 +133,7 @@ class Method(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
-        """One training sample's inputs of the network, as zeros."""
+        """A training sample's inputs of the network, as zeros: the heaviest's where they differ."""
 
     @abstractmethod
     def losses(
@@ -166,6 +177,10 @@ class Method(ABC):
         """The clips that generation makes, coarsest first."""
         return [Output(self.config.view.clip_size)]
 
+    def problem_with_given(self, frames: int) -> str | None:
+        """Why a clip cannot begin with as many given frames, and what to do."""
+        return "the checkpoint's method makes whole clips; leave it out"
+
     def clips_at_once(self, network: Any, most: int, room: Room, team: Team) -> int:
         """How many clips to make together, at most `most`; ConfigError where not one fits."""
         return most
@@ -181,6 +196,8 @@ class Method(ABC):
         room: Room,
         team: Team,
         progress: Callable[[int], None],
+        given: Clips | None = None,
     ) -> list[Clips]:
-        """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed and
-        condition alone. `progress` is told of calls as they are done."""
+        """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed, its
+        condition and the frames it is given to begin with, which come back as they are.
+        `progress` is told of calls as they are done."""

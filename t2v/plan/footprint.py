@@ -80,12 +80,12 @@ def training_tflop(method: Method) -> float:
 
 
 def forward_flops(method: Method) -> int:
-    """Floating-point operations of one sample's forward pass."""
+    """Floating-point operations of an average sample's forward pass."""
     with torch.device("meta"):
         model = method.network()
         with FlopCounterMode(display=False) as counter:
             model(**method.inputs())
-    return counter.get_total_flops()
+    return round(counter.get_total_flops() * method.mean_compute)
 
 
 def parameters_by_kind(method: Method, model: Network) -> dict[str, int]:
@@ -125,9 +125,9 @@ class KeptStorages:
             self._alive.append(tensor)
             self.bytes[place][storage._cdata] = storage.nbytes()
 
-    def _enter(self, name: str, block: nn.Module, inputs: tuple[Tensor | None, ...]) -> None:
-        for tensor in inputs:
-            if tensor is not None:
+    def _enter(self, name: str, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for tensor in tree_iter(inputs):
+            if isinstance(tensor, Tensor):
                 self._note(tensor, "inputs")
         self._place = name
         self.bytes[name] = {}

@@ -1,7 +1,6 @@
 """Memory of one GPU at its fullest moment, by part, and the change that makes a recipe fit."""
 
 from dataclasses import dataclass
-from math import prod
 
 from pydantic import Field
 
@@ -87,7 +86,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     activations = samples * (
         kept_per_sample(config, footprint) + 2 * footprint.largest_tensor_bytes
     )
-    values = samples * config.method.view.levels * prod(config.method.view.patch_size) * 3
+    values = samples * config.method.values_per_sample
     replicas = config.engine.dp_replicate
     batch = values * (1 + 6 * 4)  # bytes, and in fp32: x, noise, x_noisy, scaled, target, output
     sizes = {

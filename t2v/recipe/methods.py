@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 from data_pipeline.errors import ConfigError
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.methods.method import Method, MethodConfig
+from t2v.methods.pyramid_flow.method import PyramidFlowMethod
 
 
 def installed() -> dict[str, type[Method]]:
@@ -29,7 +30,10 @@ def installed() -> dict[str, type[Method]]:
     return methods
 
 
-METHODS: dict[str, type[Method]] = {"hpdm": HPDMMethod} | installed()
+METHODS: dict[str, type[Method]] = {
+    "hpdm": HPDMMethod,
+    "pyramid-flow": PyramidFlowMethod,
+} | installed()
 
 # The section of whichever method its `kind` names.
 AnyMethodConfig = Annotated[

@@ -61,6 +61,8 @@ class RunConfig(Strict):
                 f"micro_batch_size: {self.micro_batch_size} is wrong because it does not divide "
                 f"global_batch_size {self.global_batch_size}; choose a divisor"
             )
+        if problem := self.method.problem_with_batches(self.global_batch_size):
+            raise ValueError(f"global_batch_size: {problem}")
         if self.engine.kind == "zero" and self.optimizer.name == "lamb":
             raise ValueError(
                 "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the "

@@ -134,6 +134,7 @@ class HPDMMethod(Method):
         room: Room,
         team: Team,
         progress: Callable[[int], None],
+        given: Clips | None = None,
     ) -> list[Clips]:
         with closing(Store(condition.fps.device, room.scratch)) as store:
             return generate(

@@ -1,0 +1,86 @@
+"""Attention over units: full inside one, causal from one to the next; and where tokens are."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from t2v.network.layers import NORM_EPS
+
+ROTARY_BASE = 10_000.0
+
+Heads = Float[Tensor, "batch heads tokens channels"]
+Places = Float[Tensor, "tokens 3"]
+Turns = Float[Tensor, "2 tokens half_channels"]
+
+
+@torch.compiler.disable
+def attend(
+    q: Heads, k: Heads, v: Heads, *, ends: tuple[int, ...], padding: tuple[int, ...]
+) -> Heads:
+    """Each unit's queries over the keys up to its end; `ends` counts tokens.
+
+    `padding` is the number of tokens at the start of each row that nobody sees, and whose own
+    answers are zeros. What a unit sees is one stretch of keys, so no mask is needed, and fused
+    kernels (flash attention on a GPU) take each part. Never compiled: the parts of every unit
+    would be a program of their own.
+    """
+    if any(padding):
+        rows = zip(q.split(1), k.split(1), v.split(1), padding, strict=True)
+        return torch.cat([_attend(*row, ends) for row in rows])
+    return _attend(q, k, v, 0, ends)
+
+
+def _attend(q: Heads, k: Heads, v: Heads, hidden: int, ends: tuple[int, ...]) -> Heads:
+    starts = (hidden, *ends[:-1])
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, low:high], k[:, :, hidden:high], v[:, :, hidden:high]
+        )
+        for low, high in zip(starts, ends, strict=True)
+    ]
+    return torch.cat([torch.zeros_like(q[:, :, :hidden]), *parts] if hidden else parts, dim=2)
+
+
+class HeadNorm(nn.Module):
+    """Root-mean-square norm of each head's queries or keys, in fp32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Heads) -> Heads:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * self.scale
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Ones."""
+        nn.init.ones_(self.scale)
+
+
+def rotary_turns(places: Places, head_dim: int) -> Turns:
+    """(cosine, sine) of the angles by which pairs of a head's channels are turned: a quarter of
+    them by the frame, three eighths each by row and column (rotary positions on three axes)."""
+    angles = []
+    for axis, channels in enumerate((head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)):
+        pairs = torch.arange(channels // 2, device=places.device, dtype=torch.float32)
+        angles.append(places[:, axis, None] * ROTARY_BASE ** (-2 * pairs / channels))
+    joined = torch.cat(angles, dim=1)
+    return torch.stack([joined.cos(), joined.sin()])
+
+
+def rotate(x: Heads, turns: Turns) -> Heads:
+    """Pairs of channels, half a head apart, turned by their angles."""
+    (cos, sin), (one, other) = turns, x.chunk(2, dim=-1)
+    return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
+
+
+def token_places(frames: slice, grid: tuple[int, int], stride: int, device: torch.device) -> Places:
+    """(frame, row, column) of a piece's tokens, on the grid of the unit that is denoised; where
+    the piece is `stride` times as coarse, the middles of its cells: 0.5, 2.5, ... for 2."""
+    times = torch.arange(frames.start, frames.stop, device=device, dtype=torch.float32)
+    sides = [
+        (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * stride - 0.5
+        for count in grid
+    ]
+    return torch.stack(torch.meshgrid(times, *sides, indexing="ij"), dim=-1).flatten(0, 2)
