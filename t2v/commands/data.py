@@ -63,8 +63,8 @@ def data_index(options: argparse.Namespace) -> None:
 
 
 def data_verify(options: argparse.Namespace) -> int:
+    from data_pipeline.making.verify import repair, verify
     from data_pipeline.shards.dataset import open_dataset
-    from data_pipeline.shards.verify import repair, verify
 
     faults = verify(
         options.dataset,
