@@ -17,7 +17,8 @@ from cluster.job import (
     run_folder,
     shared_memory_of,
 )
-from cluster.profile import DIRECTIVE_VALUE, Profile, SlurmProfile, load_profile
+from cluster.names import DIRECTIVE_VALUE
+from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
 from cluster.render_kubernetes import object_name
 from cluster.render_slurm import SCRIPT

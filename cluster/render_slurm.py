@@ -5,8 +5,10 @@ quoting; the few lines of shell between them never change.
 import re
 from shlex import join, quote
 
+from cluster.containers import Apptainer, Pyxis
 from cluster.job import DataJob, TrainingJob, run_folder
-from cluster.profile import DIRECTIVE_VALUE, Apptainer, Pyxis, SlurmProfile, refuse_unprintable
+from cluster.names import DIRECTIVE_VALUE, refuse_unprintable
+from cluster.profile import SlurmProfile
 from cluster.status import HOPELESS
 from data_pipeline.errors import ConfigError
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
-from cluster.profile import (
+from cluster.names import (
     DNS_LABEL,
     DNS_NAME,
     ENVIRONMENT_NAME,
