@@ -10,13 +10,7 @@ from pathlib import Path
 from shlex import join, quote
 from typing import Any
 
-from cluster.job import (
-    DataJob,
-    TrainingJob,
-    grace_of,
-    run_folder,
-    shared_memory_of,
-)
+from cluster.job import DataJob, TrainingJob, grace_of, run_folder, shared_memory_of
 from cluster.names import DIRECTIVE_VALUE
 from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render

@@ -157,17 +157,6 @@ def array_script(job: DataJob, profile: SlurmProfile) -> str:
     return _text(lines)
 
 
-def directives_of(script: str) -> list[str]:
-    """The directives that sbatch takes from a script: it stops at the first line of shell."""
-    found = []
-    for line in script.splitlines():
-        if line and not line.startswith("#"):
-            break
-        if line.startswith("#SBATCH"):
-            found.append(line)
-    return found
-
-
 def _head(directives: dict[str, str | None], says: list[str]) -> list[str]:
     lines = ["#!/bin/bash", *(f"# {line}" for line in says)]
     for name, value in sorted(directives.items()):
