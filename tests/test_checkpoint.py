@@ -284,8 +284,7 @@ def test_full_disk_leaves_the_previous_checkpoint_and_no_trace(state, tmp_path):
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from t2v.checkpoint import checkpoints as checkpoint
-from t2v.checkpoint import host_copy
+from t2v.checkpoint import writing as checkpoint
 from tests.test_checkpoint import checkpoints, save, shuffled_state
 from tests.tiny import tiny_config
 state, made = shuffled_state(tiny_config()), checkpoints(Path(sys.argv[1]))

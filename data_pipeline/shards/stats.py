@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import page as page_file
 from data_pipeline.errors import DataError
 from data_pipeline.media.video import probe
 from data_pipeline.progress import progress
 from data_pipeline.shards.contact_sheet import contact_sheet
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.store import page as page_file
 from data_pipeline.store import storage
 
 PAGE = "stats.html"
