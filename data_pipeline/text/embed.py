@@ -144,6 +144,14 @@ class TextEncoder:
         self._remember(embeddings)
         return [embeddings[normalise(caption)] for caption in captions]
 
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Those captions of which only the first `max_tokens` are read."""
+        return [
+            caption
+            for caption in captions
+            if len(self.tokenizer(normalise(caption))["input_ids"]) > self.max_tokens
+        ]
+
     def _remember(self, embeddings: dict[str, Tensor]) -> None:
         """Keep the latest, so that captions which many shards share are encoded once."""
         self._recent |= embeddings
