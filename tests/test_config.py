@@ -63,7 +63,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ),
         (
             "method.kind=hpmd",
-            "method.kind: value 'hpmd' is wrong because it is none of 'hpdm'; correct it.",
+            "method.kind: value 'hpmd' is wrong because it is none of 'hpdm', 'pyramid-flow'; "
+            "correct it.",
         ),
         ("method={}", "method.kind: missing; every recipe is complete, add it."),
         (
