@@ -28,8 +28,8 @@ from rich.table import Table
 
 from benchmarks.train_step import noise_batch
 from t2v.checkpoint.checkpoints import Checkpoints
-from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
+from t2v.loop import open_engine
 from t2v.recipe.recipe import RunConfig, load_config, method_of
 from t2v.train.ema import Ema
 from t2v.train.state import TrainState
@@ -40,14 +40,12 @@ OVERRIDES = [
     *("engine={kind: fsdp, precision: fp32}", "optimizer.name=adamw"),
     *("global_batch_size=2", "micro_batch_size=1"),
     # All the weights and few activations: a step of seconds on a CPU.
-    *("pyramid.clip_size=[16,64,64]", "pyramid.patch_size=[4,16,16]"),
+    *("method.pyramid.clip_size=[16,64,64]", "method.pyramid.patch_size=[4,16,16]"),
 ]
 
 
 def fresh_state(config: RunConfig, world: World) -> TrainState:
-    with torch.device("meta"):
-        model = method_of(config).network()
-    engine = build_engine(model, config, world)
+    engine = open_engine(config, method_of(config), world)
     return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
 
 

@@ -25,26 +25,24 @@ from rich.table import Table
 from benchmarks.train_step import hardware, noise_batch
 from data_pipeline.feeding.loader import Batch
 from t2v import loop
-from t2v.engine.engine import build_engine
 from t2v.engine.world import World
-from t2v.methods.hpdm.objective import level_losses
-from t2v.recipe.recipe import RunConfig, load_config, method_of
+from t2v.recipe.recipe import RunConfig, accumulation_steps, load_config, method_of
 from t2v.train.ema import Ema
 from t2v.train.schedule import learning_rates
 
 ROOT = Path(__file__).parent.parent
 TARGET = 0.97
 CHANGES = {
-    "pyramid.clip_size": "[16, 96, 96]",
-    "pyramid.patch_size": "[4, 24, 24]",
-    "model.token_size": "[1, 4, 4]",
-    "model.token_dim": "256",
-    "model.num_latents": "64",
-    "model.latent_dim": "256",
-    "model.token_head_dim": "32",
-    "model.latent_head_dim": "64",
-    "model.conditioning_dim": "256",
-    "model.levels_per_block": "[1, 1, 2, 3]",
+    "method.pyramid.clip_size": "[16, 96, 96]",
+    "method.pyramid.patch_size": "[4, 24, 24]",
+    "method.model.token_size": "[1, 4, 4]",
+    "method.model.token_dim": "256",
+    "method.model.num_latents": "64",
+    "method.model.latent_dim": "256",
+    "method.model.token_head_dim": "32",
+    "method.model.latent_head_dim": "64",
+    "method.model.conditioning_dim": "256",
+    "method.model.levels_per_block": "[1, 1, 2, 3]",
     "engine.precision": "fp32",
     "engine.compile": "false",
     "global_batch_size": "2",
@@ -73,19 +71,25 @@ class BareLoop:
     """Training without a system around it."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        with torch.device("meta"):
-            model = method_of(config).network()
-        self.config, self.world = config, world
-        self.engine = build_engine(model, config, world)
+        self.config, self.world, self.method = config, world, method_of(config)
+        self.engine = loop.open_engine(config, self.method, world)
         self.ema = Ema(self.engine.parameters(), config.ema_half_life_steps)
 
     def step(self, batches: list[Batch], number: int) -> None:
         """Update, as the training loop does it."""
         for place, batch in enumerate(batches, start=1):
-            losses = level_losses(self.engine.model, batch, self.config, self.world.device)
+            losses = self.method.losses(
+                self.engine.model, batch, seed=self.config.seed, device=self.world.device
+            )
             self.engine.backward(losses.sum() / len(batches), final=place == len(batches))
         norm = float(self.engine.gradient_norm())
-        rates = learning_rates(self.config, number, self.engine.updates)
+        rates = learning_rates(
+            self.config.optimizer,
+            self.config.warm_start,
+            step=number,
+            total_steps=self.config.total_steps,
+            updates=self.engine.updates,
+        )
         self.engine.update(rates, norm)
         self.ema.update(self.engine.updates)
 
@@ -103,7 +107,7 @@ class TurnTaking:
 
     def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
         bare = BareLoop(self.config, self.world)
-        count = loop.accumulation_steps(self.config, self.world.world_size)
+        count = accumulation_steps(self.config, self.world.world_size)
         batches = [noise_batch(self.config, self.config.micro_batch_size) for _ in range(count)]
         for number in range(start_step, total_steps):
             started = Seconds.now()

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.train_step import hardware, noise_batch
-from t2v.engine.engine import build_engine
 from t2v.engine.world import World, join_world
+from t2v.loop import open_engine
 from t2v.plan.footprint import measure
 from t2v.plan.memory import memory
 from t2v.recipe.recipe import RunConfig, load_config, method_of
@@ -35,20 +35,20 @@ ROOT = Path(__file__).parent.parent
 MIB = 2**20
 # Small enough for a CPU, large enough that what a plan leaves out does not count.
 SMALL = {
-    "pyramid.clip_size": "[16, 96, 96]",
-    "pyramid.patch_size": "[4, 24, 24]",
-    "model.token_size": "[1, 4, 4]",
-    "model.token_dim": "256",
-    "model.num_latents": "64",
-    "model.latent_dim": "384",
-    "model.token_head_dim": "32",
-    "model.latent_head_dim": "64",
-    "model.conditioning_dim": "256",
-    "model.levels_per_block": "[1, 1, 2, 3]",
+    "method.pyramid.clip_size": "[16, 96, 96]",
+    "method.pyramid.patch_size": "[4, 24, 24]",
+    "method.model.token_size": "[1, 4, 4]",
+    "method.model.token_dim": "256",
+    "method.model.num_latents": "64",
+    "method.model.latent_dim": "384",
+    "method.model.token_head_dim": "32",
+    "method.model.latent_head_dim": "64",
+    "method.model.conditioning_dim": "256",
+    "method.model.levels_per_block": "[1, 1, 2, 3]",
     "engine.precision": "fp32",
     "engine.compile": "false",
 }
-WIDE = {"model.latent_dim": "512", "optimizer.name": "lamb"}
+WIDE = {"method.model.latent_dim": "512", "optimizer.name": "lamb"}
 DEEP = {"global_batch_size": "8", "micro_batch_size": "4", "optimizer.name": "adamw"}
 ONE = {"global_batch_size": "2", "micro_batch_size": "2", "optimizer.name": "adamw"}
 SPLIT = {
@@ -180,19 +180,15 @@ def train(rank: int, case: Case, port: int, answers: Any) -> None:
 
 def take_steps(config: RunConfig, world: World) -> None:
     """Two training steps as the loop takes them."""
-    with torch.device("meta"):
-        model = method_of(config).network()
-    engine = build_engine(model, config, world)
+    method = method_of(config)
+    engine = open_engine(config, method, world)
     ema = Ema(engine.parameters(), config.ema_half_life_steps)
     count = config.global_batch_size // (config.micro_batch_size * world.world_size)
     for _ in range(2):
         for number in range(count):
             batch = noise_batch(config, config.micro_batch_size)
-            losses = (
-                method_of(config).losses(engine.model, batch, seed=config.seed, device=world.device)
-                / count
-            )
-            engine.backward(losses.sum(), final=number == count - 1)
+            losses = method.losses(engine.model, batch, seed=config.seed, device=world.device)
+            engine.backward(losses.sum() / count, final=number == count - 1)
         engine.update({"base": 1e-5, "new": 1e-5}, float(engine.gradient_norm()))
         ema.update(engine.updates)
 

@@ -46,7 +46,7 @@ from t2v.methods.hpdm.tiles import Batch, LevelNetwork, read_level
 from t2v.methods.hpdm.tiling import Tiling
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
-from t2v.sampling.generate import memory_left, to_bytes
+from t2v.sampling.generate import Means, room_left, to_bytes
 
 ROOT = Path(__file__).parent.parent
 PER_TILE, PER_STEP, KEPT, ON_DISK = "per tile", "per step", "kept", "on disk"
@@ -81,7 +81,7 @@ def small_recipe(name: str) -> RunConfig:
     changes = GEOMETRIES[name]
     content = load_config(ROOT / "configs" / f"{changes['recipe']}.yaml").model_dump(mode="json")
     for section in ("pyramid", "model", "sampling"):
-        content[section] |= changes[section]
+        content["method"][section] |= changes[section]
     content |= {"conditioning": {"kind": "class", "num_classes": 4}, "warm_start": None}
     return parse_config(content, name)
 
@@ -275,7 +275,7 @@ def job(name: str, way: str, memory_gib: float | None, out: str | None) -> dict[
             else:
                 rooms = plan_memory(
                     model, config.method.sampling, clips=1,
-                    device_bytes=memory_left(torch.device("cpu"), memory_gib)[0],
+                    device_bytes=room_left(torch.device("cpu"), Means(memory_gib)).device_bytes,
                 )  # fmt: skip
                 if way == ON_DISK:
                     rooms = [replace(room, volumes="disk", latents="disk") for room in rooms]

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import draw_offsets
-from t2v.engine.single import single_engine
 from t2v.engine.world import World
+from t2v.loop import open_engine
+from t2v.methods.hpdm.method import HPDMMethod
 from t2v.methods.hpdm.network import HPDM
-from t2v.methods.hpdm.objective import level_losses
 from t2v.plan.footprint import measure
 from t2v.plan.plan import compute_per_sample
 from t2v.recipe.recipe import RunConfig, load_config
@@ -127,6 +127,13 @@ class GridSampledHPDM(HPDM):
         return torch.stack(samples).mean(0)
 
 
+class GridSampledMethod(HPDMMethod):
+    """HPDM around that network."""
+
+    def network(self) -> HPDM:
+        return GridSampledHPDM(self.config.model, self.config.pyramid, self.conditioning)
+
+
 class Trainer:
     """A contender that takes whole training steps on a fixed batch of noise."""
 
@@ -135,17 +142,17 @@ class Trainer:
     ) -> None:
         self.config = recipe(geometry, contender, device)
         self.device = device
-        model_class = GridSampledHPDM if contender == "grid sample" else HPDM
-        with torch.device("meta"):
-            sizes = (self.config.method.model, self.config.method.pyramid, self.config.conditioning)
-            model = model_class(*sizes)
-        self.engine = single_engine(model, self.config, World(device))
+        kind = GridSampledMethod if contender == "grid sample" else HPDMMethod
+        self.method = kind(self.config.method, self.config.conditioning)
+        self.engine = open_engine(self.config, self.method, World(device))
         self.batch = noise_batch(self.config, batch_size)
 
     def step(self) -> float:
         """Seconds of one training step: losses, backward, optimizer."""
         started = time.perf_counter()
-        losses = level_losses(self.engine.model, self.batch, self.config, self.device)
+        losses = self.method.losses(
+            self.engine.model, self.batch, seed=self.config.seed, device=self.device
+        )
         self.engine.backward(losses.sum(), final=True)
         self.engine.update({"base": 1e-6, "new": 1e-6}, float(self.engine.gradient_norm()))
         if self.device.type == "cuda":
@@ -162,16 +169,16 @@ def recipe(geometry: Geometry, contender: str, device: torch.device) -> RunConfi
     if contender in (FULL, FULL_COARSE):
         patch, levels, blocks = geometry.clip_size, 1, [1] * len(blocks)
     changes = {
-        "model.token_size": [1, 8, 8] if contender == FULL_COARSE else [1, 4, 4],
-        "pyramid.levels": levels,
-        "pyramid.patch_size": list(patch),
-        "pyramid.clip_size": list(geometry.clip_size),
-        "model.levels_per_block": blocks,
-        "sampling.steps": [1] * levels,
+        "method.model.token_size": [1, 8, 8] if contender == FULL_COARSE else [1, 4, 4],
+        "method.pyramid.levels": levels,
+        "method.pyramid.patch_size": list(patch),
+        "method.pyramid.clip_size": list(geometry.clip_size),
+        "method.model.levels_per_block": blocks,
+        "method.sampling.steps": [1] * levels,
         "engine.kind": "single",
         "engine.precision": "tf32" if device.type == "cuda" else "fp32",
         "engine.compile": "false",
-    } | {f"model.{name}": value for name, value in geometry.model.items()}
+    } | {f"method.model.{name}": value for name, value in geometry.model.items()}
     overrides = [f"{key}={value}" for key, value in changes.items()]
     return load_config(ROOT / "configs" / "ucf101_s.yaml", overrides)
 

@@ -126,11 +126,7 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
 
 def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:
     """/dev/shm of a node: all batches that its workers may hold, and NCCL's buffers."""
-    view, data = config.method.view, config.data
-    sample = view.levels * math.prod(view.patch_size) * 3
-    text = text_shape(config.conditioning)
-    if text is not None:
-        sample += 2 * math.prod(text)
+    data, sample = config.data, sample_bytes(config)
     ranks, workers = profile.ranks_per_node, max(data.num_workers, 1)
     held = ranks * workers * data.prefetch_batches * config.micro_batch_size * sample
     gib = math.ceil(held / GIB) + NCCL_SHM_GIB
@@ -145,6 +141,13 @@ def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:
             f"({reason}) and counts in it; lower data.prefetch_batches or take larger nodes."
         )
     return SharedMemory(gib, reason)
+
+
+def sample_bytes(config: RunConfig) -> int:
+    """What the loader ships of one sample: pixels of its patches, and its text."""
+    view, text = config.method.view, text_shape(config.conditioning)
+    pixels = view.levels * math.prod(view.patch_size) * 3
+    return pixels + (2 * math.prod(text) if text else 0)
 
 
 def record_text(record: dict[str, Any]) -> str:

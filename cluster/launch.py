@@ -10,14 +10,9 @@ from pathlib import Path
 from shlex import join, quote
 from typing import Any
 
-from cluster.job import (
-    DataJob,
-    TrainingJob,
-    grace_of,
-    run_folder,
-    shared_memory_of,
-)
-from cluster.profile import DIRECTIVE_VALUE, Profile, SlurmProfile, load_profile
+from cluster.job import DataJob, TrainingJob, grace_of, run_folder, shared_memory_of
+from cluster.names import DIRECTIVE_VALUE
+from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
 from cluster.render_kubernetes import object_name
 from cluster.render_slurm import SCRIPT

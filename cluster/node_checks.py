@@ -1,6 +1,5 @@
 """What one node can say of itself before a run: its GPUs, disks, memory, clock and its data."""
 
-import math
 import os
 import shutil
 import socket
@@ -8,22 +7,21 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from cluster.job import BYTES_PER_PARAMETER, sample_bytes
 from data_pipeline.errors import DataError, StorageError, UserError
-from data_pipeline.feeding.config import text_shape
 from data_pipeline.feeding.loader import open_sources
 from t2v.recipe.recipe import RunConfig, method_of
 
 Verdict = Literal["ok", "warning", "failed"]
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 16  # of a checkpoint: weights, two moments, averaged weights, in fp32
 LEAST_INODES = 10_000
 IDLE_MEMORY_SHARE, IDLE_UTILISATION = 0.05, 10.0
 SKEW_WARNING_SECONDS, SKEW_LIMIT_SECONDS = 1.0, 10.0
@@ -131,12 +129,8 @@ def check_shared_memory(config: RunConfig, *, ranks: int) -> Check:
 
 def loader_bytes(config: RunConfig, *, ranks: int) -> int:
     """Bytes of the batches that the workers of some ranks may hold at once."""
-    view, data = config.method.view, config.data
-    sample = view.levels * math.prod(view.patch_size) * 3
-    text = text_shape(config.conditioning)
-    sample += 2 * math.prod(text) if text else 0
-    held = data.num_workers * data.prefetch_batches
-    return ranks * held * config.micro_batch_size * sample
+    held = config.data.num_workers * config.data.prefetch_batches
+    return ranks * held * config.micro_batch_size * sample_bytes(config)
 
 
 def check_run_folder(run_dir: Path) -> Check:
@@ -209,10 +203,6 @@ def check_data(config: RunConfig) -> Check:
 def failed(checks: Iterable[Check]) -> list[Check]:
     """Those that stop a run."""
     return [check for check in checks if check.verdict == "failed"]
-
-
-def as_dicts(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    return [asdict(check) for check in checks]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from cluster.profile import KubernetesProfile, refuse_unprintable
+from cluster.names import refuse_unprintable
+from cluster.profile import KubernetesProfile
 from data_pipeline.errors import ConfigError
 
 Object = dict[str, Any]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cluster.fabric import measure, slow_members
 from cluster.node_checks import Check, check_node, failed, node_name, skew_verdict
-from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.errors import StorageError, UserError
 from t2v.recipe.recipe import RunConfig
 
 PREFIX = "preflight"
@@ -243,17 +243,6 @@ def own_exit_code(judgement: Judgement, node: str) -> int:
     if judgement.exit_code != BadNode.exit_code:
         return judgement.exit_code
     return BadNode.exit_code if node in judgement.bad_nodes else 0
-
-
-def refuse_other_shape(config: RunConfig, *, ranks: int, nnodes: int) -> None:
-    """ConfigError where the job's ranks do not divide its batch."""
-    rest = config.global_batch_size % (config.micro_batch_size * ranks * nnodes)
-    if rest:
-        raise ConfigError(
-            f"global_batch_size: {config.global_batch_size} is wrong because {nnodes} nodes of "
-            f"{ranks} ranks of micro_batch_size {config.micro_batch_size} do not divide it; change "
-            "one of them."
-        )
 
 
 def print_reports(reports: list[NodeReport], judgement: Judgement) -> None:

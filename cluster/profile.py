@@ -1,26 +1,28 @@
 """What a site is: a SLURM or Kubernetes cluster with its nodes, disks, environment and secrets."""
 
 import re
-from pathlib import Path, PurePosixPath
-from posixpath import normpath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from cluster.containers import Apptainer, Mount, Pyxis, refuse_hiding, refuse_unmounted
+from cluster.names import (
+    DIRECTIVE_VALUE,
+    DNS_LABEL,
+    DNS_NAME,
+    ENVIRONMENT_NAME,
+    IMAGE_BY_DIGEST,
+    Directive,
+    Folder,
+    Label,
+    LabelValue,
+    refuse_unprintable,
+)
 from cluster.secrets import holds_secret, is_secret
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.strict import Strict
 from t2v.recipe.reading import read_mapping
-
-ENVIRONMENT_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-# What sbatch reads in a directive without any quoting.
-DIRECTIVE_VALUE = r"^[A-Za-z0-9@+=:,./_\[\]*&|-]+$"
-LABEL = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
-LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
-DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
-ABSOLUTE_PATH = r"^/[^\x00-\x1f\x7f:]*$"
-IMAGE_BY_DIGEST = r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$"
 
 # sbatch options that a profile must not give, and why.
 REFUSED_DIRECTIVES = {
@@ -59,19 +61,6 @@ SHELL_NAMES = {
     *("port", "rc", "run_dir", "step", "T2V_BAD_NODES", "T2V_NODE_NAMES", "T2V_TASKS"),
 }
 SCHEDULER_NAMES = ("SBATCH_", "SLURM_", "SLURMD_", "SRUN_")
-# Where pods have volumes of our own; cluster/pod.py mounts them.
-OWN_MOUNTS = ("/etc/t2v", "/tmp", "/cache", "/dev/shm")
-# Where the image has the program; the Dockerfile says so.
-PROGRAM_FOLDERS = ("/opt/t2v", "/app")
-IMAGE_FOLDERS = (
-    *PROGRAM_FOLDERS,
-    *("/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr"),
-)
-
-Directive = Annotated[str, Field(pattern=DIRECTIVE_VALUE)]
-Folder = Annotated[str, Field(pattern=ABSOLUTE_PATH)]
-Label = Annotated[str, Field(pattern=LABEL)]
-LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
 
 
 class Site(Strict):
@@ -147,57 +136,6 @@ class FileSecret(Strict):
     file: Folder
 
 
-class Apptainer(Strict):
-    """Run inside an image file, or inside an image of a registry."""
-
-    kind: Literal["apptainer"]
-    image: str = Field(pattern=r"^(/[^\x00-\x1f\x7f]+\.sif|docker://[^\x00-\x20\x7f]+)$")
-    binds: list[str] = Field(default=[], description="what is mounted, as apptainer writes it")
-
-    @field_validator("image")
-    @classmethod
-    def _refuse_moving_tags(cls, image: str) -> str:
-        if image.startswith("docker://") and not re.search(r"@sha256:[0-9a-f]{64}$", image):
-            raise ValueError(f"{image!r} may be another image tomorrow; end it with @sha256:...")
-        return image
-
-    @field_validator("binds")
-    @classmethod
-    def _refuse_control_characters(cls, binds: list[str]) -> list[str]:
-        for bind in binds:
-            refuse_unprintable("binds", bind)
-        return binds
-
-    @property
-    def mounted(self) -> dict[str, bool]:
-        """Folders inside that are the site's, and whether they are read-only."""
-        return _mounted(self.binds)
-
-
-class Pyxis(Strict):
-    """Run inside an image by SLURM's pyxis plugin (enroot)."""
-
-    kind: Literal["pyxis"]
-    image: str = Field(
-        pattern=r"^(/[^\x00-\x1f\x7f]+\.sqsh|[^\x00-\x20\x7f]+@sha256:[0-9a-f]{64})$",
-        description="a .sqsh file, which always works; or name@sha256:..., which needs an enroot "
-        "that knows digests: older ones take the name before the @ for a user's",
-    )
-    mounts: list[str] = Field(default=[], description="what is mounted, as pyxis writes it")
-
-    @field_validator("mounts")
-    @classmethod
-    def _refuse_control_characters(cls, mounts: list[str]) -> list[str]:
-        for mount in mounts:
-            refuse_unprintable("mounts", mount)
-        return mounts
-
-    @property
-    def mounted(self) -> dict[str, bool]:
-        """Folders inside that are the site's, and whether they are read-only."""
-        return _mounted(self.mounts)
-
-
 class SlurmProfile(Site):
     """A SLURM site."""
 
@@ -270,7 +208,7 @@ class SlurmProfile(Site):
     @model_validator(mode="after")
     def _refuse_a_workdir_outside_the_container(self) -> "SlurmProfile":
         if self.container:
-            _refuse_unmounted(self.workdir, self.container.mounted)
+            refuse_unmounted(self.workdir, self.container.mounted)
         return self
 
 
@@ -280,14 +218,6 @@ class KeySecret(Strict):
     variable: str = Field(pattern=ENVIRONMENT_NAME)
     secret: str = Field(pattern=DNS_NAME)
     key: str = Field(pattern=r"^[A-Za-z0-9._-]{1,253}$")
-
-
-class Mount(Strict):
-    """A PersistentVolumeClaim and where it is seen."""
-
-    claim: str = Field(pattern=DNS_NAME)
-    path: Folder
-    read_only: bool = False
 
 
 class Toleration(Strict):
@@ -335,24 +265,8 @@ class KubernetesProfile(Site):
                 f"gpu_resource: {self.gpu_resource!r} is wrong because names of devices have a "
                 "domain, as nvidia.com/gpu has; correct it"
             )
-        paths = [_plain_path(mount.path) for mount in self.mounts]
-        if len(set(paths)) != len(paths):
-            raise ValueError(f"mounts: {list(map(str, paths))} has a path twice; give each its own")
-        for path in paths:
-            if str(path) in OWN_MOUNTS:
-                raise ValueError(
-                    f"mounts: '{path}' is wrong because pods have a volume of ours there; choose "
-                    "another"
-                )
-            inside = any(path.is_relative_to(folder) for folder in PROGRAM_FOLDERS)
-            if inside or any(
-                PurePosixPath(folder).is_relative_to(path) for folder in IMAGE_FOLDERS
-            ):
-                raise ValueError(
-                    f"mounts: '{path}' is wrong because it hides what the image has there; choose "
-                    "another"
-                )
-        _refuse_unmounted(self.workdir, {mount.path: mount.read_only for mount in self.mounts})
+        refuse_hiding(self.mounts)
+        refuse_unmounted(self.workdir, {mount.path: mount.read_only for mount in self.mounts})
         if self.topology and not self.queue:
             raise ValueError("topology: is Kueue's to obey, but there is no queue; name one")
         return self
@@ -377,45 +291,6 @@ def parse_profile(content: dict, origin: str) -> Profile:
     except ValidationError as error:
         lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None
-
-
-def refuse_unprintable(name: str, text: str, *, allowed: str = "") -> None:
-    """ValueError for control characters and what is no UTF-8."""
-    for character in text:
-        surrogate = "\ud800" <= character <= "\udfff"
-        if surrogate or (not character.isprintable() and character not in allowed + " "):
-            raise ValueError(f"{name} has the character {character!r}, which no job can hold")
-
-
-def _plain_path(path: str) -> PurePosixPath:
-    """A path without what does not change where it leads: `//`, `.`, `..` and a last `/`."""
-    return PurePosixPath("/", normpath(path).lstrip("/"))
-
-
-def _mounted(given: list[str]) -> dict[str, bool]:
-    """The folders of `SRC[:DST[:FLAGS]],...`, and whether they are read-only."""
-    found = {}
-    for mount in ",".join(given).split(","):
-        source, destination, flags, *_ = [*mount.split(":"), "", ""]
-        if source.startswith("/"):  # else one more flag of the mount before
-            found[destination or source] = "ro" in flags.split("+")
-    return found
-
-
-def _refuse_unmounted(workdir: str, mounts: dict[str, bool]) -> None:
-    """ValueError for a workdir that no mount holds or a read-only one."""
-    here = _plain_path(workdir)
-    holding = [path for path in mounts if here.is_relative_to(_plain_path(path))]
-    if not holding:
-        raise ValueError(
-            f"workdir: {workdir!r} is wrong because it is on none of the mounts {list(mounts)} and "
-            "ends with its container; choose a folder on one"
-        )
-    if mounts[max(holding, key=lambda path: len(_plain_path(path).parts))]:
-        raise ValueError(
-            f"workdir: {workdir!r} is wrong because its mount is read-only, and runs write there; "
-            "choose another"
-        )
 
 
 def _explain(error) -> str:

@@ -192,7 +192,8 @@ def _train_job(
 ) -> list[Object]:
     """A runtime that says how pods run here, and the TrainJob that says what they run."""
     container = pod["spec"]["containers"][0]
-    what = {key: container.pop(key) for key in ("image", "command", "args", "env", "resources")}
+    what = {key: container.pop(key) for key in ("image", "command", "args", "env")}
+    resources = container.pop("resources")
     indexed = _indexed(pod, job.nodes)
     indexed["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     spec = {
@@ -215,11 +216,8 @@ def _train_job(
         "trainer": {
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,
-            "image": what["image"],
-            "command": what["command"],
-            "args": what["args"],
-            "env": what["env"],
-            "resourcesPerNode": what["resources"],
+            **what,
+            "resourcesPerNode": resources,
         },
     }
     return [runtime, train_job]

@@ -5,8 +5,10 @@ quoting; the few lines of shell between them never change.
 import re
 from shlex import join, quote
 
+from cluster.containers import Apptainer, Pyxis
 from cluster.job import DataJob, TrainingJob, run_folder
-from cluster.profile import DIRECTIVE_VALUE, Apptainer, Pyxis, SlurmProfile, refuse_unprintable
+from cluster.names import DIRECTIVE_VALUE, refuse_unprintable
+from cluster.profile import SlurmProfile
 from cluster.status import HOPELESS
 from data_pipeline.errors import ConfigError
 
@@ -153,17 +155,6 @@ def array_script(job: DataJob, profile: SlurmProfile) -> str:
         f"  {_join(job.arguments)}",
     ]
     return _text(lines)
-
-
-def directives_of(script: str) -> list[str]:
-    """The directives that sbatch takes from a script: it stops at the first line of shell."""
-    found = []
-    for line in script.splitlines():
-        if line and not line.startswith("#"):
-            break
-        if line.startswith("#SBATCH"):
-            found.append(line)
-    return found
 
 
 def _head(directives: dict[str, str | None], says: list[str]) -> list[str]:

@@ -6,14 +6,7 @@ from functools import partial
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
-from cluster.profile import (
-    DNS_LABEL,
-    DNS_NAME,
-    ENVIRONMENT_NAME,
-    IMAGE_BY_DIGEST,
-    LABEL,
-    LABEL_VALUE,
-)
+from cluster.names import DNS_LABEL, DNS_NAME, ENVIRONMENT_NAME, IMAGE_BY_DIGEST, LABEL, LABEL_VALUE
 from cluster.secrets import names_secret, secrets_in
 
 Object = dict[str, Any]

@@ -81,11 +81,18 @@ def plan(options: argparse.Namespace) -> None:
     from t2v.plan.plan import print_plan
     from t2v.recipe.recipe import load_config
 
-    result = forecast(
-        load_config(options.config, options.overrides),
-        gpus=options.gpus,
-        gpu_memory_gib=options.gpu_memory_gib,
-    )
+    config = load_config(options.config, options.overrides)
+    site = {
+        "gpus": options.gpus,
+        "gpu_memory_gib": options.gpu_memory_gib,
+        "gb_per_second": options.gpu_gb_per_second,
+    }
+    if options.tune:
+        from t2v.plan.tune import print_choices, tune
+
+        print_choices(tune(config, **site))
+        return
+    result = forecast(config, **site)
     print(result.to_json()) if options.json else print_plan(result)
 
 
@@ -110,6 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_config(verb)
     verb.add_argument("--gpus", type=int, default=1)
     verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
+    verb.add_argument("--gpu-gb-per-second", type=float, default=50.0,
+                      help="what each GPU receives from others at most")  # fmt: skip
+    verb.add_argument("--tune", action="store_true",
+                      help="rank the engine's settings that fit")  # fmt: skip
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",

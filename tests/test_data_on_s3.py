@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from data_pipeline.making.build import build, index
+from data_pipeline.making.verify import repair, verify
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.stats import measure
-from data_pipeline.shards.verify import repair, verify
 from data_pipeline.store import storage
 from data_pipeline.text.embed import embed
 from data_pipeline.text.embeddings import open_embeddings

@@ -15,6 +15,7 @@ from t2v.engine.config import BUCKET_ELEMENTS
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, memory
 from t2v.plan.plan import plan, print_plan
+from t2v.plan.tune import tune
 from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import tiny_config
 
@@ -214,3 +215,38 @@ def test_a_network_of_absurd_size_is_refused_in_one_line():
 def test_forecast_is_within_a_tenth_of_the_measured_peak(name):
     (case,) = (case for case in CASES if case.name == name)
     assert compare(case)["forecast_over_measured"] == pytest.approx(1, abs=0.1)
+
+
+def test_weights_that_stay_are_gathered_once_a_step_whatever_the_micro_batches():
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml", ["engine.reshard_after_forward=false"])
+    few, many = (
+        plan(config.model_copy(update={"micro_batch_size": size}), gpus=64, gpu_memory_gib=500.0)
+        for size in (64, 4)
+    )
+    assert few.communication == many.communication
+    assert many.communication.models_gathered == 1
+    # All of a fp32 model but this GPU's own 64th.
+    assert many.communication.gathered_gib == pytest.approx(many.parameters * 4 * 63 / 64 / 2**30)
+
+
+def test_tuning_finds_what_gathers_once_and_says_how_to_ask_for_it():
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml")
+    choices = tune(config, gpus=64, gpu_memory_gib=80.0, gb_per_second=50.0)
+    assert [c.step_seconds for c in choices] == sorted(c.step_seconds for c in choices)
+    best = choices[0]
+    assert all(choice.memory_gib <= 80 for choice in choices)
+    overrides = [f"{name}={str(value).lower()}" for name, value in best.changes.items()]
+    better = plan(
+        load_config(CONFIGS / "t2v_64x288x512.yaml", overrides), gpus=64, gpu_memory_gib=80.0
+    )
+    assert better.memory_gib.total == pytest.approx(best.memory_gib)
+    assert better.communication.seconds == pytest.approx(best.communication_seconds)
+    assert better.communication.models_gathered == 1
+    now = next(choice for choice in choices if not choice.changes)
+    assert best.step_seconds < now.step_seconds
+
+
+def test_a_deadline_that_a_healthy_micro_batch_exceeds_is_refused():
+    config = load_config(CONFIGS / "t2v_64x288x512.yaml", ["watchdog.step_seconds=1"])
+    with pytest.raises(ConfigError, match=r"watchdog.step_seconds: 1 is wrong because a micro"):
+        plan(config, gpus=64, gpu_memory_gib=80.0)

@@ -35,9 +35,8 @@ from cluster.preflight import (
     check_together,
     judge,
     own_exit_code,
-    refuse_other_shape,
 )
-from data_pipeline.errors import ConfigError, InputMissing, StorageError
+from data_pipeline.errors import InputMissing, StorageError
 from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
 from t2v.recipe.recipe import dump_config
@@ -208,9 +207,11 @@ def test_a_recipe_without_its_data_is_missing_input(dataset, tmp_path):
     assert [check.name for check in failed(check_node(bad, ranks=1))] == ["data"]
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ConfigError, match="3 nodes of 1 ranks"):
-        refuse_other_shape(tiny_config(), ranks=1, nnodes=3)
+def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(tiny_config(run_dir=str(tmp_path / "run"))))
+    assert main(["preflight", str(recipe), "--nnodes", "3", "--node-rank", "0"]) == 78
+    assert "3 ranks of micro_batch_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 from cluster.job import DataJob, Grace, SharedMemory, TrainingJob
 from cluster.profile import SlurmProfile, parse_profile
 from cluster.render import refuse_bad_shell, render
-from cluster.render_slurm import SCRIPT, array_script, directives_of, training_script
+from cluster.render_slurm import SCRIPT, array_script, training_script
 from data_pipeline.errors import ConfigError
 from tests.test_profile import SLURM
 
@@ -64,6 +64,17 @@ if words[:1] == ["node"]:
 if words[:1] == ["requeue"]:
     os.kill(os.getppid(), 9)  # as SLURM ends the script
 """
+
+
+def directives_of(script: str) -> list[str]:
+    """The directives that sbatch takes from a script: it stops at the first line of shell."""
+    found = []
+    for line in script.splitlines():
+        if line and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH"):
+            found.append(line)
+    return found
 
 
 def site(tmp_path: Path, **changes) -> SlurmProfile:

@@ -173,7 +173,7 @@ def test_faults_that_pass_do_not_change_what_is_read(server, name, faults):
     server.faults = list(faults)
     store = ObjectStore(PATIENT)
     assert read(store) == CONTENT
-    assert store.retries >= len(faults)
+    assert store.requests.retries >= len(faults)
 
 
 def test_a_cut_read_goes_on_from_its_last_byte(server):

@@ -17,8 +17,8 @@ from cluster.node_checks import check_run_folder
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making import build as building
 from data_pipeline.making.build import build, index
+from data_pipeline.making.verify import repair, verify
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.verify import repair, verify
 from data_pipeline.store import storage
 from data_pipeline.store.cache import BLOCK_BYTES
 from data_pipeline.text.embed import embed

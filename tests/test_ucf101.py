@@ -10,8 +10,8 @@ import pytest
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.build import build
 from data_pipeline.making.ucf101 import class_words, list_ucf101
+from data_pipeline.making.verify import verify
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.verify import verify
 from t2v.cli import main
 
 CLASSES = ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]

@@ -12,10 +12,10 @@ from safetensors.torch import save
 
 from data_pipeline.errors import InputMissing
 from data_pipeline.making.build import index
+from data_pipeline.making.verify import repair, verify
 from data_pipeline.media.video import encode_clip
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import list_captions, write_index, write_tar
-from data_pipeline.shards.verify import repair, verify
 from data_pipeline.text.embed import embed
 from data_pipeline.text.embeddings import open_embeddings
 

@@ -3,7 +3,6 @@
 import io
 import textwrap
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipeline.media.video import read_clip
@@ -26,17 +25,14 @@ def write_contact_sheet(dataset: Dataset, *, count: int = 24, seed: int = 0) -> 
 def contact_sheet(dataset: Dataset, *, count: int, seed: int) -> Image.Image:
     """A grid of first frames, each above its caption."""
     height, width = _cell(dataset)
-    count = min(count, dataset.info.samples)
-    chosen = np.sort(np.random.default_rng(seed).choice(dataset.info.samples, count, False))
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
+    chosen = dataset.draw(count, seed)
+    columns = min(COLUMNS, len(chosen))
+    rows = -(-len(chosen) // columns)
     step = height + LINES * LINE_HEIGHT + 6
     sheet = Image.new("RGB", (columns * (width + 4), rows * step), "white")
     draw = ImageDraw.Draw(sheet)
-    ends = np.cumsum(dataset.shard_sizes)
-    for place, number in enumerate(chosen.tolist()):
-        shard = int(np.searchsorted(ends, number, side="right"))
-        record = dataset.read(shard, number - int(ends[shard] - dataset.shard_sizes[shard]))
+    for place, (shard, row) in enumerate(chosen):
+        record = dataset.read(shard, row)
         x, y = place % columns * (width + 4) + 2, place // columns * step + 2
         picture = read_clip(record.media, dataset.info.kind, (1, height, width)).clip[0]
         sheet.paste(Image.fromarray(picture), (x, y))

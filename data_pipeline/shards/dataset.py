@@ -62,6 +62,16 @@ class Dataset:
         """Samples per shard."""
         return np.array([shard.samples for shard in self.info.shards], np.int64)
 
+    def draw(self, count: int, seed: int) -> list[tuple[int, int]]:
+        """(shard, row) of random samples, each at most once, in their order."""
+        count = min(count, self.info.samples)
+        rng = np.random.default_rng(seed)
+        chosen = np.sort(rng.choice(self.info.samples, count, replace=False))
+        ends = np.cumsum(self.shard_sizes)
+        shards = np.searchsorted(ends, chosen, side="right")
+        rows = chosen - (ends - self.shard_sizes)[shards]
+        return list(zip(shards.tolist(), rows.tolist(), strict=True))
+
     def index(self, shard: int) -> np.ndarray:
         """The index rows of a shard."""
         info = self.info.shards[shard]

@@ -37,9 +37,8 @@ class Cache:
     """Reads of an object store through a folder of at most about `quota_bytes`."""
 
     def __init__(self, store: ObjectStore, folder: Path, quota_bytes: int):
-        self.store, self.folder, self.quota_bytes = store, folder, quota_bytes
+        self.store, self.entries = store, Entries(folder, quota_bytes)
         self._versions: dict[str, Version] = {}
-        self._added = 0
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; fewer only where the object ends."""
@@ -83,36 +82,45 @@ class Cache:
         return b"".join(pieces)
 
     def _block(self, path: str, version: Version, number: int) -> bytes:
-        entry = self._entry(path, version, str(number))
+        entry = self.entries.named(path, version, str(number))
         content = _checked(entry)
         if content is not None:
             return content
-        with self._lock(entry.name[:2]):
+        with self.entries.lock(entry.name[:2]):
             content = _checked(entry)  # another process may have been faster
             if content is not None:
                 return content
             content = self.store.read(path, version, number * BLOCK_BYTES, BLOCK_BYTES)
-            with self._new(entry) as file:
+            with self.entries.new(entry) as file:
                 file.write(content)
                 file.write(_crc(content))
         return content
 
     def _file(self, path: str, version: Version) -> Path:
-        entry = self._entry(path, version, "whole")
-        with self._lock(entry.name[:2]):
+        entry = self.entries.named(path, version, "whole")
+        with self.entries.lock(entry.name[:2]):
             if entry.exists() and entry.stat().st_size == version.size:
                 os.utime(entry)
             else:
-                with self._new(entry) as file:
+                with self.entries.new(entry) as file:
                     self.store.download(path, version, file)
         return entry
 
-    def _entry(self, path: str, version: Version, part: str) -> Path:
+
+class Entries:
+    """The files of a cache, which all processes of a machine share, within its quota."""
+
+    def __init__(self, folder: Path, quota_bytes: int):
+        self.folder, self.quota_bytes = folder, quota_bytes
+        self._added = 0
+
+    def named(self, path: str, version: Version, part: str) -> Path:
+        """Where a part of a version of an object is kept."""
         name = sha256(f"{path}\n{version.etag}\n{version.size}\n{part}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.t2v"
 
     @contextmanager
-    def _new(self, entry: Path) -> Iterator[BinaryIO]:
+    def new(self, entry: Path) -> Iterator[BinaryIO]:
         """A file that becomes the entry when the block ends well."""
         if self._added % CHECK_QUOTA_EVERY == 0:
             self._make_room()
@@ -133,7 +141,7 @@ class Cache:
 
     def _make_room(self) -> None:
         """Remove the least recently used entries past the quota."""
-        with self._lock("quota"):
+        with self.lock("quota"):
             entries = []
             for path in self.folder.glob("??/*"):
                 if not ENTRY.fullmatch(path.name):
@@ -152,7 +160,7 @@ class Cache:
                 surplus -= size
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> Iterator[None]:
         """One process at a time; the lock of a dead process is free."""
         folder = self.folder / "locks"
         try:

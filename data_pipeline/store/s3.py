@@ -60,14 +60,12 @@ class ObjectStore:
     """Objects by `s3://bucket/key`."""
 
     def __init__(self, limits: Limits = Limits()):
-        self.limits = limits
-        self.retries = 0
-        self._client: Any = None
+        self.requests = Requests(limits)
 
     def version(self, path: str) -> Version:
         """Which version of an object there is."""
         bucket, key = split(path)
-        head = self._call(path, lambda client: client.head_object(Bucket=bucket, Key=key))
+        head = self.requests.answer(path, lambda client: client.head_object(Bucket=bucket, Key=key))
         return Version(head["ETag"], head["ContentLength"])
 
     def read(
@@ -77,14 +75,14 @@ class ObjectStore:
         end = version.size if length is None else min(offset + length, version.size)
         content = bytearray()
         if offset < end:
-            for piece in self._pieces(path, version, offset, end):
+            for piece in self.requests.stream(path, version, offset, end):
                 content += piece
         return bytes(content)
 
     def download(self, path: str, version: Version, file: BinaryIO) -> None:
         """Write the whole of a version to a file."""
         if version.size:
-            for piece in self._pieces(path, version, 0, version.size):
+            for piece in self.requests.stream(path, version, 0, version.size):
                 file.write(piece)
 
     def write(self, path: str, file: BinaryIO) -> None:
@@ -96,13 +94,13 @@ class ObjectStore:
             file.seek(0)
             client.upload_fileobj(_Unclosed(file), bucket, key, Config=transfer)
 
-        self._call(path, put)
+        self.requests.answer(path, put)
 
     def create(self, path: str, content: bytes) -> bool:
         """Put an object that must not be there yet; False where it is."""
         bucket, key = split(path)
         try:
-            self._call(
+            self.requests.answer(
                 path,
                 lambda client: client.put_object(
                     Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"
@@ -115,7 +113,7 @@ class ObjectStore:
     def remove(self, path: str) -> None:
         """Delete an object; it may be gone already."""
         bucket, key = split(path)
-        self._call(path, lambda client: client.delete_object(Bucket=bucket, Key=key))
+        self.requests.answer(path, lambda client: client.delete_object(Bucket=bucket, Key=key))
 
     def exists(self, path: str) -> bool:
         """Whether there is an object at a path, or any below it."""
@@ -148,14 +146,23 @@ class ObjectStore:
     def _list(self, folder: str, **options: Any) -> dict:
         bucket, key = split(folder)
         prefix = f"{key.rstrip('/')}/" if key else ""
-        return self._call(
+        return self.requests.answer(
             folder,
             lambda client: client.list_objects_v2(
                 Bucket=bucket, Prefix=prefix, Delimiter="/", **options
             ),
         )
 
-    def _pieces(self, path: str, version: Version, start: int, end: int) -> Iterator[bytes]:
+
+class Requests:
+    """Requests of a process to a store, each tried until it is answered or hopeless."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.retries = 0
+        self._client: Any = None
+
+    def stream(self, path: str, version: Version, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` to `end`, over as many requests as it takes."""
         bucket, key = split(path)
         allowed = self.limits.deadline_seconds + (end - start) / self.limits.min_bytes_per_second
@@ -197,7 +204,7 @@ class ObjectStore:
         finally:
             body.close()
 
-    def _call(self, path: str, request: Callable[[Any], Result]) -> Result:
+    def answer(self, path: str, request: Callable[[Any], Result]) -> Result:
         """A request that brings no stream, tried until it is answered."""
         attempts = _Attempts(self, path, time.monotonic() + self.limits.deadline_seconds)
         while True:
@@ -257,14 +264,14 @@ class ObjectStore:
 class _Attempts:
     """When to try again, and when to give up."""
 
-    def __init__(self, store: ObjectStore, path: str, deadline: float):
-        self.store, self.path, self.deadline = store, path, deadline
+    def __init__(self, requests: Requests, path: str, deadline: float):
+        self.requests, self.path, self.deadline = requests, path, deadline
         self.may_renew = True
         self._begin, self._in_a_row = time.monotonic(), 0
 
     def failed(self, reason: str, *, progress: bool) -> None:
         """Wait for the next attempt (full jitter); StorageError where there is none left."""
-        limits = self.store.limits
+        limits = self.requests.limits
         self._in_a_row = 1 if progress else self._in_a_row + 1
         ceiling = limits.backoff_seconds * 2 ** (self._in_a_row - 1)
         pause = random.uniform(0.0, min(ceiling, limits.max_backoff_seconds))
@@ -274,7 +281,7 @@ class _Attempts:
                 f"in a row, after {time.monotonic() - self._begin:.0f} seconds; "
                 "check the store and the network."
             ) from None
-        self.store.retries += 1
+        self.requests.retries += 1
         time.sleep(pause)
 
 

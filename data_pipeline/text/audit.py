@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import ROW
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import TENSOR, open_embeddings
@@ -42,7 +42,7 @@ def estimate(
 ) -> Estimate:
     """Bytes and hours, measured on random captions of a dataset."""
     data = open_dataset(dataset)
-    drawn = [data.read(*place).caption for place in draw_rows(data, count, seed)]
+    drawn = [data.read(*place).caption for place in data.draw(count, seed)]
     reader.encode(drawn[:1])
     started = time.monotonic()
     embeddings = reader.encode(drawn)
@@ -73,7 +73,7 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
             f"{cached.folder}: was made with encoder {theirs.encoder} at max_tokens "
             f"{theirs.max_tokens}, not with {ours.encoder} at {ours.max_tokens}; give that."
         )
-    places = draw_rows(data, count, seed)
+    places = data.draw(count, seed)
     captions = [data.read(*place).caption for place in places]
     for (shard, row), expected in zip(places, reader.encode(captions), strict=True):
         found, expected = cached.read(shard, row).float(), expected.float()
@@ -87,16 +87,6 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
                 "embed again."
             )
     return len(places)
-
-
-def draw_rows(data: Dataset, count: int, seed: int) -> list[tuple[int, int]]:
-    """(shard, row) of random samples, each at most once."""
-    count = min(count, data.info.samples)
-    chosen = np.sort(np.random.default_rng(seed).choice(data.info.samples, count, replace=False))
-    ends = np.cumsum(data.shard_sizes)
-    shards = np.searchsorted(ends, chosen, side="right")
-    rows = chosen - (ends - data.shard_sizes)[shards]
-    return list(zip(shards.tolist(), rows.tolist(), strict=True))
 
 
 def _blocks(size: int) -> int:

@@ -45,11 +45,11 @@ def preflight(options: argparse.Namespace) -> int:
     refuse_strange_rank(options)
     from cluster import preflight as flight
     from cluster.node import split_endpoint
-    from t2v.recipe.recipe import load_config
+    from t2v.recipe.recipe import accumulation_steps, load_config
 
     config = load_config(options.config, options.overrides)
     ranks = options.nproc_per_node
-    flight.refuse_other_shape(config, ranks=ranks, nnodes=options.nnodes)
+    accumulation_steps(config, ranks * options.nnodes)  # which ranks must divide the batch for
     if options.nnodes == 1:
         report, judgement = flight.check_alone(config, ranks=ranks)
         reports = [report]

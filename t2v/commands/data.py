@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import DataError
-from t2v.commands.parser import add_config, add_verb
+from t2v.commands.parser import add_config, add_verb, count, positive
 
 if TYPE_CHECKING:
     from data_pipeline.shards.dataset import Dataset
@@ -63,8 +63,8 @@ def data_index(options: argparse.Namespace) -> None:
 
 
 def data_verify(options: argparse.Namespace) -> int:
+    from data_pipeline.making.verify import repair, verify
     from data_pipeline.shards.dataset import open_dataset
-    from data_pipeline.shards.verify import repair, verify
 
     faults = verify(
         options.dataset,
@@ -242,14 +242,14 @@ def add_data_verbs(verbs) -> None:
                     "t2v data order configs/base_36x64.yaml --step 1234 --json")  # fmt: skip
     verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
     verb.add_argument("--set", action="append", metavar="dotted.key=value")
-    verb.add_argument("--step", type=positive_number, required=True, help="as in metrics.jsonl")
-    verb.add_argument("--count", type=natural_number, default=1, help="how many steps")
+    verb.add_argument("--step", type=positive, required=True, help="as in metrics.jsonl")
+    verb.add_argument("--count", type=count, default=1, help="how many steps")
     verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
     verb = add_verb(data_verbs, "bench", data_bench, "how fast this machine loads a recipe's data",
                     "t2v data bench configs/base_36x64.yaml --samples 500")  # fmt: skip
     add_config(verb)
-    verb.add_argument("--samples", type=natural_number, default=200)
+    verb.add_argument("--samples", type=count, default=200)
     verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -289,20 +289,6 @@ def clip_size(text: str) -> tuple[int, int, int]:
 def array_task(text: str) -> tuple[int, int]:
     number, count = (int(part) for part in text.split("/"))
     return number, count
-
-
-def positive_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def natural_number(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
 
 
 def key_text(text: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from t2v.commands.data import add_data_verbs
-from t2v.commands.parser import add_verb, count, positive
+from t2v.commands.parser import add_config, add_verb, count, positive
 
 DATA_VERBS = ("build", "embed")
 
@@ -58,8 +58,7 @@ def add_launch_verbs(verbs) -> None:
     verb = add_verb(verbs, "launch", launch, "a training job for SLURM or Kubernetes",
                     "t2v launch configs/t2v_64x288x512.yaml total_steps=20000"
                     " --cluster configs/cluster/slurm.yaml --nodes 32 --submit")  # fmt: skip
-    verb.add_argument("config", help="a recipe, such as configs/base_36x64.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    add_config(verb)
     verb.add_argument("--nodes", type=int, help="by default as many as the profile has")
     _add_where(verb)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import text_shape
 from data_pipeline.strict import Strict
+from t2v.plan.communication import Communication, communication
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
 from t2v.recipe.recipe import RunConfig, accumulation_steps, method_of
@@ -18,6 +19,8 @@ from t2v.watching.rates import peak_tflops
 
 ASSUMED_GPU = "H100 SXM"
 UTILISATIONS = (0.2, 0.35, 0.5)
+TYPICAL = 0.35
+GB_PER_SECOND = 50.0  # of each GPU: a network of 400 Gbit/s
 
 
 class Compute(Strict):
@@ -68,6 +71,7 @@ class Plan(Strict):
     assumed_gpu: str
     assumed_peak_tflops: float
     forecasts: list[Forecast]
+    communication: Communication
     method: dict[str, Any] = Field(description="what the method tells of itself")
 
     def to_json(self) -> str:
@@ -75,7 +79,13 @@ class Plan(Strict):
         return self.model_dump_json(indent=2)
 
 
-def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
+def plan(
+    config: RunConfig,
+    *,
+    gpus: int,
+    gpu_memory_gib: float,
+    gb_per_second: float = GB_PER_SECOND,
+) -> Plan:
     """The forecast of a run; ConfigError for a run that cannot be."""
     if gpus < 1:
         raise ConfigError(
@@ -102,11 +112,21 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
         raise ConfigError(
             explain_too_large(config, footprint, needed, gpus=gpus, gpu_memory_gib=gpu_memory_gib)
         )
+    if not 0 < gb_per_second < math.inf:
+        raise ConfigError(
+            f"--gpu-gb-per-second: {gb_per_second:g} is wrong because nothing travels at that; "
+            "give what a GPU receives, in GB/s."
+        )
     compute = compute_per_sample(config, footprint)
     view, samples = config.method.view, config.global_batch_size
     patch_pixels = view.levels * prod(view.patch_size)
     text = text_shape(config.conditioning)
     peak = assumed_peak(config)
+    forecasts = [
+        _forecast(config, compute.spent * samples / (gpus * peak * share), share)
+        for share in UTILISATIONS
+    ]
+    refuse_short_deadline(config, forecasts[0].step_seconds / accumulation)
     return Plan(
         recipe=config.name,
         gpus=gpus,
@@ -129,12 +149,20 @@ def plan(config: RunConfig, *, gpus: int, gpu_memory_gib: float) -> Plan:
         total_samples=config.total_steps * samples,
         assumed_gpu=ASSUMED_GPU,
         assumed_peak_tflops=peak,
-        forecasts=[
-            _forecast(config, compute.spent * samples / (gpus * peak * share), share)
-            for share in UTILISATIONS
-        ],
+        forecasts=forecasts,
+        communication=communication(config, footprint, gpus, gb_per_second),
         method=method_of(config).facts(),
     )
+
+
+def refuse_short_deadline(config: RunConfig, micro_batch_seconds: float) -> None:
+    """ConfigError where the watchdog would take a healthy micro-batch for a hang."""
+    allowed = config.watchdog.step_seconds
+    if micro_batch_seconds > allowed:
+        raise ConfigError(
+            f"watchdog.step_seconds: {allowed:g} is wrong because a micro-batch may take "
+            f"{micro_batch_seconds:.0f} s; raise it above that, or lower micro_batch_size."
+        )
 
 
 def compute_per_sample(config: RunConfig, footprint: Footprint) -> Compute:
@@ -153,9 +181,8 @@ def compute_per_sample(config: RunConfig, footprint: Footprint) -> Compute:
 
 def samples_per_gpu_second(config: RunConfig) -> float:
     """What one GPU takes at the middle of the assumed utilisations."""
-    share = sorted(UTILISATIONS)[len(UTILISATIONS) // 2]
     spent = compute_per_sample(config, measure(config)).spent
-    return assumed_peak(config) * share / spent
+    return assumed_peak(config) * TYPICAL / spent
 
 
 def assumed_peak(config: RunConfig) -> float:
@@ -187,6 +214,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         "GiB of embeddings, over all GPUs."
     )
     console.print(_time_table(plan))
+    told = plan.communication
+    if told.models_gathered:
+        console.print(
+            f"A GPU receives {told.gathered_gib:,.1f} GiB of weights per step (the whole model "
+            f"{told.models_gathered:g} times) and {told.reduced_gib:,.1f} GiB of gradients: "
+            f"{told.seconds:,.1f} s at {told.gb_per_second:g} GB/s, as far as it does not overlap."
+        )
     console.print(
         f"Assumed: {plan.assumed_gpu}, a share of its {plan.assumed_peak_tflops:g} TFLOP/s. "
         "Activations are an estimate. Measure before you trust either."
