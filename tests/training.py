@@ -13,7 +13,9 @@ from t2v.loop import open_engine
 from t2v.recipe.recipe import RunConfig, method_of
 from t2v.train.ema import Ema
 from t2v.train.schedule import learning_rates
-from tests.tiny import noise_batch
+from tests import tiny, tiny_flow
+
+noise_batch = {"hpdm": tiny.noise_batch, "pyramid-flow": tiny_flow.noise_batch}
 
 
 @dataclass
@@ -40,7 +42,7 @@ def accumulate(engine: Engine, config: RunConfig, step: int) -> Tensor:
     method = method_of(config)
     losses = torch.zeros(len(method.parts))
     for number in range(first, first + share, size):
-        batch = noise_batch(config, list(range(number, number + size)))
+        batch = noise_batch[config.method.kind](config, list(range(number, number + size)))
         with engine.autocast():
             of_parts = method.losses(engine.model, batch, seed=config.seed, device=world.device)
             loss = of_parts * size / share
