@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -37,13 +36,14 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from t2v.methods.hpdm import context
 from t2v.methods.hpdm.memory import plan_memory
 from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import ALONE, generate, sample_level
 from t2v.methods.hpdm.settings import level_tilings, network_calls
-from t2v.methods.hpdm.store import Fetched, Kept, Store
-from t2v.methods.hpdm.tiles import Batch, LevelNetwork, read_level
-from t2v.methods.hpdm.tiling import Tiling
+from t2v.methods.hpdm.store import Fetched, Store
+from t2v.methods.hpdm.tiles import Batch, LevelNetwork, TiledDenoiser, read_level
+from t2v.methods.hpdm.tiling import Tiling, cut_tile
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
 from t2v.sampling.generate import Means, room_left, to_bytes
@@ -103,15 +103,17 @@ class Anew(LevelNetwork):
 
     finished: list[Tensor]
 
-    def _fetched(
-        self, batches: list[Batch], tiling: Tiling, latents: Kept | None
-    ) -> Iterator[Fetched]:
-        for batch in batches:
-            yield self._context(batch, tiling, latents)
-
-    def _context(self, batch: Batch, tiling: Tiling, latents: Kept | None) -> Fetched:
-        fetched = super()._context(batch, tiling, latents)
-        return fetched | self.computed(batch, tiling.offsets[batch.tiles])
+    def __call__(
+        self,
+        x_noisy: Tensor,
+        batch: Batch,
+        tiling: Tiling,
+        sigma: float,
+        given: Fetched,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        given = given | self.computed(batch, tiling.offsets[batch.tiles])
+        return super().__call__(x_noisy, batch, tiling, sigma, given, *rest)
 
     def computed(self, batch: Batch, offsets: Tensor) -> Fetched:
         """The boxes that the tiles look at, each from its own coarse windows."""
@@ -123,52 +125,42 @@ class Anew(LevelNetwork):
             last = torch.tensor(pyramid.size(level)) - patch
             low = (windows[level + 1] + patch // 2) // growth - patch // 2
             windows[level] = torch.minimum(low.clamp(min=0), last) // token * token
-        clips = torch.tensor(batch.clips)
-        rows = torch.cat([clips + branch * self.clips for branch in range(self.branches)])
         known: dict[tuple[int, int], Tensor] = {}
 
-        def boxes(block: int, coarser: int, low: Tensor, shape: tuple[int, int, int]) -> Tensor:
-            tokens = known[block, coarser]
-            first = (windows[coarser] // token).repeat(self.branches, 1)
-            index = [
-                (low[:, axis, None] + torch.arange(shape[axis]) - first[:, axis, None]).clamp(
-                    0, model.grid.shape[axis] - 1
+        def seen(level: int) -> Fetched:
+            boxes: Fetched = {}
+            for block, coarser in model.config.context_features(level):
+                low, shape = model.grid.support(level, windows[level], coarser)
+                first = low - windows[coarser] // token
+                t, h, w = (
+                    (first[:, axis, None] + torch.arange(shape[axis]))
+                    .clamp(0, model.grid.shape[axis] - 1)
+                    .repeat(self.branches, 1)
+                    for axis in range(3)
                 )
-                for axis in range(3)
-            ]
-            row = torch.arange(len(tokens))[:, None, None, None]
-            t, h, w = (
-                index[0][:, :, None, None],
-                index[1][:, None, :, None],
-                index[2][:, None, None],
-            )
-            return tokens[row, t, h, w]
+                row = torch.arange(len(t))[:, None, None, None]
+                place = row, t[:, :, None, None], h[:, None, :, None], w[:, None, None]
+                boxes[block, coarser] = known[block, coarser][place]
+            return boxes
 
         for level in range(self.level):
+
+            def watch(block: int, features: Tensor, level: int = level) -> None:
+                known[block, level] = features[:, 0].unflatten(1, model.grid.shape)
+
             scale = self.scales[level]
             tiles = torch.stack([
-                self.finished[level][clip][
-                    :, t : t + patch[0], h : h + patch[1], w : w + patch[2]
-                ]
-                for clip, (t, h, w) in zip(batch.clips, windows[level].tolist(), strict=True)
+                cut_tile(self.finished[level][clip], corner, pyramid.patch_size)
+                for clip, corner in zip(batch.clips, windows[level].tolist(), strict=True)
             ]).repeat(self.branches, 1, 1, 1, 1) / scale  # fmt: skip
             factor = (scale**-2 + self.sigma_min**2) ** -0.5
             noise = torch.full((len(tiles), 1), self.sigma_min).log() / 4
-            inputs = model.forward_level(
-                level, (factor * tiles)[:, None], noise,
-                windows[level].repeat(self.branches, 1), self.condition.rows(rows), boxes,
-                wanted=model.context_blocks(level),
-            )[2]  # fmt: skip
-            for block, tokens in inputs.items():
-                known[block, level] = tokens[:, 0].unflatten(1, model.grid.shape)
-        fetched: Fetched = {}
-        for coarser in model.context_levels(self.level):
-            low, shape = model.grid.support(self.level, offsets, coarser)
-            low = low.repeat(self.branches, 1)
-            for block in range(len(model.config.levels_per_block)):
-                if self.level in model.fused_levels(block):
-                    fetched[block, coarser] = boxes(block, coarser, low, shape)
-        return fetched
+            model(
+                (factor * tiles)[:, None], noise, windows[level].repeat(self.branches, 1)[:, None],
+                self.condition.rows(torch.tensor(batch.rows)), level=level, kept=seen(level),
+                watch=watch,
+            )  # fmt: skip
+        return seen(self.level)
 
 
 def condition_of(label: int) -> Condition:
@@ -210,17 +202,17 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
             maker.scales = [config.method.diffusion.level_input_scale(n) for n in range(level)]
         else:
             maker = network(LevelNetwork, level, count, read(level))
-            denoise = maker.denoise
+            shared = maker.shared
 
             def renewed(
-                *args: Any, of: int = level, net: LevelNetwork = maker, call: Any = denoise,
+                *args: Any, of: int = level, net: LevelNetwork = maker, call: Any = shared,
                 **named: Any,
             ) -> Any:  # fmt: skip
                 fresh = read(of)
                 net.volumes = {key: fresh[key] for key in net.volumes}
                 return call(*args, **named)
 
-            maker.denoise = renewed
+            maker.shared = renewed
         levels.append(
             sample_level(maker, [1], sampling, config.method.diffusion, lambda tiles: None)
         )
@@ -262,9 +254,9 @@ def job(name: str, way: str, memory_gib: float | None, out: str | None) -> dict[
     config = small_recipe(name)
     model = small_network(config)
     clocks = Clocks()
-    clocks.time(model, "forward_level", "network")
-    clocks.time(model, "context", "of that, sampling of coarse features")
-    clocks.time(LevelNetwork, "_context", "fetching of features and latents, ahead")
+    clocks.time(model, "forward", "network")
+    clocks.time(context, "sample_volume", "of that, sampling of coarse features")
+    clocks.time(TiledDenoiser, "_given", "fetching of features and latents, ahead")
     before = psutil.Process().memory_info().rss
     begin, begin_cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:

@@ -36,32 +36,30 @@ class Painter:
             config.method.diffusion,
             clips,
         )
-        self.config = config.method.model
+        # Of blocks that only the coarsest level runs: nothing looks at features.
+        self.config = config.method.model.model_copy(update={"levels_per_block": [1]})
         self.grid = TokenGrid(config.method.pyramid, config.method.model.token_size)
 
-    def context_blocks(self, level: int) -> list[int]:
-        return []
-
-    fused_levels = context_levels = context_blocks
-
-    def forward_level(
+    def __call__(
         self,
-        level: int,
         x: Tensor,
         noise: Tensor,
         offsets: Tensor,
         condition: Condition,
-        *_: object,
-    ) -> tuple[Tensor, None, dict]:
+        previous_latents: None,
+        *,
+        level: int,
+        **_: object,
+    ) -> tuple[Tensor, None]:
         sigma = (4 * noise[:, 0].double()).exp()
         scale = torch.full_like(sigma, self.diffusion.level_input_scale(level))
         x_noisy = x[:, 0] / wide(c_in(sigma, scale))
         canvases = self.clips[level][condition.label]
-        pairs = zip(canvases, offsets, strict=True)
+        pairs = zip(canvases, offsets[:, 0], strict=True)
         patch = self.pyramid.patch_size
         clean = torch.stack([cut_tile(canvas, offset.tolist(), patch) for canvas, offset in pairs])
         answer = (clean - wide(c_skip(sigma, scale)) * x_noisy) / wide(c_out(sigma, scale))
-        return answer[:, None].float(), None, {}
+        return answer[:, None].float(), None
 
 
 def wide(values: Tensor) -> Tensor:
@@ -207,13 +205,13 @@ def test_network_calls_of_every_overlap_follow_from_its_axes(overlap):
 def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
     config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=14)
     model, calls = stirred_model(config), [0, 0, 0]
-    forward_level = model.forward_level
+    forward = model.forward
 
-    def counted(level: int, x: Tensor, *rest: object) -> tuple:
+    def counted(x: Tensor, *rest: object, level: int, **more: object) -> tuple:
         calls[level] += len(x)
-        return forward_level(level, x, *rest)
+        return forward(x, *rest, level=level, **more)
 
-    model.forward_level = counted
+    model.forward = counted
     sample(model, config, labels=[0, 1], seeds=[0, 1])
     tiles = [1, 18, 196]
     denoising = network_calls(config.method.sampling, config.method.pyramid)
