@@ -53,27 +53,8 @@ class PyramidFlowMethod(Method):
         return PyramidFlow(self.config, self.conditioning)
 
     def inputs(self) -> dict[str, Any]:
-        return {
-            "groups": [self.blank_group(len(self.config.units) - 1, self.config.flow.stages - 1)]
-        }
-
-    def blank_group(self, unit: int, stage: int) -> Group:
-        """One sample at a stage of a unit, as zeros."""
-        config, text = self.config, text_shape(self.conditioning)
-        pieces = []
-        for stretch in lay_out(unit, stage):
-            frames = config.units.frames(stretch)
-            sides = zip(config.grid(stretch.level), config.model.token_size, strict=True)
-            size = (frames.stop - frames.start, *(count * token for count, token in sides))
-            pieces.append(torch.zeros(1, config.channels, *size))
-        return Group(
-            stage=stage,
-            unit=unit,
-            pieces=pieces,
-            clock=torch.ones(1),
-            condition=blank_condition(self.conditioning),
-            text_lengths=(text[0],) if text else None,
-        )
+        last, finest = len(self.config.units) - 1, self.config.flow.stages - 1
+        return {"groups": [blank_group(self.config, self.conditioning, last, finest)]}
 
     def losses(
         self, network: PyramidFlow, batch: Batch, *, seed: int, device: torch.device
@@ -194,3 +175,23 @@ def clips_that_fit(
             f"least {(clip - room.device_bytes) / 2**30:.2f} GiB more."
         )
     return min(most, room.device_bytes // clip)
+
+
+def blank_group(
+    config: PyramidFlowConfig, conditioning: Conditioning, unit: int, stage: int
+) -> Group:
+    """One sample at a stage of a unit, as zeros."""
+    text, pieces = text_shape(conditioning), []
+    for stretch in lay_out(unit, stage):
+        frames = config.units.frames(stretch)
+        sides = zip(config.grid(stretch.level), config.model.token_size, strict=True)
+        size = (frames.stop - frames.start, *(count * token for count, token in sides))
+        pieces.append(torch.zeros(1, config.channels, *size))
+    return Group(
+        stage=stage,
+        unit=unit,
+        pieces=pieces,
+        clock=torch.ones(1),
+        condition=blank_condition(conditioning),
+        text_lengths=(text[0],) if text else None,
+    )
