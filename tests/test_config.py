@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.recipe.reading import parse_value
 from t2v.recipe.methods import METHODS
+from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import dump_config, load_config, parse_config
 from tests.tiny import RECIPE, tiny_config
 
