@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.toy import all_toys
 from data_pipeline.shards.dataset import commit_dataset, open_dataset
 from data_pipeline.shards.tar import list_captions, write_index, write_tar
-from data_pipeline.text.audit import check, draw_rows, estimate
+from data_pipeline.text.audit import check, estimate
 from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
 from data_pipeline.text.embeddings import open_embeddings
 
@@ -97,9 +97,9 @@ def test_the_estimate_is_what_embedding_then_takes(datasets):
 
 def test_every_row_is_drawn_at_most_once(datasets):
     dataset = open_dataset(datasets / "videos")
-    places = draw_rows(dataset, 100, seed=1)
+    places = dataset.draw(100, seed=1)
     assert places == [(number // 6, number % 6) for number in range(26)]
-    assert len(set(draw_rows(dataset, 9, seed=2))) == 9
+    assert len(set(dataset.draw(9, seed=2))) == 9
 
 
 def test_a_check_finds_embeddings_the_encoder_does_not_say(datasets, own, tmp_path):
@@ -113,7 +113,7 @@ def test_a_check_finds_embeddings_the_encoder_does_not_say(datasets, own, tmp_pa
         for key, caption in captions
     ]  # fmt: skip
     write_tar(str(folder / "000002.tar"), wrong)
-    write_index(str(folder), "000002", "embedding")
+    write_index(str(folder), "000002", "tensor")
     open_dataset(own)
     shutil.copytree(own, tmp_path / "fresh")  # of a path that no index is cached for
     with pytest.raises(

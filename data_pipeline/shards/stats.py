@@ -18,7 +18,6 @@ from data_pipeline.progress import progress
 from data_pipeline.shards.contact_sheet import contact_sheet
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.store import storage
-from data_pipeline.text.audit import draw_rows
 
 PAGE = "stats.html"
 BINS = 20
@@ -80,7 +79,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
     shards = range(len(info.shards))
     media_bytes = sum(int(data.index(shard)["media"]["size"].sum()) for shard in shards)
     captions = np.concatenate([np.unique(data.index(shard)["caption"]) for shard in shards])
-    places = draw_rows(data, count, seed)
+    places = data.draw(count, seed=seed)
     seconds, fps, words, sizes, unreadable = [], [], [], Counter(), 0
     for shard, row in progress(places, "read samples", total=len(places)):
         try:
