@@ -59,10 +59,15 @@ class Kind(Generic[Made]):
     info: type[DerivedInfo[Made]]
     origins: Callable[[np.ndarray], np.ndarray]  # digests by rows of the dataset's index
     check: Callable[[Members, str, Made], None]  # DataError for a row's members, of a tar
+    tell: Callable[[Made], str]  # what rows are, and of what maker
 
     def place(self, dataset: Dataset, name: str) -> str:
         """The folder of a set."""
         return storage.join(dataset.path, self.folder, name)
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """Names of a dataset's sets, finished or not."""
+        return storage.list_folders(storage.join(dataset.path, self.folder))
 
     def remedy(self, dataset: Dataset, name: str) -> str:
         """The command that makes a set."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.latents.latents import LATENTS
 from data_pipeline.media.video import count_frames, decode_image, probe
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
@@ -47,7 +48,7 @@ from data_pipeline.store import storage
 from data_pipeline.text.embeddings import EMBEDDINGS
 
 DEADLINE_SECONDS = 120.0
-KINDS: tuple[Kind, ...] = (EMBEDDINGS,)
+KINDS: tuple[Kind, ...] = (EMBEDDINGS, LATENTS)
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,9 @@ class Fault:
         return f"{where}: {self.reason.removeprefix(f'{self.path}: ')}"
 
 
-def verify(
-    path: str | Path, *, decode: bool = True, workers: int = 1, embeddings: Sequence[str] = ()
-) -> list[Fault]:
-    """Every fault of a dataset and of its embedding sets; `decode`: decode every sample too.
-
-    On a disk the embedding sets are found; in an object store they must be named.
-    """
+def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[Fault]:
+    """Every fault of a dataset and of its embeddings and latents; `decode`: decode every sample
+    too."""
     dataset = open_dataset(path)
     info = dataset.info
     cached_index.cache_clear()
@@ -93,17 +90,10 @@ def verify(
     )
     for part in progress(found, "verify shards", total=len(info.shards)):
         faults += part
-    named = {"embeddings": embeddings}
     for kind in KINDS:
-        for name in sorted({*set_names(dataset, kind), *named[kind.folder]}):
+        for name in kind.names(dataset):
             faults += check_set(dataset, kind, name)
     return faults
-
-
-def set_names(dataset: Dataset, kind: Kind) -> list[str]:
-    """Names of a local dataset's sets of a kind, finished or not."""
-    folder = Path(kind.place(dataset, ""))
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def check_shard(dataset: Dataset, shard: int, *, decode: bool) -> list[Fault]:
@@ -164,7 +154,7 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
             lost += max(0, shard.samples - write_index(folder, shard.name, info.kind))
         names.append(shard.name)
     for kind in KINDS:
-        for name in set_names(dataset, kind):
+        for name in kind.names(dataset):
             for shard in info.shards:
                 _leave_sound_rows(kind.place(dataset, name), shard.name, faults)
     rejected = dict(info.rejected)

@@ -42,6 +42,10 @@ class Provenance(Strict):
         return mine == (other.weights_sha256, other.tokenizer_sha256)
 
 
+class EmbeddingInfo(DerivedInfo[Provenance]):
+    """What an embedding set's `manifest.json` says."""
+
+
 @dataclass(frozen=True)
 class EmbeddingSet:
     """Cached embeddings of a dataset, by (shard, row)."""
@@ -103,7 +107,8 @@ EMBEDDINGS = Kind(
     maker="encoder",
     option="--encoder ENCODER",
     origin="caption",
-    info=DerivedInfo[Provenance],
+    info=EmbeddingInfo,
     origins=_captions,
     check=_check,
+    tell=lambda made: f"width {made.width}, by {made.encoder}",
 )

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from data_pipeline.feeding.config import Conditioning
+from data_pipeline.feeding.config import CachedLatents, Conditioning
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Size, Strict
@@ -60,6 +60,11 @@ class MethodConfig(Strict, ABC):
     @abstractmethod
     def view(self) -> Pyramid:
         """What a batch shows of each clip: one window per level of this pyramid."""
+
+    @property
+    def cached_latents(self) -> CachedLatents | None:
+        """The latents of whole clips, of the view's size, that a batch holds instead of pixels."""
+        return None
 
 
 @dataclass(frozen=True)
