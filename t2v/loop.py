@@ -210,6 +210,7 @@ def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any
         "config": json.loads(config.model_dump_json()),
         "data_fingerprint": loader.fingerprint,
         "text_encoder": loader.text_encoder,
+        "latents": loader.autoencoder,
     }
 
 
@@ -240,6 +241,7 @@ def open_loader(config: RunConfig, world: World) -> Loader:
                 micro_batch_size=config.micro_batch_size,
                 rank=world.rank,
                 world_size=world.world_size,
+                latents=config.method.cached_latents,
             )
         )
 
@@ -261,6 +263,8 @@ def open_held_out(config: RunConfig, method: Method, loader: Loader, world: Worl
             seed=config.seed,
             samples=settings.samples,
             encoder=loader.text_encoder,
+            latents=config.method.cached_latents,
+            autoencoder=loader.autoencoder,
         )
 
     if settings is not None:

@@ -14,8 +14,15 @@ ROOT = Path(__file__).parent.parent
 # From the ground, which is the files of data_pipeline/ itself, to the roof, those of t2v/ itself.
 ROOMS = (
     "data_pipeline",
-    *(f"data_pipeline/{room}" for room in ("store", "media", "shards", "text", "making")),
-    *("data_pipeline/feeding", "t2v/network", "t2v/engine", "t2v/methods", "t2v/checkpoint"),
+    *(f"data_pipeline/{room}" for room in ("store", "media", "shards", "text", "latents")),
+    *(
+        "data_pipeline/making",
+        "data_pipeline/feeding",
+        "t2v/network",
+        "t2v/engine",
+        "t2v/methods",
+        "t2v/checkpoint",
+    ),
     *(f"t2v/{room}" for room in ("train", "attempt", "watching", "recipe")),
     *(f"t2v/{room}" for room in ("sampling", "evaluation", "plan")),
     *("cluster", "t2v/commands", "t2v"),

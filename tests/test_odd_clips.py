@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_pipeline.making.stats import measure
 
 from data_pipeline.feeding.config import DataConfig, Source, TextConditioning
 from data_pipeline.feeding.loader import Loader
@@ -14,7 +15,6 @@ from data_pipeline.making.verify import verify
 from data_pipeline.media.video import read_clip
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.stats import measure
 from data_pipeline.shards.tar import write_tar
 from data_pipeline.text.embed import embed, make_tiny_encoder
 
