@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, NumericError
+from data_pipeline.errors import NumericError
 from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.loader import Batch, Loader
 from data_pipeline.feeding.sample import SampleReader
@@ -136,23 +136,15 @@ def begin(
         told = config.checkpoint.accept_data_change
         refuse_other_run(folder, manifest, facts(state, config, loader), told=told)
         state.restore(folder, manifest)
-        refuse_past_end(folder, state, config)
         if world.is_first:
-            print(f"resumed from {folder}", flush=True)
+            past = ", which is past total_steps: nothing is left to do"
+            is_past = state.step > config.total_steps
+            print(f"resumed from {folder}{past if is_past else ''}", flush=True)
     elif config.warm_start is not None:
         warm_start(config.warm_start, method, engine)
         state.ema.restart()
     checkpoints.reserve(state.slices())
     return state
-
-
-def refuse_past_end(folder: Path, state: TrainState, config: RunConfig) -> None:
-    """ConfigError where a run has gone further than it now is to go."""
-    if state.step > config.total_steps:
-        raise ConfigError(
-            f"total_steps: {config.total_steps} is wrong because {folder} is of step "
-            f"{state.step}; raise it, or begin a new run folder."
-        )
 
 
 def read(steps: Iterator[list[Batch]], state: TrainState) -> list[Batch]:

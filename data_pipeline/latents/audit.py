@@ -13,6 +13,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.latents.autoencoder import Autoencoder
 from data_pipeline.latents.encode import Encoding
 from data_pipeline.latents.latents import Normalisation, Statistics, open_latents, pack_row
+from data_pipeline.latents.tiles import tile_within
 from data_pipeline.progress import progress
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import stored_size
@@ -116,7 +117,7 @@ def check(
         )
     encoding, decode_tile = Encoding(data, reader, theirs.clip, theirs.tile), theirs.tile
     if memory_gib is not None:
-        decode_tile = reader.tile_within(memory_gib * 2**30, theirs.clip, decoding=True)
+        decode_tile = tile_within(reader, memory_gib * 2**30, theirs.clip, decoding=True)
     decibels = []
     places = data.draw(count, seed=seed)
     for shard, row in progress(places, "check", total=len(places)):

@@ -7,7 +7,6 @@ back, are found out by passes on the meta device, which compute nothing.
 
 import inspect
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.latents.latents import Normalisation, Provenance, Statistics
-from data_pipeline.latents.memory import LiveBytes
 from data_pipeline.pyramid import Clip
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.store.hub import digest_files, fetch_model
@@ -34,8 +32,6 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model*.safetensors"
 SUBFOLDER = "vae"  # of a whole pipeline, as diffusers lays it out
 PROBE_SIDE = 128
 MOST_FRAMES = 16  # that any known autoencoder takes at a time
-TILES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32)
-WORKSPACE = 1.5  # of live tensors, for what convolutions copy besides; measured: 1.0 to 1.5
 
 
 class Autoencoder:
@@ -60,8 +56,8 @@ class Autoencoder:
             self.class_name = str(config["_class_name"])
             self.model = _load(folder, self.class_name).to(self.device)
             with torch.device("meta"):
-                self._outline = type(self.model).from_config(config).eval()
-            self.channels, self.factors, self.unit_frames = _measure(self._outline)
+                self.outline = type(self.model).from_config(config).eval()
+            self.channels, self.factors, self.unit_frames = _measure(self.outline)
             own = _own_normalisation(self.model, self.channels)
         except ConfigError:
             raise
@@ -97,40 +93,6 @@ class Autoencoder:
             posterior="mode",
             dtype="bfloat16",
             compute_dtype="float32",
-        )
-
-    def refuse_misfit(self, clip: Size, path: str) -> None:
-        """ConfigError, which begins with `path`, where clips of a size do not come back as they
-        are; it tells the nearest sizes that would."""
-        frames, *sides = clip
-        if (frames - 1) % self.unit_frames:
-            low = (frames - 1) // self.unit_frames * self.unit_frames + 1
-            raise ConfigError(
-                f"{path}: clips of {frames} frames are wrong because {self.name} takes 1 + "
-                f"{self.unit_frames} x k; use {low} or {low + self.unit_frames}."
-            )
-        for axis, side, factor in zip(("height", "width"), sides, self.factors[1:], strict=True):
-            if side % factor:
-                low = max(side // factor, 1) * factor
-                raise ConfigError(
-                    f"{path}: clips of {axis} {side} are wrong because {self.name} takes multiples "
-                    f"of {factor}; use {low} or {low + factor}."
-                )
-
-    def tile_within(self, memory_bytes: float, clip: Size, *, decoding: bool = False) -> int | None:
-        """The largest tile, in pixels a side, that a pass takes within a budget that holds the
-        weights, too; None: clips fit whole. ConfigError where the smallest does not fit."""
-        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        needed = math.inf
-        step = 4 * math.lcm(*self.factors[1:])  # tiles overlap by a quarter
-        sides = [side for side in TILES if side < max(clip[1:]) and not side % step]
-        for tile in (None, *sides):
-            needed = weights + WORKSPACE * self._working_bytes(clip, tile, decoding)
-            if needed <= memory_bytes:
-                return tile
-        raise ConfigError(
-            f"--memory-gib: {memory_bytes / 2**30:.3g} is wrong because {self.name} needs "
-            f"{needed / 2**30:.3g} GiB for clips of {clip} in its smallest tiles; give more."
         )
 
     @torch.inference_mode()
@@ -175,7 +137,7 @@ class Autoencoder:
     @contextmanager
     def _tiled(self, tile: int | None) -> Iterator[None]:
         """Run the model in tiles of a side; ConfigError where memory is not enough."""
-        _set_tiles(self.model, tile)
+        set_tiles(self.model, tile)
         try:
             yield
         except RuntimeError as error:
@@ -186,27 +148,6 @@ class Autoencoder:
                 f"{self.name}: a clip does not fit the memory of {self.device}; give --memory-gib "
                 "less than it has."
             ) from None
-
-    def _working_bytes(self, clip: Size, tile: int | None, decoding: bool) -> float:
-        """Peak of a pass's live tensors. Clips in tiles are cut to two tiles a side, and what is
-        kept of all tiles is added: a pass over hundreds of them would take minutes to count."""
-        frames, *sides = clip
-        if tile:
-            sides = [min(side, 2 * tile) for side in sides]
-        _set_tiles(self._outline, tile)
-        with torch.inference_mode(), LiveBytes() as live:
-            pixels = torch.empty(1, 3, frames, *sides, device="meta")
-            if decoding:
-                _, by_h, by_w = self.factors
-                _, latent_frames, *_ = self.provenance(clip, tile).size
-                shape = (1, self.channels, latent_frames, sides[0] // by_h, sides[1] // by_w)
-                del pixels
-                self._outline.decode(torch.empty(shape, device="meta"))
-            else:
-                self._outline.encode(pixels)
-        copies = 4 if decoding else 1  # of pixels: tiles, rows of them, the whole, and clamped
-        left_out = frames * (math.prod(clip[1:]) - math.prod(sides))
-        return live.peak + copies * 3 * 4 * left_out
 
 
 def pixels_of(clip: Clip) -> Pixels:
@@ -287,7 +228,7 @@ def _own_normalisation(model: Any, channels: int) -> Normalisation:
     return Normalisation(first=both, later=both)
 
 
-def _set_tiles(model: Any, tile: int | None) -> None:
+def set_tiles(model: Any, tile: int | None) -> None:
     """Tell a model to work in tiles that overlap by a quarter; each class has its own words."""
     if tile is None:
         model.disable_tiling()

@@ -19,6 +19,7 @@ from data_pipeline.latents.latents import (
     origin,
     pack_row,
 )
+from data_pipeline.latents.tiles import refuse_misfit, tile_within
 from data_pipeline.media.video import reduction
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import Dataset, open_dataset
@@ -77,8 +78,8 @@ def begin_encoding(
     `memory_gib` may demand tiles. ConfigError where clips do not fit the autoencoder."""
     clip = _clip_size(dataset, size)
     reader = Autoencoder(vae, normalisation=normalisation, device=device)
-    reader.refuse_misfit(clip, dataset.path)
-    tile = None if memory_gib is None else reader.tile_within(memory_gib * 2**30, clip)
+    refuse_misfit(reader, clip, dataset.path)
+    tile = None if memory_gib is None else tile_within(reader, memory_gib * 2**30, clip)
     return Encoding(dataset, reader, clip, tile)
 
 
