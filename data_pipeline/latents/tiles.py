@@ -68,6 +68,6 @@ def refuse_misfit(autoencoder: Autoencoder, clip: Size, path: str) -> None:
         if side % factor:
             low = max(side // factor, 1) * factor
             raise ConfigError(
-                f"{path}: clips of {axis} {side} are wrong because {autoencoder.name} takes multiples "
-                f"of {factor}; use {low} or {low + factor}."
+                f"{path}: clips of {axis} {side} are wrong because {autoencoder.name} takes "
+                f"multiples of {factor}; use {low} or {low + factor}."
             )
