@@ -115,8 +115,7 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
     for level in range(pyramid.levels):
         count = len(sampling.branches(level))
         if way == PER_TILE:
-            nothing: Any = _Absent()
-            maker = network(Anew, level, count, nothing)
+            maker = network(Anew, level, count, dict.fromkeys(model.config.context_features(level)))
             assert isinstance(maker, Anew)
             maker.volumes, maker.finished = {}, levels
             maker.scales = [config.method.diffusion.level_input_scale(n) for n in range(level)]
@@ -137,10 +136,3 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
             sample_level(maker, [1], sampling, config.method.diffusion, lambda tiles: None)
         )
     return levels
-
-
-class _Absent(dict):
-    """Volumes that nobody keeps."""
-
-    def __missing__(self, key: tuple[int, int]) -> None:
-        return None

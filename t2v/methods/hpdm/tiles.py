@@ -136,8 +136,8 @@ class LevelNetwork:
                 answer = answers.pop(part, None)
                 if size > 1 or answer is None:
                     answer = padded(answer, (self.rows_at_once, *shape), self.device)
-                for batch, told in zip(round_, self.team.gather(answer), strict=False):
-                    yield batch, part, told[: len(batch.tiles)]
+                for batch, rows in zip(round_, self.team.gather(answer), strict=False):
+                    yield batch, part, rows[: len(batch.tiles)]
 
 
 class TiledDenoiser:
@@ -162,7 +162,8 @@ class TiledDenoiser:
         self.latents = None
         self.kept_rows = network.rows_at_once * network.branches
         if network.model.self_conditioning is not None:
-            mine, config = -(-len(self.batches) // network.team.size), network.model.config
+            config = network.model.config
+            mine = -(-len(self.batches) // network.team.size)
             shape = mine * self.kept_rows, config.num_latents, config.latent_dim
             self.latents = network.store.keep(shape, network.room.dtype, network.room.latents)
 
@@ -239,9 +240,8 @@ def read_level(network: LevelNetwork, tiling: Tiling, x: Canvas) -> FeatureVolum
         for row, number in enumerate(batch.tiles):
             share = tiling.share(number, token_size)[..., None].to(features.device)
             corner = (tiling.offsets[number] // torch.tensor(token_size)).tolist()
-            for place, tokens in zip(
-                batch.rows[row :: len(batch.tiles)], features[row], strict=True
-            ):
+            places = batch.rows[row :: len(batch.tiles)]
+            for place, tokens in zip(places, features[row], strict=True):
                 tile = tokens.unflatten(0, grid.shape) * share
                 volumes[block, level].add(box(place, corner, grid.shape), tile[None])
     network.store.settle()
