@@ -24,7 +24,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 bench: $(INSTALLED)
-	for file in benchmarks/*.py; do \
+	for file in $$(grep -l __main__ benchmarks/*.py); do \
 	    $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 clean:

@@ -98,7 +98,7 @@ class TurnTaking:
     """A loader of noise that takes a bare step before each of the system's, and times both."""
 
     fingerprint = "noise"
-    text_encoder = None
+    text_encoder = autoencoder = None
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world

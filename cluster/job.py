@@ -79,8 +79,8 @@ class DataJob:
 
     @property
     def downloads(self) -> bool:
-        """Whether tasks may fetch an encoder from the model hub."""
-        return self.arguments[:1] == ("embed",)
+        """Whether tasks may fetch an encoder or autoencoder from the model hub."""
+        return self.arguments[:1] in (("embed",), ("encode",))
 
     @property
     def snapshot(self) -> str:

@@ -75,7 +75,7 @@ def prepare_data(
     memory_gib: int,
     gpus: int,
 ) -> Launch:
-    """The job of `t2v data build` or `embed` in `tasks` parts."""
+    """The job of `t2v data build`, `embed` or `encode` in `tasks` parts."""
     profile = load_profile(profile_path)
     for field, asked, there in (
         ("--cpus", cpus, profile.cpus_per_node),

@@ -16,7 +16,7 @@ import torch
 
 from cluster.job import BYTES_PER_PARAMETER, sample_bytes
 from data_pipeline.errors import DataError, StorageError, UserError
-from data_pipeline.feeding.loader import open_sources
+from data_pipeline.feeding.sources import open_sources
 from t2v.recipe.recipe import RunConfig, method_of
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -181,18 +181,20 @@ def missing_bytes(config: RunConfig) -> int:
 
 
 def check_data(config: RunConfig) -> Check:
-    """Every dataset answers, its embeddings belong to it, and one sample of each can be read.
+    """Every dataset answers, what is cached belongs to it, and one sample of each can be read.
 
     A damaged sample is no reason to stop: training replaces it, and counts how many.
     """
     started = time.perf_counter()
-    sources = open_sources(config.data, config.method.view, config.conditioning)
+    sources = open_sources(
+        config.data, config.method.view, config.conditioning, config.method.cached_latents
+    )
     samples = sum(source.dataset.info.samples for source in sources)
     try:
         for source in sources:
-            source.dataset.read(0, 0)
-            if source.embeddings is not None:
-                source.embeddings.read(0, 0)
+            for rows in (source.latents or source.dataset, source.embeddings):
+                if rows is not None:
+                    rows.read(0, 0)
     except DataError as damage:
         return Check("data", "warning", str(damage), damage.exit_code)
     seconds = time.perf_counter() - started

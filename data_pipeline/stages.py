@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STAGES = ("read", "decode", "convert", "text", "collate")
+STAGES = ("read", "decode", "convert", "latents", "text", "collate")
 seconds: defaultdict[str, float] = defaultdict(float)
 
 

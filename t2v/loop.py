@@ -19,13 +19,13 @@ from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.attempt import begin_attempt
-from t2v.attempt.faults import arm_faults, fault
 from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compute import make_deterministic
 from t2v.engine.device import Pace, on_device
 from t2v.engine.engine import Engine, build_engine
+from t2v.engine.faults import arm_faults, fault
 from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
 from t2v.methods.method import Method
@@ -69,7 +69,8 @@ def train(
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
         report = Report(run_dir, watched(config, method), world, attempt.status, step=state.step)
         exits.enter_context(contextlib.closing(report))
-        exits.push(attempt.on_exit)
+        # Where training ends on an error: say so before anything is closed.
+        exits.push(lambda kind, error, trace: attempt.fail(error) if error else None)
         wait = Waiting()
         steps = wait(loader.steps(state.step, config.total_steps))
         stop = world.any(preemption.requested(run_dir))
@@ -209,6 +210,7 @@ def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any
         "config": json.loads(config.model_dump_json()),
         "data_fingerprint": loader.fingerprint,
         "text_encoder": loader.text_encoder,
+        "latents": loader.autoencoder,
     }
 
 
@@ -239,6 +241,7 @@ def open_loader(config: RunConfig, world: World) -> Loader:
                 micro_batch_size=config.micro_batch_size,
                 rank=world.rank,
                 world_size=world.world_size,
+                latents=config.method.cached_latents,
             )
         )
 
@@ -260,6 +263,8 @@ def open_held_out(config: RunConfig, method: Method, loader: Loader, world: Worl
             seed=config.seed,
             samples=settings.samples,
             encoder=loader.text_encoder,
+            latents=config.method.cached_latents,
+            autoencoder=loader.autoencoder,
         )
 
     if settings is not None:

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from benchmarks.soak import Job
+from benchmarks.job import Job
 from t2v.attempt.record import read_attempts
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.loop import train

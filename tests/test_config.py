@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError, InputMissing
+from t2v.recipe.methods import METHODS
+from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import dump_config, load_config, parse_config
 from tests.tiny import RECIPE, tiny_config
 
@@ -63,8 +65,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ),
         (
             "method.kind=hpmd",
-            "method.kind: value 'hpmd' is wrong because it is none of 'hpdm', 'pyramid-flow'; "
-            "correct it.",
+            "method.kind: value 'hpmd' is wrong because it is none of "
+            f"{', '.join(map(repr, METHODS))}; correct it.",
         ),
         ("method={}", "method.kind: missing; every recipe is complete, add it."),
         (
@@ -308,3 +310,17 @@ def test_overrides_reach_into_sections_lists_and_absent_sections(tmp_path):
     assert config.data.sources[0].path == "s3://bucket/set=1"
     assert config.method.sampling.steps == [3, 1]
     assert config.warm_start.checkpoint == "runs/base"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("/x/run #1", "/x/run #1"),
+        ("'/x/run #1'", "/x/run #1"),
+        ("#1", None),
+        ("3 # three", 3),
+        ("[a, b]", ["a", "b"]),
+    ],
+)
+def test_a_value_of_the_command_line_keeps_its_end(text, value):
+    assert parse_value(text) == value

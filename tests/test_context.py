@@ -1,5 +1,7 @@
 """Context sampling against a generic grid sample, a linear ramp, and itself on smaller boxes."""
 
+from math import prod
+
 import numpy as np
 import pytest
 import torch
@@ -208,6 +210,16 @@ def test_the_support_box_holds_all_that_a_window_interpolates(grid):
         )
         # Places relative to a box and to the level differ by fp32 rounding.
         torch.testing.assert_close(of_boxes, of_whole, rtol=0, atol=1e-5)
+
+
+@ALL_GRIDS
+def test_patches_come_back_from_their_tokens(grid):
+    x = torch.arange(2 * 3 * prod(grid.pyramid.patch_size)).view(1, 2, 3, *grid.pyramid.patch_size)
+    pixels = grid.cut(x)
+    assert pixels.shape == (1, 2, grid.count, 3 * prod(grid.token_size))
+    t, h, w = grid.token_size
+    assert torch.equal(pixels[0, 1, 0], x[0, 1, :, :t, :h, :w].flatten())
+    assert torch.equal(grid.join(pixels), x)
 
 
 @ALL_GRIDS

@@ -1,6 +1,8 @@
 """The identities of the preconditioning (section 5.2 of the specification)."""
 
 import math
+from importlib import import_module
+from inspect import isfunction
 
 import pytest
 import torch
@@ -114,3 +116,14 @@ def test_noise_that_would_broadcast_over_the_batch_is_caught_while_testing(sampl
     x, noise, sigma, input_scale = sample
     with pytest.raises(TypeCheckError):
         add_noise(x, noise[:1], sigma, input_scale)
+
+
+def test_every_module_named_for_it_is_checked_for_shapes(request):
+    *names, checker = request.config.getoption("--jaxtyping-packages").split(",")
+    assert checker == "beartype.beartype"
+    for name in names:
+        module = import_module(name)
+        functions = [f for f in vars(module).values() if getattr(f, "__module__", "") == name]
+        functions = [function for function in functions if isfunction(function)]
+        assert functions, name
+        assert all(hasattr(function, "__wrapped__") for function in functions), name

@@ -113,7 +113,7 @@ def test_a_check_finds_embeddings_the_encoder_does_not_say(datasets, own, tmp_pa
         for key, caption in captions
     ]  # fmt: skip
     write_tar(str(folder / "000002.tar"), wrong)
-    write_index(str(folder), "000002", "embedding")
+    write_index(str(folder), "000002", "tensor")
     open_dataset(own)
     shutil.copytree(own, tmp_path / "fresh")  # of a path that no index is cached for
     with pytest.raises(

@@ -3,8 +3,8 @@
 import pytest
 
 from data_pipeline.errors import ConfigError
-from t2v.attempt import faults
-from t2v.attempt.faults import Fault, fault, parse_faults
+from t2v.engine import faults
+from t2v.engine.faults import Fault, fault, parse_faults
 
 
 def test_faults_are_read_as_written():

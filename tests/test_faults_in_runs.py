@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import Job
+from benchmarks.job import Job
 from data_pipeline.errors import ConfigError, InputMissing, NumericError
 from t2v.attempt.failure import heard_alarm, ring
 from t2v.loop import train
@@ -281,7 +281,7 @@ def wait_for_new_step(run_dir: Path, job: Job) -> None:
 def test_soak_ends_with_the_weights_of_the_undisturbed_run(tmp_path):
     """R30, short."""
     size = ["--steps", "80", "--gap", "10", "--save-every", "8"]
-    command = [sys.executable, "benchmarks/soak.py", *size]
+    command = [sys.executable, "-m", "benchmarks.soak", *size]
     done = subprocess.run(
         [*command, "--workdir", str(tmp_path / "soak"), "--out", str(tmp_path)],
         capture_output=True, text=True, check=False,

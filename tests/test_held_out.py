@@ -9,8 +9,9 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.held_out import held_out_reader
-from data_pipeline.feeding.loader import Loader, global_order, open_sources
+from data_pipeline.feeding.loader import Loader, global_order
 from data_pipeline.feeding.order import held_out_rows
+from data_pipeline.feeding.sources import open_sources
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.loop import train
 from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at

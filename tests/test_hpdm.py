@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from t2v.engine.compute import make_deterministic
+from t2v.methods.hpdm.context import TokenGrid
 from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.tiling import cut_tile
 from t2v.recipe.recipe import RunConfig, load_config, method_of
 from tests.tiny import THREE_LEVELS, class_condition, noise_batch, stirred_model, tiny_config
 
@@ -121,9 +123,17 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad.abs().sum() > 0, name
 
 
+def around(grid: TokenGrid, window: Tensor, offsets: Tensor, level: int) -> Tensor:
+    """The features of a level of which only a window is known; zeros around it."""
+    whole = window.new_zeros(len(window), *grid.level_shape(level), window.shape[-1])
+    for row, low in enumerate((offsets // torch.tensor(grid.token_size)).tolist()):
+        cut_tile(whole[row].movedim(3, 0), low, grid.shape).copy_(window[row].movedim(3, 0))
+    return whole
+
+
 @BOTH_FUSIONS
 def test_level_by_level_equals_all_levels_at_once(fusion):
-    """Sampling runs one level at a time on volumes of coarser features; training runs all jointly.
+    """Sampling runs one level at a time on boxes of coarser features; training runs all jointly.
 
     Both see the same, if no window reaches past the border of its parent's.
     """
@@ -136,38 +146,26 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
     # Offsets of level 1 are multiples of the token size: its tokens are those of the whole level.
     inputs["offsets"] = torch.tensor([[[0, 0, 0], [2, 4, 6], [5, 13, 17]]] * 2)
     output, latents = model(**inputs)
-    token_size = torch.tensor(config.method.model.token_size)
-    windows: dict[tuple[int, int], Tensor] = {}
-
-    def volumes(block: int, coarser: int, low: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Boxes out of a level of which only the window is known; zeros around it."""
-        frames, height, width = model.grid.level_shape(coarser)
-        window = windows[block, coarser]
-        whole = window.new_zeros(len(low), frames, height, width, window.shape[-1])
-        boxes = []
-        for row in range(len(low)):
-            t, h, w = (inputs["offsets"][row, coarser] // token_size).tolist()
-            f, y, x = model.grid.shape
-            whole[row, t : t + f, h : h + y, w : w + x] = window[row]
-            t, h, w = low[row].tolist()
-            boxes.append(whole[row, t : t + shape[0], h : h + shape[1], w : w + shape[2]])
-        return torch.stack(boxes)
-
+    wholes: dict[tuple[int, int], Tensor] = {}
     for level in range(3):
-        alone, own_latents, block_inputs = model.forward_level(
-            level,
-            inputs["x"][:, level, None],
-            inputs["noise"][:, level, None],
-            inputs["offsets"][:, level],
-            inputs["condition"],
-            volumes,
-            inputs["previous_latents"][:, level, None],
+        offsets, kept = inputs["offsets"][:, level], {}
+        for block, coarser in model.config.context_features(level):
+            low, shape = model.grid.support(level, offsets, coarser)
+            whole = wholes[block, coarser].movedim(4, 1)
+            boxes = [cut_tile(*pair, shape) for pair in zip(whole, low.tolist(), strict=True)]
+            kept[block, coarser] = torch.stack(boxes).movedim(1, 4)
+
+        def watch(block: int, features: Tensor, level: int = level, at: Tensor = offsets) -> None:
+            window = features[:, 0].unflatten(1, model.grid.shape)
+            wholes[block, level] = around(model.grid, window, at, level)
+
+        own = {key: value[:, level, None] for key, value in inputs.items() if key != "condition"}
+        alone, own_latents = model(
+            **own, condition=inputs["condition"], level=level, kept=kept, watch=watch
         )
         # Batched with other levels, or other box sizes, matrix products round otherwise.
         torch.testing.assert_close(alone[:, 0], output[:, level], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(own_latents[:, 0], latents[:, level], rtol=1e-4, atol=1e-4)
-        for block, tokens in block_inputs.items():
-            windows[block, level] = tokens[:, 0].unflatten(1, model.grid.shape)
 
 
 def shrunk(name: str) -> RunConfig:
@@ -203,15 +201,7 @@ def test_level_0_of_a_warm_started_pyramid_is_its_base(name):
     slow = class_condition([0, 1], fps=24.0 / stride)
     only = {key: inputs[key][:, :1] for key in ("x", "noise", "offsets", "previous_latents")}
     expected, expected_latents = base(**only, condition=slow)
-    output, latents, _ = pyramid.forward_level(
-        0,
-        only["x"],
-        only["noise"],
-        only["offsets"][:, 0],
-        inputs["condition"],
-        lambda *box: pytest.fail("level 0 has no context"),
-        only["previous_latents"],
-    )
+    output, latents = pyramid(**only, condition=inputs["condition"], level=0)
     assert torch.equal(output, expected)
     assert torch.equal(latents, expected_latents)
     # In a joint pass the same rows are part of larger matrix products, which may round otherwise.

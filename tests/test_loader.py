@@ -45,7 +45,15 @@ def config(*paths: Path, weights=(2, 1), workers: int = 0, **settings) -> DataCo
 
 
 def make(
-    data: DataConfig, *, conditioning=TEXT, pyramid=PYRAMID, batch=12, micro=2, rank=0, world=1
+    data: DataConfig,
+    *,
+    conditioning=TEXT,
+    pyramid=PYRAMID,
+    batch=12,
+    micro=2,
+    rank=0,
+    world=1,
+    latents=None,
 ) -> Loader:
     return Loader(
         data,
@@ -56,6 +64,7 @@ def make(
         micro_batch_size=micro,
         rank=rank,
         world_size=world,
+        latents=latents,
     )
 
 
@@ -63,9 +72,10 @@ def digest(batch: Batch, row: int) -> str:
     """A digest of all that a model sees of a sample."""
     tensors = [batch.patches, batch.offsets, batch.fps, batch.original_size]
     tensors += [t for t in (batch.text_tokens, batch.text_mask, batch.label) if t is not None]
-    content = b"".join(
-        t[row : row + 1].contiguous().view(torch.uint8).numpy().tobytes() for t in tensors
-    )
+    parts = [tensor[row] for tensor in tensors]
+    if batch.latents is not None:
+        parts.append(batch.latents[row, :, : batch.latent_frames[row]])  # zeros fill a batch up
+    content = b"".join(part.reshape(-1).contiguous().view(torch.uint8).numpy() for part in parts)
     return hashlib.sha256(content).hexdigest()
 
 

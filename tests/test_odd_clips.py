@@ -10,11 +10,11 @@ import pytest
 from data_pipeline.feeding.config import DataConfig, Source, TextConditioning
 from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build, index
+from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import verify
 from data_pipeline.media.video import read_clip
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.stats import measure
 from data_pipeline.shards.tar import write_tar
 from data_pipeline.text.embed import embed, make_tiny_encoder
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2v.methods.pyramid_flow.attention import Sight, attend, rotary_turns, rotate, token_places
+from t2v.methods.pyramid_flow.method import blank_group
 from t2v.methods.pyramid_flow.network import DoubleBlock, Group, PyramidFlow
 from t2v.plan.footprint import forward_flops
 from t2v.recipe.recipe import RunConfig, load_config, method_of
@@ -256,7 +257,7 @@ def test_operations_of_the_average_sample_are_counted_without_running_all():
         for stage in config.method.stage_turns:
             for unit in range(len(config.method.units)):
                 with FlopCounterMode(display=False) as counter:
-                    network([method.blank_group(unit, stage)])
+                    network([blank_group(method.config, method.conditioning, unit, stage)])
                 counted.append(counter.get_total_flops())
     # What grows neither with tokens nor with what they see is left out of the closed form.
     assert forward_flops(method) == pytest.approx(sum(counted) / len(counted), rel=0.03)

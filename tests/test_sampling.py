@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from t2v.methods.hpdm.context import TokenGrid
-from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, c_out, c_skip
+from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_out, c_skip
 from t2v.methods.hpdm.memory import plan_memory
-from t2v.methods.hpdm.sampling import ALONE, denoising_step, generate, noise_levels
+from t2v.methods.hpdm.sampling import denoising_step, generate, noise_levels
 from t2v.methods.hpdm.settings import level_tilings, network_calls
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import LevelNetwork, TiledDenoiser, read_level
-from t2v.methods.hpdm.tiling import OVERLAPS, Slab, cut_tile
+from t2v.methods.hpdm.tiling import OVERLAPS, cut_tile
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, load_config
 from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config
@@ -36,32 +35,30 @@ class Painter:
             config.method.diffusion,
             clips,
         )
-        self.config = config.method.model
+        # Of blocks that only the coarsest level runs: nothing looks at features.
+        self.config = config.method.model.model_copy(update={"levels_per_block": [1]})
         self.grid = TokenGrid(config.method.pyramid, config.method.model.token_size)
 
-    def context_blocks(self, level: int) -> list[int]:
-        return []
-
-    fused_levels = context_levels = context_blocks
-
-    def forward_level(
+    def __call__(
         self,
-        level: int,
         x: Tensor,
         noise: Tensor,
         offsets: Tensor,
         condition: Condition,
-        *_: object,
-    ) -> tuple[Tensor, None, dict]:
+        previous_latents: None,
+        *,
+        level: int,
+        **_: object,
+    ) -> tuple[Tensor, None]:
         sigma = (4 * noise[:, 0].double()).exp()
         scale = torch.full_like(sigma, self.diffusion.level_input_scale(level))
         x_noisy = x[:, 0] / wide(c_in(sigma, scale))
         canvases = self.clips[level][condition.label]
-        pairs = zip(canvases, offsets, strict=True)
+        pairs = zip(canvases, offsets[:, 0], strict=True)
         patch = self.pyramid.patch_size
         clean = torch.stack([cut_tile(canvas, offset.tolist(), patch) for canvas, offset in pairs])
         answer = (clean - wide(c_skip(sigma, scale)) * x_noisy) / wide(c_out(sigma, scale))
-        return answer[:, None].float(), None, {}
+        return answer[:, None].float(), None
 
 
 def wide(values: Tensor) -> Tensor:
@@ -207,13 +204,13 @@ def test_network_calls_of_every_overlap_follow_from_its_axes(overlap):
 def test_sampling_makes_the_calls_it_announces(guidance_scale, answers):
     config = three_levels(guidance_scale=guidance_scale, overlap="hw", tile_batch=14)
     model, calls = stirred_model(config), [0, 0, 0]
-    forward_level = model.forward_level
+    forward = model.forward
 
-    def counted(level: int, x: Tensor, *rest: object) -> tuple:
+    def counted(x: Tensor, *rest: object, level: int, **more: object) -> tuple:
         calls[level] += len(x)
-        return forward_level(level, x, *rest)
+        return forward(x, *rest, level=level, **more)
 
-    model.forward_level = counted
+    model.forward = counted
     sample(model, config, labels=[0, 1], seeds=[0, 1])
     tiles = [1, 18, 196]
     denoising = network_calls(config.method.sampling, config.method.pyramid)
@@ -354,57 +351,6 @@ def test_shifted_and_tapered_tiles_find_the_clip_that_the_network_knows(overlap,
     for level, canvas in enumerate(found):
         torch.testing.assert_close(canvas, clips[level], rtol=0, atol=1e-4)
     assert sum(counted) == sum(network_calls(config.method.sampling, config.method.pyramid))
-
-
-def test_context_kept_from_a_finished_level_equals_context_computed_anew():
-    """A tile denoised with kept features is the joint network's answer, which reads the coarse
-    clip again at the smallest noise level."""
-    config = tiny_config(sampling={"steps": [1, 1], "overlap": "hw", "tile_batch": 100})
-    model, diffusion = stirred_model(config), config.method.diffusion
-    condition, sigma = class_condition([0, 1]), 0.7
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(2, 3, *config.method.pyramid.size(0), generator=generator) * 2 - 1
-    x_noisy = torch.randn(2, 3, *config.method.pyramid.size(1), generator=generator)
-    rooms = plan_memory(model, config.method.sampling, clips=2, device_bytes=1 << 62)
-    store = Store(torch.device("cpu"))
-    shared = {
-        "branches": [condition],
-        "diffusion": diffusion,
-        "store": store,
-        "team": ALONE,
-    }
-    with torch.no_grad(), contextlib.closing(store):
-        first, second = (
-            level_tilings(config.method.sampling, config.method.pyramid, n)[0] for n in (0, 1)
-        )
-        reader = LevelNetwork(model, 0, volumes={}, room=rooms[0], **shared)
-        volumes = read_level(reader, first, coarse)
-        network = LevelNetwork(model, 1, volumes=volumes, room=rooms[1], **shared)
-        whole = Slab(0, 0, second.size[0])
-        found = TiledDenoiser(network, second, whole, guidance_scale=1.0)(x_noisy, sigma)
-
-        sigmas = torch.tensor([diffusion.sigma_min, sigma])
-        scales = torch.tensor([diffusion.level_input_scale(level) for level in (0, 1)])
-        factors, told = c_in(sigmas, scales), c_noise(sigmas)
-        skip, out = c_skip(sigmas, scales)[1], c_out(sigmas, scales)[1]
-        expected, count = torch.zeros_like(x_noisy), torch.zeros_like(x_noisy)
-        for offset in second.offsets:
-            place = (
-                ...,
-                *(slice(o, o + side) for o, side in zip(offset, second.patch, strict=True)),
-            )
-            tiles = x_noisy[place]
-            x = torch.stack([coarse / scales[0] * factors[0], tiles * factors[1]], dim=1)
-            windows = torch.stack([torch.zeros_like(offset), offset]).expand(2, 2, 3)
-            latents = model(x, told.expand(2, 2), windows, condition)[1]
-            latents[:, 1] = 0  # the coarse clip is read twice, the tile for the first time
-            output, _ = model(x, told.expand(2, 2), windows, condition, latents)
-            expected[place] += skip * tiles + out * output[:, 1]
-            count[place] += 1
-    # Matrix products of other shapes round otherwise.
-    average = (expected / count).clamp(-1, 1)
-    torch.testing.assert_close(found, average, rtol=1e-4, atol=1e-4)
-    assert float((average.abs() < 1).float().mean()) > 0.3
 
 
 def test_progress_is_told_for_every_tile():

@@ -80,22 +80,16 @@ def test_level_0_is_bitwise_the_bases_at_step_0(base):
     # One in two frames of a clip is level 0's; the base is told that rate.
     condition = Condition.of(batch, torch.device("cpu"))
     x, noise = torch.randn(2, 2, 3, 2, 6, 8), torch.randn(2, 2)
-    x0, noise0, offsets0 = x[:, :1], noise[:, :1], batch.offsets[:, 0]
+    x0, noise0, offsets0 = x[:, :1], noise[:, :1], batch.offsets[:, :1]
     half_rate = replace(condition, fps=condition.fps / 2)
     ours, base_model = state.engine.model, base_state.engine.model
-    found, latents, _ = ours.forward_level(0, x0, noise0, offsets0, condition, no_volumes)
-    wanted, base_latents, _ = base_model.forward_level(
-        0, x0, noise0, offsets0, half_rate, no_volumes
-    )
+    found, latents = ours(x0, noise0, offsets0, condition, level=0)
+    wanted, base_latents = base_model(x0, noise0, offsets0, half_rate)
     assert torch.equal(found, wanted)
     assert torch.equal(latents, base_latents)
     # In training all levels share one matrix product, whose size moves the last bit.
     together = ours(x, noise, batch.offsets, condition)[0][:, :1]
     torch.testing.assert_close(together, wanted, rtol=1e-5, atol=1e-5)
-
-
-def no_volumes(*_) -> torch.Tensor:
-    raise AssertionError("level 0 has no context")
 
 
 def warm_weights(config: RunConfig) -> dict:

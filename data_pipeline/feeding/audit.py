@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from data_pipeline.feeding.config import DataConfig
 from data_pipeline.feeding.loader import global_order
-from data_pipeline.feeding.sample import Source, sample_id
+from data_pipeline.feeding.sample import sample_id
+from data_pipeline.feeding.sources import OpenSource
 from data_pipeline.shards.dataset import open_dataset
 
 
@@ -15,7 +16,7 @@ def planned_samples(
 
     Which of them could not be used, and were replaced, is in the run's `quarantine.jsonl`.
     """
-    sources = [Source(open_dataset(source.path), None) for source in config.sources]
+    sources = [OpenSource(open_dataset(source.path)) for source in config.sources]
     order = global_order(sources, config, seed=seed)
     first = (step - 1) * global_batch_size
     for n in range(first, first + count * global_batch_size):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_pipeline import stages
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.config import Conditioning, DataConfig
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig
 from data_pipeline.feeding.loader import Loader
 from data_pipeline.progress import progress
 from data_pipeline.pyramid import Pyramid
@@ -24,7 +24,7 @@ class LoaderSpeed(Strict):
     samples: int
     workers: int = Field(description="0: the process itself")
     samples_per_second: float
-    megabytes_per_second: float = Field(description="of stored media and metadata")
+    megabytes_per_second: float = Field(description="of what is stored and read of samples")
     milliseconds_by_stage: dict[str, float] = Field(description="per sample, in one process")
     process_mib: list[float] = Field(description="resident memory of each loading process")
     cores: int
@@ -32,7 +32,13 @@ class LoaderSpeed(Strict):
 
 
 def bench(
-    config: DataConfig, pyramid: Pyramid, conditioning: Conditioning, *, seed: int, samples: int
+    config: DataConfig,
+    pyramid: Pyramid,
+    conditioning: Conditioning,
+    *,
+    seed: int,
+    samples: int,
+    latents: CachedLatents | None = None,
 ) -> LoaderSpeed:
     """Load at least `samples` samples in this process, by stage, and again by the workers."""
     if samples < 1:
@@ -48,6 +54,7 @@ def bench(
             micro_batch_size=1,
             rank=0,
             world_size=1,
+            latents=latents,
         )
 
     alone = loader(0)
@@ -74,25 +81,18 @@ def bench(
         seconds = time.perf_counter() - begin
         many.close()
     cores = len(os.sched_getaffinity(0))
+    places = [alone.order.place(n) for n in range(samples)]
+    stored = sum(alone.sources[p.source].stored_bytes(p.shard, p.row) for p in places)
     return LoaderSpeed(
         samples=samples,
         workers=config.num_workers,
         samples_per_second=samples / seconds,
-        megabytes_per_second=_stored_bytes(alone, samples) / seconds / 1e6,
+        megabytes_per_second=stored / seconds / 1e6,
         milliseconds_by_stage=spent,
         process_mib=memory,
         cores=cores,
         machine_samples_per_second=samples / alone_seconds * cores,
     )
-
-
-def _stored_bytes(loader: Loader, samples: int) -> int:
-    total = 0
-    for n in range(samples):
-        place = loader.order.place(n)
-        row = loader.datasets[place.source].index(place.shard)[place.row]
-        total += sum(int(row[member]["size"]) for member in ("media", "json", "txt"))
-    return total
 
 
 def print_speed(speed: LoaderSpeed, gpu_samples_per_second: float) -> None:

@@ -69,6 +69,16 @@ Conditioning = Annotated[
 ]
 
 
+class CachedLatents(Strict):
+    """Cached latents of an autoencoder, which a batch holds instead of pixels."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the set: dataset/latents/<name>",
+    )
+    channels: int = Field(ge=1, description="channels of a latent pixel")
+
+
 def null_label(conditioning: Conditioning) -> int:
     """The class that stands for "no class"; 0 where there are none."""
     return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else 0

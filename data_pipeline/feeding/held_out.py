@@ -1,15 +1,19 @@
 """Samples that training never sees: of other datasets, or held out of its own."""
 
-from collections.abc import Sequence
-
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.config import ClassConditioning, Conditioning, DataConfig, Source
-from data_pipeline.feeding.loader import open_sources
+from data_pipeline.feeding.config import (
+    CachedLatents,
+    ClassConditioning,
+    Conditioning,
+    DataConfig,
+    Source,
+)
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import SampleReader
-from data_pipeline.feeding.sample import Source as OpenSource
+from data_pipeline.feeding.sources import OpenSource, open_sources, refuse_other_makers
+from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.pyramid import Pyramid
-from data_pipeline.text.embeddings import Provenance
+from data_pipeline.text.embeddings import Provenance as TextEncoder
 
 
 def held_out_reader(
@@ -20,13 +24,16 @@ def held_out_reader(
     *,
     seed: int,
     samples: int,
-    encoder: Provenance | None,
+    encoder: TextEncoder | None,
+    latents: CachedLatents | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> SampleReader:
-    """Reads held-out samples 0 to `samples` - 1, no condition dropped; each is a different one."""
+    """Reads held-out samples 0 to `samples` - 1, no condition dropped; each is a different one.
+    What made their embeddings and latents must be what made those of training."""
     if sources is not None:
         config = config.model_copy(update={"sources": sources})
-    opened = open_sources(config, pyramid, conditioning)
-    _refuse_other_encoder(opened, encoder)
+    opened = open_sources(config, pyramid, conditioning, latents)
+    refuse_other_makers(opened, encoder, autoencoder)
     share = 1.0 if sources is not None else config.held_out_share
     orders = [_held_out_order(source, share, seed=seed) for source in opened]
     order = GlobalOrder(seed, orders, [source.weight for source in config.sources])
@@ -64,13 +71,3 @@ def _held_out_order(source: OpenSource, share: float, *, seed: int) -> SourceOrd
         block_shards=max(len(sizes), 1),
         first_rows=(sizes - held_out).tolist(),
     )
-
-
-def _refuse_other_encoder(sources: Sequence[OpenSource], encoder: Provenance | None) -> None:
-    for source in sources:
-        embeddings = source.embeddings
-        if embeddings and encoder and not embeddings.info.provenance.same_encoder(encoder):
-            raise ConfigError(
-                f"{embeddings.folder}: does not fit data.sources because another encoder or "
-                "tokenizer made it; embed both datasets with one encoder."
-            )

@@ -1,4 +1,4 @@
-"""Batches of patches, text embeddings and metadata, in an order no failure disturbs."""
+"""Batches of patches or latents, embeddings and metadata, in an order no failure disturbs."""
 
 import multiprocessing
 import os
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data_pipeline.errors import ConfigError, StorageError, UserError
 from data_pipeline.feeding.config import (
+    CachedLatents,
     ClassConditioning,
     Conditioning,
     DataConfig,
@@ -29,12 +30,10 @@ from data_pipeline.feeding.config import (
 )
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
-from data_pipeline.feeding.sample import Source as OpenSource
-from data_pipeline.media.video import reduction
+from data_pipeline.feeding.sources import OpenSource, makers_of, open_sources
 from data_pipeline.pyramid import Pyramid
-from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
+from data_pipeline.shards.dataset import digest_json
 from data_pipeline.stages import stage
-from data_pipeline.text.embeddings import open_embeddings
 
 START_SECONDS = 120.0  # for a worker to come up
 POLL_SECONDS = 1.0  # between two looks at whether workers live
@@ -51,8 +50,10 @@ class Batch:
 
     numbers: Int64[Tensor, " batch"]
     ids: list[str]
-    patches: UInt8[Tensor, "batch levels frames height width 3"]
+    patches: UInt8[Tensor, "batch levels frames height width 3"]  # no levels beside latents
     offsets: Int64[Tensor, "batch levels 3"]
+    latents: BFloat16[Tensor, "batch channels latent_frames latent_height latent_width"] | None
+    latent_frames: Int64[Tensor, " batch"] | None  # those that a sample has; zeros follow
     fps: Float32[Tensor, " batch"]
     original_size: Float32[Tensor, "batch 2"]
     text_tokens: BFloat16[Tensor, "batch tokens width"] | None
@@ -92,6 +93,7 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        latents: CachedLatents | None = None,
     ):
         per_pass = micro_batch_size * world_size
         if global_batch_size % per_pass:
@@ -100,7 +102,7 @@ class Loader:
                 f"processes of micro_batch_size {micro_batch_size} read {per_pass} samples at a "
                 "time; make it a multiple."
             )
-        sources = open_sources(config, pyramid, conditioning)
+        sources = open_sources(config, pyramid, conditioning, latents)
         weights = [source.weight for source in config.sources]
         self.order = global_order(sources, config, seed=seed)
         if global_batch_size % len(self.order.pattern):
@@ -111,9 +113,8 @@ class Loader:
             )
         self.accumulation_steps = global_batch_size // per_pass
         self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
-        self.datasets = [source.dataset for source in sources]
-        embeddings = sources[0].embeddings
-        self.text_encoder = embeddings.info.provenance if embeddings else None
+        self.sources = sources
+        self.text_encoder, self.autoencoder = makers_of(sources)
         self.config, self.rank, self.world_size = config, rank, world_size
         has_classes = isinstance(conditioning, ClassConditioning)
         reader = SampleReader(
@@ -209,7 +210,9 @@ class _MicroBatches(TorchDataset):
 
 def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | None) -> Batch:
     """A micro-batch of samples; texts are cut or zero-padded to `text` = (tokens, width)."""
-    text_tokens = text_mask = label = None
+    text_tokens = text_mask = label = latents = latent_frames = None
+    if cached := [sample.latents for sample in samples if sample.latents is not None]:
+        latents, latent_frames = _stack_latents(cached)
     if text:
         text_tokens = torch.zeros(len(samples), *text, dtype=torch.bfloat16)
         text_mask = torch.zeros(len(samples), text[0], dtype=torch.bool)
@@ -225,6 +228,8 @@ def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | 
         ids=[sample.id for sample in samples],
         patches=torch.from_numpy(np.stack([sample.patches for sample in samples])),
         offsets=torch.from_numpy(np.stack([sample.offsets for sample in samples])),
+        latents=latents,
+        latent_frames=latent_frames,
         fps=torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
         original_size=torch.tensor([s.original_size for s in samples], dtype=torch.float32),
         text_tokens=text_tokens,
@@ -232,6 +237,16 @@ def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | 
         label=label,
         quarantined=bad,
     )
+
+
+def _stack_latents(cached: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Latents as one tensor, and how many frames of each are its own: images have one."""
+    frames = [latents.shape[1] for latents in cached]
+    channels, _, height, width = cached[0].shape
+    stacked = torch.zeros(len(cached), channels, max(frames), height, width, dtype=torch.bfloat16)
+    for row, latents in enumerate(cached):
+        stacked[row, :, : frames[row]] = torch.from_numpy(latents).view(torch.bfloat16)
+    return stacked, torch.tensor(frames)
 
 
 def _arrivals(batches: Iterator[Read | UserError], patience: float) -> Iterator[Read | UserError]:
@@ -248,33 +263,6 @@ def _arrivals(batches: Iterator[Read | UserError], patience: float) -> Iterator[
                 raise
             continue
         since = time.monotonic()
-
-
-def open_sources(
-    config: DataConfig, pyramid: Pyramid, conditioning: Conditioning
-) -> list[OpenSource]:
-    """The datasets and embeddings of a recipe; refuses those that do not fit it."""
-    sources = []
-    for number, source in enumerate(config.sources):
-        dataset, embeddings = open_dataset(source.path), None
-        if dataset.info.clip:
-            try:
-                reduction(dataset.info.clip, pyramid.clip_size, dataset.info.kind)
-            except ConfigError as error:
-                raise ConfigError(f"data.sources.{number}: {source.path}: {error}") from None
-        if isinstance(conditioning, TextConditioning):
-            embeddings = open_embeddings(dataset, conditioning.encoder)
-            width = embeddings.info.provenance.width
-            if width != conditioning.width:
-                raise ConfigError(
-                    f"conditioning.width: value {conditioning.width} is wrong because "
-                    f"{embeddings.folder} has width {width}; set {width}."
-                )
-        if isinstance(conditioning, ClassConditioning):
-            _refuse_unlabelled(dataset)
-        sources.append(OpenSource(dataset, embeddings))
-    _refuse_several_encoders(sources)
-    return sources
 
 
 def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int) -> GlobalOrder:
@@ -295,25 +283,6 @@ def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int
     return GlobalOrder(seed, orders, [source.weight for source in config.sources])
 
 
-def _refuse_several_encoders(sources: Sequence[OpenSource]) -> None:
-    sets = [source.embeddings for source in sources if source.embeddings]
-    for other in sets[1:]:
-        if not other.info.provenance.same_encoder(sets[0].info.provenance):
-            raise ConfigError(
-                f"{other.folder}: does not fit {sets[0].folder} because another encoder or "
-                "tokenizer made it; embed both datasets with one encoder."
-            )
-
-
-def _refuse_unlabelled(dataset: Dataset) -> None:
-    shard = int(np.argmax(dataset.shard_sizes > 0))
-    if "label" not in dataset.read(shard, 0).metadata:
-        raise ConfigError(
-            f"{dataset.path}: does not fit conditioning.kind 'class' because its samples have no "
-            "label; build it from captions.jsonl with a label on each line."
-        )
-
-
 def _fingerprint(
     config: DataConfig,
     sources: Sequence[OpenSource],
@@ -323,9 +292,11 @@ def _fingerprint(
 ) -> str:
     """Digest of all that decides what sample n is and how it looks."""
     split = {"held_out_share": config.held_out_share} if config.held_out_share else {}
+    cached = [source.latents.info.fingerprint for source in sources if source.latents]
     return digest_json(
         {
             **split,
+            **({"latents": cached} if cached else {}),
             "seed": seed,
             "datasets": [source.dataset.info.fingerprint for source in sources],
             "embeddings": [s.embeddings and s.embeddings.info.fingerprint for s in sources],

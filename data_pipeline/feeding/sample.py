@@ -1,6 +1,5 @@
-"""Reading sample number n: from the global order to patches, conditions and metadata."""
+"""Reading sample number n: from the global order to patches or latents, conditions and metadata."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,24 +9,15 @@ from jaxtyping import UInt16
 
 from data_pipeline.errors import DataError
 from data_pipeline.feeding.order import GlobalOrder, Place, keyed_rng
-from data_pipeline.media.video import decode_patches, read_clip, reduction
-from data_pipeline.pyramid import Offsets, Patches, Pyramid, cut_patches, draw_offsets
+from data_pipeline.feeding.sources import OpenSource
+from data_pipeline.pyramid import Offsets, Patches, Pyramid, draw_offsets
 from data_pipeline.shards.dataset import Dataset
-from data_pipeline.shards.tar import Record
+from data_pipeline.shards.pixels import read_patches
 from data_pipeline.stages import stage
 from data_pipeline.store.deadline import within
-from data_pipeline.text.embeddings import EmbeddingSet
 
 MAX_ATTEMPTS = 20
 GRACE_SECONDS = 5.0  # after the deadline that decoding keeps by itself, unless it is stuck
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset of the mixture, with its caption embeddings if the recipe wants any."""
-
-    dataset: Dataset
-    embeddings: EmbeddingSet | None
 
 
 @dataclass(frozen=True)
@@ -40,11 +30,12 @@ class Sample:
 
     number: int
     id: str
-    patches: Patches
+    patches: Patches  # of no level where the recipe reads latents
     offsets: Offsets
+    latents: UInt16[np.ndarray, "channels latent_frames latent_height latent_width"] | None
     fps: float
     original_size: tuple[float, float]
-    text: UInt16[np.ndarray, "tokens width"] | None  # the bits of bfloat16
+    text: UInt16[np.ndarray, "tokens width"] | None  # as latents: the bits of bfloat16
     label: int | None
 
 
@@ -53,7 +44,7 @@ class SampleReader:
     """Sample n as a pure function of n; picklable, so that worker processes can hold one."""
 
     order: GlobalOrder
-    sources: Sequence[Source]
+    sources: Sequence[OpenSource]
     pyramid: Pyramid
     num_classes: int | None
     dropout: float
@@ -77,13 +68,29 @@ class SampleReader:
 
     def _read(self, n: int, place: Place) -> Sample:
         source, seed = self.sources[place.source], self.order.seed
-        with stage("read"):
-            record = source.dataset.read(place.shard, place.row)
-        offsets = draw_offsets(self.pyramid, keyed_rng(seed, n, "windows"))
-        patches, fps, original_size = within(
-            self.deadline_seconds + GRACE_SECONDS,
-            lambda: self._patches(source.dataset, record, offsets),
-        )
+        offsets, latents = np.zeros((0, 3), np.int64), None
+        if source.latents:
+            with stage("latents"):
+                cached, told = source.latents.read(place.shard, place.row)
+            latents = cached.view(torch.uint16).numpy()
+            patches = np.zeros((0, *self.pyramid.patch_size, 3), np.uint8)
+            fps, original_size = told.fps, (told.original_height, told.original_width)
+            metadata = self._metadata(source.dataset, place)
+        else:
+            with stage("read"):
+                record = source.dataset.read(place.shard, place.row)
+            offsets = draw_offsets(self.pyramid, keyed_rng(seed, n, "windows"))
+            patches, fps, original_size = within(
+                self.deadline_seconds + GRACE_SECONDS,
+                lambda: read_patches(
+                    source.dataset,
+                    record,
+                    self.pyramid,
+                    offsets,
+                    deadline_seconds=self.deadline_seconds,
+                ),
+            )
+            metadata = record.metadata
         dropped = bool(keyed_rng(seed, n, "condition").random() < self.dropout)
         text = label = None
         if source.embeddings:
@@ -92,36 +99,28 @@ class SampleReader:
                 tokens = embeddings.null if dropped else embeddings.read(place.shard, place.row)
             text = tokens.view(torch.uint16).numpy()
         if self.num_classes is not None:
-            label = self.num_classes if dropped else _label(record.metadata, self.num_classes)
+            label = self.num_classes if dropped else _label(metadata, self.num_classes)
         return Sample(
-            n, sample_id(self.sources, place), patches, offsets, fps, original_size, text, label
-        )
-
-    def _patches(
-        self, dataset: Dataset, record: Record, offsets: Offsets
-    ) -> tuple[Patches, float, tuple[float, float]]:
-        """Patches, frames per second at the finest level, (height, width) before any resizing."""
-        info, pyramid, metadata = dataset.info, self.pyramid, record.metadata
-        if info.clip is None:
-            media = read_clip(
-                record.media, info.kind, pyramid.clip_size, deadline_seconds=self.deadline_seconds
-            )
-            patches = cut_patches(media.clip, pyramid, offsets)
-            return patches, media.fps, (media.original_height, media.original_width)
-        patches = decode_patches(
-            record.media,
-            info.kind,
-            stored=info.clip,
-            pyramid=pyramid,
+            number=n,
+            id=sample_id(self.sources, place),
+            patches=patches,
             offsets=offsets,
-            deadline_seconds=self.deadline_seconds,
+            latents=latents,
+            fps=fps,
+            original_size=original_size,
+            text=text,
+            label=label,
         )
-        fps = _number(metadata, "fps") / reduction(info.clip, pyramid.clip_size, info.kind)[0]
-        size = _number(metadata, "original_height"), _number(metadata, "original_width")
-        return patches, fps, size
+
+    def _metadata(self, dataset: Dataset, place: Place) -> dict:
+        """What labels are read from, where media stay unread."""
+        if self.num_classes is None:
+            return {}
+        with stage("read"):
+            return dataset.read_told(place.shard, place.row)[0]
 
 
-def sample_id(sources: Sequence[Source], place: Place) -> str:
+def sample_id(sources: Sequence[OpenSource], place: Place) -> str:
     """source/shard/row: the source by its number in the recipe."""
     shard = sources[place.source].dataset.info.shards[place.shard].name
     return f"{place.source}/{shard}/{place.row}"
@@ -132,11 +131,3 @@ def _label(metadata: dict, num_classes: int) -> int:
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
         raise DataError(f"json: label {label!r} is none of 0 to {num_classes - 1}")
     return label
-
-
-def _number(metadata: dict, name: str) -> float:
-    value = metadata.get(name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf:
-        raise DataError(f"json: {name} {value!r} is no number of at least 0")
-    return float(value)

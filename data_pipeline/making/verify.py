@@ -1,4 +1,4 @@
-"""Finding every fault of a dataset and its embeddings before a run does, and mending it."""
+"""Finding every fault of a dataset and of its derived sets before a run does, and mending it."""
 
 import math
 import shutil
@@ -9,9 +9,9 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.latents.latents import LATENTS
 from data_pipeline.media.video import count_frames, decode_image, probe
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
@@ -20,10 +20,19 @@ from data_pipeline.shards.dataset import (
     ShardInfo,
     cached_index,
     commit_dataset,
-    digest_json,
     fingerprint,
     open_dataset,
 )
+from data_pipeline.shards.derived import (
+    MANIFEST,
+    PROVENANCE,
+    DerivedInfo,
+    Kind,
+    members_of,
+    open_info,
+    text_of,
+)
+from data_pipeline.shards.derived import fingerprint as set_fingerprint
 from data_pipeline.shards.tar import (
     Contents,
     examine_tar,
@@ -31,18 +40,15 @@ from data_pipeline.shards.tar import (
     open_index,
     parse_metadata,
     read_member,
+    save_index,
     write_index,
     write_tar,
 )
 from data_pipeline.store import storage
-from data_pipeline.text.embeddings import (
-    PROVENANCE,
-    EmbeddingSet,
-    open_embeddings,
-    parse_embedding,
-)
+from data_pipeline.text.embeddings import EMBEDDINGS
 
 DEADLINE_SECONDS = 120.0
+KINDS: tuple[Kind, ...] = (EMBEDDINGS, LATENTS)
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,9 @@ class Fault:
         return f"{where}: {self.reason.removeprefix(f'{self.path}: ')}"
 
 
-def verify(
-    path: str | Path, *, decode: bool = True, workers: int = 1, embeddings: Sequence[str] = ()
-) -> list[Fault]:
-    """Every fault of a dataset and of its embedding sets; `decode`: decode every sample too.
-
-    On a disk the embedding sets are found; in an object store they must be named.
-    """
+def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[Fault]:
+    """Every fault of a dataset and of its embeddings and latents; `decode`: decode every sample
+    too."""
     dataset = open_dataset(path)
     info = dataset.info
     cached_index.cache_clear()
@@ -88,15 +90,10 @@ def verify(
     )
     for part in progress(found, "verify shards", total=len(info.shards)):
         faults += part
-    for name in sorted({*embedding_sets(dataset), *embeddings}):
-        faults += check_embeddings(dataset, name)
+    for kind in KINDS:
+        for name in kind.names(dataset):
+            faults += check_set(dataset, kind, name)
     return faults
-
-
-def embedding_sets(dataset: Dataset) -> list[str]:
-    """Names of a local dataset's embedding sets, finished or not."""
-    folder = Path(storage.join(dataset.path, "embeddings"))
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def check_shard(dataset: Dataset, shard: int, *, decode: bool) -> list[Fault]:
@@ -114,28 +111,22 @@ def check_shard(dataset: Dataset, shard: int, *, decode: bool) -> list[Fault]:
     return faults
 
 
-def check_embeddings(dataset: Dataset, name: str) -> list[Fault]:
-    """The faults of one embedding set."""
+def check_set(dataset: Dataset, kind: Kind, name: str) -> list[Fault]:
+    """The faults of one set derived from a dataset."""
     try:
-        embeddings = open_embeddings(dataset, name)
+        folder, info = open_info(kind, dataset, name)
     except UserError as error:
-        return [Fault(storage.join(dataset.path, "embeddings", name), str(error))]
-    info, folder = embeddings.info, embeddings.folder
+        return [Fault(kind.place(dataset, name), str(error))]
     faults = []
-    identity = {
-        "provenance": info.provenance.model_dump(),
-        "dataset": info.dataset_fingerprint,
-        "shards": [shard.model_dump() for shard in info.shards],
-    }
-    manifest = storage.join(folder, "manifest.json")
-    if info.fingerprint != digest_json(identity):
-        faults.append(Fault(manifest, "was changed by hand; embed again under another --name"))
-    text = info.provenance.model_dump_json(indent=1) + "\n"
+    if info.fingerprint != set_fingerprint(info):
+        reason = f"was changed by hand; {kind.verb} again under another --name"
+        faults.append(Fault(storage.join(folder, MANIFEST), reason))
     path = storage.join(folder, PROVENANCE)
-    if not storage.exists(path) or storage.read_bytes(path).decode() != text:
-        faults.append(Fault(path, "differs from the manifest; embed again under another --name"))
+    if not storage.exists(path) or storage.read_bytes(path).decode() != text_of(info.provenance):
+        reason = f"differs from the manifest; {kind.verb} again under another --name"
+        faults.append(Fault(path, reason))
     for shard in progress(range(len(info.shards)), f"verify {name}", total=len(info.shards)):
-        faults += _check_embedding_shard(embeddings, shard)
+        faults += _check_set_shard(dataset, kind, folder, info, shard)
     return faults
 
 
@@ -143,8 +134,9 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
     """Make a dataset sound with the samples that are left.
 
     Indexes are made again; a damaged tar is written again with its whole samples and kept as
-    `NAME.tar.damaged`, or `.damaged1` ... where that is there. Embeddings in doubt lose their
-    index, so that `t2v data embed` makes them again; it must be run if any sample was lost.
+    `NAME.tar.damaged`, or `.damaged1` ... where that is there. Indexes of derived shards lose the
+    rows in doubt, so that `t2v data embed` and `encode` make these again; they must be run if any
+    sample was lost.
     """
     dataset = open_dataset(path)
     info, folder = dataset.info, dataset.shard_folder
@@ -161,12 +153,10 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
         if own:
             lost += max(0, shard.samples - write_index(folder, shard.name, info.kind))
         names.append(shard.name)
-    for name in embedding_sets(dataset):
-        embedded = storage.join(dataset.path, "embeddings", name)
-        for shard in info.shards:
-            files = [storage.join(embedded, f"{shard.name}{suffix}") for suffix in (".tar", ".idx")]
-            if any(fault.path in files for fault in faults) and storage.exists(files[1]):
-                Path(files[1]).unlink()
+    for kind in KINDS:
+        for name in kind.names(dataset):
+            for shard in info.shards:
+                _leave_sound_rows(kind.place(dataset, name), shard.name, faults)
     rejected = dict(info.rejected)
     if lost:
         rejected["lost to repair"] = rejected.get("lost to repair", 0) + lost
@@ -238,35 +228,57 @@ def _check_sample(dataset: Dataset, path: str, key: str, members: np.void) -> No
         raise DataError(f"has {found.fps:g} frames per second, its json {metadata.get('fps')}")
 
 
-def _check_embedding_shard(embeddings: EmbeddingSet, shard: int) -> Iterator[Fault]:
-    info = embeddings.info.shards[shard]
-    contents, faults = _check_tar(embeddings.folder, info, "embedding")
+def _check_set_shard(
+    dataset: Dataset, kind: Kind, folder: str, info: DerivedInfo, shard: int
+) -> Iterator[Fault]:
+    contents, faults = _check_tar(folder, info.shards[shard], "tensor")
     yield from faults
     if contents is None:
         return
-    path = storage.join(embeddings.folder, f"{info.name}.tar")
+    path = storage.join(folder, f"{info.shards[shard].name}.tar")
     try:
-        samples = embeddings.dataset.index(shard)
+        samples = dataset.index(shard)
     except UserError:
         return  # told of the dataset
     if len(samples) != len(contents.rows):
-        yield Fault(path, f"has {len(contents.rows)} embeddings of {len(samples)} samples")
+        yield Fault(path, f"has {len(contents.rows)} {kind.folder} of {len(samples)} samples")
         return
-    provenance = embeddings.info.provenance
+    origins = kind.origins(samples)
     for row, (key, members) in enumerate(zip(contents.keys, contents.rows, strict=True)):
         try:
             if members["key"] != samples[row]["key"]:
                 raise DataError("is of another sample than this row of the dataset")
-            if members["caption"] != samples[row]["caption"]:
-                raise DataError("is of another caption than the sample has")
-            content = read_member(path, members["media"])
-            tokens = parse_embedding(content, path, provenance.width)
-            if not 1 <= len(tokens) <= provenance.max_tokens:
-                raise DataError(f"has {len(tokens)} tokens, not 1 to {provenance.max_tokens}")
-            if not torch.isfinite(tokens).all():
-                raise DataError("holds values that are not finite")
+            if members["caption"] != origins[row]:
+                raise DataError(f"is of another {kind.origin} than the sample has")
+            kind.check(members_of(path, members), path, info.provenance)
         except DataError as error:
             yield Fault(path, str(error), row, key)
+
+
+def _leave_sound_rows(folder: str, name: str, faults: Sequence[Fault]) -> None:
+    """Take rows with faults out of the index of a derived shard; all of them where it is not known
+    which are wrong."""
+    tar, path = (storage.join(folder, f"{name}{suffix}") for suffix in (".tar", ".idx"))
+    own = [fault for fault in faults if fault.path in (tar, path)]
+    if not own or not storage.exists(path):
+        return
+    if any(fault.path == path for fault in own):
+        storage.remove(path)
+        return
+    rows, bad = open_index(folder, name), {fault.row for fault in own}
+    sound = [number not in bad and _reads(tar, row) for number, row in enumerate(rows)]
+    if all(sound):
+        storage.remove(path)
+    else:
+        save_index(folder, name, rows[sound])
+
+
+def _reads(tar: str, row: np.void) -> bool:
+    try:
+        members_of(tar, row)
+    except UserError:
+        return False
+    return True
 
 
 def _rewrite(tar: str, kind: str, bad_rows: set[int]) -> None:

@@ -25,7 +25,7 @@ def write_contact_sheet(dataset: Dataset, *, count: int = 24, seed: int = 0) -> 
 def contact_sheet(dataset: Dataset, *, count: int, seed: int) -> Image.Image:
     """A grid of first frames, each above its caption."""
     height, width = _cell(dataset)
-    chosen = dataset.draw(count, seed)
+    chosen = dataset.draw(count, seed=seed)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     step = height + LINES * LINE_HEIGHT + 6

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.shards.tar import Record, index_digest, open_index, read_record
+from data_pipeline.shards.tar import Record, index_digest, open_index, read_record, read_told
 from data_pipeline.store import storage
 from data_pipeline.strict import Size, Strict
 
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class ShardInfo(Strict):
-    """One shard of a dataset or embedding set."""
+    """One shard of a dataset or of a set derived from one."""
 
     name: str = Field(pattern="^[^/]+$")
     samples: int = Field(ge=0)
@@ -62,16 +62,6 @@ class Dataset:
         """Samples per shard."""
         return np.array([shard.samples for shard in self.info.shards], np.int64)
 
-    def draw(self, count: int, seed: int) -> list[tuple[int, int]]:
-        """(shard, row) of random samples, each at most once, in their order."""
-        count = min(count, self.info.samples)
-        rng = np.random.default_rng(seed)
-        chosen = np.sort(rng.choice(self.info.samples, count, replace=False))
-        ends = np.cumsum(self.shard_sizes)
-        shards = np.searchsorted(ends, chosen, side="right")
-        rows = chosen - (ends - self.shard_sizes)[shards]
-        return list(zip(shards.tolist(), rows.tolist(), strict=True))
-
     def index(self, shard: int) -> np.ndarray:
         """The index rows of a shard."""
         info = self.info.shards[shard]
@@ -80,6 +70,23 @@ class Dataset:
     def read(self, shard: int, row: int) -> Record:
         """One sample, its bytes checked against the index."""
         return read_record(self.shard_folder, self.info.shards[shard].name, self.index(shard)[row])
+
+    def read_told(self, shard: int, row: int) -> tuple[dict, str]:
+        """(metadata, caption) of one sample, whose media stay unread."""
+        return read_told(self.shard_folder, self.info.shards[shard].name, self.index(shard)[row])
+
+    def draw(self, count: int, *, seed: int) -> list[tuple[int, int]]:
+        """(shard, row) of random samples, each at most once, in the order of the dataset."""
+        count = min(count, self.info.samples)
+        chosen = np.random.default_rng(seed).choice(self.info.samples, count, replace=False)
+        return self.places(np.sort(chosen))
+
+    def places(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """(shard, row) of samples by their number."""
+        ends = np.cumsum(self.shard_sizes)
+        shards = np.searchsorted(ends, numbers, side="right")
+        rows = numbers - (ends - self.shard_sizes)[shards]
+        return list(zip(shards.tolist(), rows.tolist(), strict=True))
 
 
 @lru_cache(maxsize=1024)

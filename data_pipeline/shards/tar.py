@@ -23,8 +23,8 @@ from data_pipeline.store import storage
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-EMBEDDING_SUFFIXES = ("safetensors",)
-SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "embedding": EMBEDDING_SUFFIXES}
+TENSOR_SUFFIXES = ("safetensors",)
+SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "tensor": TENSOR_SUFFIXES}
 KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits a member's name
 MAX_MEMBER_BYTES = 4 << 30  # a claimed size must not fill the memory
 
@@ -32,7 +32,7 @@ MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
 ROW = np.dtype(
     [
         ("key", "<u8"),  # digest of KEY
-        ("caption", "<u8"),  # digest of the caption; of nothing in an embedding shard
+        ("caption", "<u8"),  # digest of the caption; of the origin in a shard of a derived set
         ("media", MEMBER),
         ("json", MEMBER),  # size 0: none
         ("txt", MEMBER),
@@ -73,10 +73,15 @@ def write_tar(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Non
 def write_index(folder: str, name: str, kind: str) -> int:
     """Index a finished tar, and so commit it; the number of samples."""
     rows = index_tar(storage.join(folder, f"{name}.tar"), kind)
+    save_index(folder, name, rows)
+    return len(rows)
+
+
+def save_index(folder: str, name: str, rows: np.ndarray) -> None:
+    """Write the index of a shard."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     storage.write_atomic(storage.join(folder, f"{name}.idx"), buffer.getvalue())
-    return len(rows)
 
 
 def index_tar(path: str, kind: str) -> np.ndarray:
@@ -151,6 +156,13 @@ def read_member(path: str, member: np.void) -> bytes:
 
 def read_record(folder: str, name: str, row: np.void) -> Record:
     """One sample of a shard."""
+    metadata, caption = read_told(folder, name, row)
+    media = read_member(storage.join(folder, f"{name}.tar"), row["media"])
+    return Record(media, metadata, caption)
+
+
+def read_told(folder: str, name: str, row: np.void) -> tuple[dict, str]:
+    """(metadata, caption) of a sample, whose media stay unread."""
     path = storage.join(folder, f"{name}.tar")
     metadata: dict = {}
     if row["json"]["size"]:
@@ -158,7 +170,13 @@ def read_record(folder: str, name: str, row: np.void) -> Record:
     caption = json_caption(metadata)
     if not caption and row["txt"]["size"]:
         caption = txt_caption(read_member(path, row["txt"]))
-    return Record(read_member(path, row["media"]), metadata, caption)
+    return metadata, caption
+
+
+def stored_size(members: Iterable[int]) -> int:
+    """Bytes that members of these sizes take in a tar, and their sample in its index."""
+    block = tarfile.BLOCKSIZE
+    return sum(block + -(-size // block) * block for size in members) + ROW.itemsize
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from safetensors.torch import save
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.shards.tar import ROW
+from data_pipeline.shards.tar import stored_size
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import TENSOR, open_embeddings
 
 TOLERANCE = 0.02  # relative to the norm: another device sums bfloat16 in another order
-BLOCK = 512  # of a tar
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ def estimate(
 ) -> Estimate:
     """Bytes and hours, measured on random captions of a dataset."""
     data = open_dataset(dataset)
-    drawn = [data.read(*place).caption for place in data.draw(count, seed)]
+    drawn = [data.read(*place).caption for place in data.draw(count, seed=seed)]
     reader.encode(drawn[:1])
     started = time.monotonic()
     embeddings = reader.encode(drawn)
     seconds = (time.monotonic() - started) / len(set(drawn))
     stored = sum(
-        2 * BLOCK + _blocks(len(save({TENSOR: embedding}))) + _blocks(len(caption.encode()))
+        stored_size([len(save({TENSOR: embedding})), len(caption.encode())])
         for caption, embedding in zip(drawn, embeddings, strict=True)
     )
     digests = [np.unique(data.index(shard)["caption"]) for shard in range(len(data.info.shards))]
@@ -58,7 +57,7 @@ def estimate(
         distinct=distinct,
         parameters=sum(weight.numel() for weight in reader.model.parameters()),
         tokens_per_caption=sum(map(len, embeddings)) / len(drawn),
-        bytes=round((stored / len(drawn) + ROW.itemsize) * data.info.samples),
+        bytes=round(stored / len(drawn) * data.info.samples),
         hours=seconds * distinct / 3600,
     )
 
@@ -73,7 +72,7 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
             f"{cached.folder}: was made with encoder {theirs.encoder} at max_tokens "
             f"{theirs.max_tokens}, not with {ours.encoder} at {ours.max_tokens}; give that."
         )
-    places = data.draw(count, seed)
+    places = data.draw(count, seed=seed)
     captions = [data.read(*place).caption for place in places]
     for (shard, row), expected in zip(places, reader.encode(captions), strict=True):
         found, expected = cached.read(shard, row).float(), expected.float()
@@ -87,10 +86,6 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
                 "embed again."
             )
     return len(places)
-
-
-def _blocks(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
 
 
 def _device() -> str:

@@ -5,16 +5,12 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, cast
 
-import numpy as np
 import sentencepiece
 import torch
-from huggingface_hub import snapshot_download
 from jaxtyping import BFloat16
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -22,31 +18,17 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
+from data_pipeline.errors import ConfigError
 from data_pipeline.host_memory import available_memory
-from data_pipeline.progress import progress
-from data_pipeline.shards.dataset import (
-    FORMAT,
-    Dataset,
-    digest_json,
-    open_dataset,
-    shard_infos,
-)
-from data_pipeline.shards.tar import (
-    digest64,
-    list_captions,
-    open_index,
-    read_member,
-    write_index,
-    write_tar,
-)
+from data_pipeline.shards.dataset import open_dataset
+from data_pipeline.shards.derived import Former, Row, begin, claim, fill
+from data_pipeline.shards.tar import digest64, list_captions
 from data_pipeline.store import storage
+from data_pipeline.store.hub import digest_files, fetch_model
 from data_pipeline.text.embeddings import (
-    MANIFEST,
+    EMBEDDINGS,
     NULL,
-    PROVENANCE,
     TENSOR,
-    EmbeddingInfo,
     EmbeddingSet,
     Provenance,
     open_embeddings,
@@ -116,8 +98,8 @@ class TextEncoder:
         self.width = int(model.config.d_model)
         self.provenance = Provenance(
             encoder=Path(encoder).resolve().name if is_local else str(encoder),
-            weights_sha256=_digest_files(folder, WEIGHT_FILES),
-            tokenizer_sha256=_digest_files(folder, TOKENIZER_FILES),
+            weights_sha256=digest_files(folder, WEIGHT_FILES),
+            tokenizer_sha256=digest_files(folder, TOKENIZER_FILES),
             max_tokens=max_tokens,
             width=self.width,
             dtype="bfloat16",
@@ -143,6 +125,14 @@ class TextEncoder:
                 embeddings[caption] = embedding
         self._remember(embeddings)
         return [embeddings[normalise(caption)] for caption in captions]
+
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Those captions of which only the first `max_tokens` are read."""
+        return [
+            caption
+            for caption in captions
+            if len(self.tokenizer(normalise(caption))["input_ids"]) > self.max_tokens
+        ]
 
     def _remember(self, embeddings: dict[str, Tensor]) -> None:
         """Keep the latest, so that captions which many shards share are encoded once."""
@@ -184,36 +174,25 @@ def embed(
     new are encoded.
     """
     data = open_dataset(dataset)
-    if not name or "/" in name or name.startswith("."):
-        raise ConfigError(f"name: value {name!r} is wrong because it names no folder; use letters.")
-    if not 0 <= task[0] < task[1]:
-        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
-    folder = storage.join(data.path, "embeddings", name)
+    folder = begin(EMBEDDINGS, data, name, task)
     reader = TextEncoder(encoder, max_tokens=max_tokens, device=device, memory_gib=memory_gib)
-    _claim(folder, reader)
-    names = [shard.name for shard in data.info.shards]
-    mine = range(task[0], len(names), task[1])
-    for shard in progress(mine, "embed shards", total=len(mine)):
-        if not _finished(data, shard, folder):
-            _write_shard(data, shard, folder, reader)
-    if not all(_finished(data, shard, folder) for shard in range(len(names))):
+    claim(EMBEDDINGS, folder, reader.provenance)
+    null = save({TENSOR: reader.encode([""])[0]})
+    storage.write_atomic(storage.join(folder, NULL), null)
+
+    def rows(shard: int, former: Former) -> Iterator[Row]:
+        tar = storage.join(data.shard_folder, f"{data.info.shards[shard].name}.tar")
+        captions = list_captions(tar, data.info.kind)
+        known = {caption: former.read(digest64(caption)) for _, caption in captions}
+        new = [caption for caption, members in known.items() if members is None]
+        encoded = dict(zip(new, reader.encode(new), strict=True))
+        for key, caption in captions:
+            members = known[caption]
+            content = members["media"] if members else save({TENSOR: encoded[caption]})
+            yield key, {"safetensors": content, "txt": caption.encode()}
+
+    if not fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows):
         return None
-    storage.remove_partial(folder)
-    shards = shard_infos(folder, names)
-    identity = {
-        "provenance": reader.provenance.model_dump(),
-        "dataset": data.info.fingerprint,
-        "shards": [shard.model_dump() for shard in shards],
-    }
-    info = EmbeddingInfo(
-        format=FORMAT,
-        fingerprint=digest_json(identity),
-        provenance=reader.provenance,
-        dataset_fingerprint=data.info.fingerprint,
-        shards=shards,
-    )
-    text = info.model_dump_json(indent=1) + "\n"
-    storage.write_atomic(storage.join(folder, MANIFEST), text.encode())
     return open_embeddings(data, name)
 
 
@@ -261,75 +240,7 @@ def normalise(caption: str) -> str:
 
 def fetch_encoder(encoder: str) -> Path:
     """The local folder of an encoder, downloaded if it is a hub id."""
-    if Path(encoder).is_dir():
-        return Path(encoder)
-    if ("/" in encoder and Path(encoder).parent.is_dir()) or encoder.startswith((".", "/")):
-        raise InputMissing(f"{encoder}: no such folder; give an encoder's folder or hub id.")
-    try:
-        patterns = ["*.json", "spiece.model", *WEIGHT_FILES]
-        return Path(snapshot_download(encoder, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputMissing(
-            f"{encoder}: is no local folder, and the hub does not give it ({reason}); "
-            "give a folder that holds the encoder."
-        ) from None
-
-
-def _claim(folder: str, reader: TextEncoder) -> None:
-    """Write down which encoder fills a folder, or refuse another one; then the null embedding."""
-    content = (reader.provenance.model_dump_json(indent=1) + "\n").encode()
-    found = storage.claim(folder, PROVENANCE, content, what="embedding set")
-    if found not in (None, content):
-        raise ConfigError(
-            f"{folder}: holds embeddings of another encoder or other settings (see {PROVENANCE}); "
-            "choose another --name, or delete the folder."
-        )
-    null = save({TENSOR: reader.encode([""])[0]})
-    storage.write_atomic(storage.join(folder, NULL), null)
-
-
-def _finished(data: Dataset, shard: int, folder: str) -> bool:
-    """Whether a shard's embeddings are there, of the captions it has now."""
-    name = data.info.shards[shard].name
-    if not storage.exists(storage.join(folder, f"{name}.idx")):
-        return False
-    ours, theirs = open_index(folder, name), data.index(shard)
-    columns = ["key", "caption"]
-    return np.array_equal(ours[columns], theirs[columns])
-
-
-def _write_shard(data: Dataset, shard: int, folder: str, reader: TextEncoder) -> None:
-    name = data.info.shards[shard].name
-    captions = list_captions(storage.join(data.shard_folder, f"{name}.tar"), data.info.kind)
-    known = _known(folder, name, {digest64(caption) for _, caption in captions})
-    new = [caption for _, caption in captions if digest64(caption) not in known]
-    for caption, embedding in zip(new, reader.encode(new), strict=True):
-        known[digest64(caption)] = save({TENSOR: embedding})
-
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for key, caption in captions:
-            yield key, {"safetensors": known[digest64(caption)], "txt": caption.encode()}
-
-    write_tar(storage.join(folder, f"{name}.tar"), samples())
-    write_index(folder, name, "embedding")
-    if not _finished(data, shard, folder):
-        raise DataError(f"{data.path}: shard {name} is not what its index says; index it again.")
-
-
-def _known(folder: str, name: str, captions: set[int]) -> dict[int, bytes]:
-    """What an earlier version of an embedding shard has of captions, by their digests."""
-    known = {}
-    try:
-        rows = open_index(folder, name)
-    except UserError:
-        return known
-    for row in rows:
-        if int(row["caption"]) in captions:
-            with suppress(UserError):  # damaged or half replaced: it is encoded again
-                content = read_member(storage.join(folder, f"{name}.tar"), row["media"])
-                known[int(row["caption"])] = content
-    return known
+    return fetch_model(encoder, ["*.json", "spiece.model", *WEIGHT_FILES], what="encoder")
 
 
 def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]:
@@ -356,15 +267,3 @@ def _batches(tokens: dict[str, list[int]]) -> Iterator[list[str]]:
 
 def _padded_length(length: int) -> int:
     return -(-length // BUCKET_TOKENS) * BUCKET_TOKENS
-
-
-def _digest_files(folder: Path, patterns: Sequence[str]) -> str:
-    """sha256 over names and content of the files that match."""
-    digest = sha256()
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest()

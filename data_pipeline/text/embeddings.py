@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import BFloat16
 from pydantic import Field
@@ -11,20 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.shards.dataset import (
-    Dataset,
-    ShardInfo,
-    cached_index,
-    parse_manifest,
-    read_manifest,
-)
-from data_pipeline.shards.tar import read_member
+from data_pipeline.errors import DataError
+from data_pipeline.shards.dataset import Dataset
+from data_pipeline.shards.derived import DerivedInfo, Kind, Members, open_info, read_row
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 
-MANIFEST = "manifest.json"
-PROVENANCE = "provenance.json"
 NULL = "null.safetensors"
 TENSOR = "tokens"
 
@@ -49,14 +42,8 @@ class Provenance(Strict):
         return mine == (other.weights_sha256, other.tokenizer_sha256)
 
 
-class EmbeddingInfo(Strict):
+class EmbeddingInfo(DerivedInfo[Provenance]):
     """What an embedding set's `manifest.json` says."""
-
-    format: Literal[1]
-    fingerprint: str = Field(description="digest of provenance, dataset and every shard's index")
-    provenance: Provenance
-    dataset_fingerprint: str
-    shards: list[ShardInfo]
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class EmbeddingSet:
     """Cached embeddings of a dataset, by (shard, row)."""
 
     folder: str
-    info: EmbeddingInfo
+    info: DerivedInfo[Provenance]
     dataset: Dataset
 
     @property
@@ -74,29 +61,13 @@ class EmbeddingSet:
 
     def read(self, shard: int, row: int) -> Embedding:
         """The embedding of a sample's caption."""
-        name = self.info.shards[shard].name
-        path = storage.join(self.folder, f"{name}.tar")
-        entry, sample = cached_index(self.folder, name)[row], self.dataset.index(shard)[row]
-        if entry["key"] != sample["key"] or entry["caption"] != sample["caption"]:
-            raise DataError(f"{path}: row {row} is of another sample or caption")
-        return parse_embedding(read_member(path, entry["media"]), path, self.info.provenance.width)
+        path, members = read_row(EMBEDDINGS, self.folder, self.dataset, shard, row)
+        return parse_embedding(members["media"], path, self.info.provenance.width)
 
 
 def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     """The embedding set of a name; refuses one made for other data."""
-    folder = storage.join(dataset.path, "embeddings", name)
-    path = storage.join(folder, MANIFEST)
-    remedy = f"`t2v data embed {dataset.path} --encoder ENCODER --name {name}`"
-    content = read_manifest(path, f"{dataset.path}: has no embeddings '{name}'", remedy)
-    info = parse_manifest(EmbeddingInfo, content, path)
-    if info.dataset_fingerprint != dataset.info.fingerprint:
-        raise ConfigError(
-            f"{path}: dataset_fingerprint: value {info.dataset_fingerprint[:12]} is wrong because "
-            f"the dataset's is {dataset.info.fingerprint[:12]}; embed this dataset again: {remedy}."
-        )
-    ours = [(shard.name, shard.samples) for shard in info.shards]
-    if ours != [(shard.name, shard.samples) for shard in dataset.info.shards]:
-        raise DataError(f"{path}: shards differ from the dataset's; embed again: {remedy}.")
+    folder, info = open_info(EMBEDDINGS, dataset, name)
     path = storage.join(folder, NULL)
     parse_embedding(storage.read_bytes(path), path, info.provenance.width)
     return EmbeddingSet(folder, info, dataset)
@@ -116,3 +87,28 @@ def parse_embedding(content: bytes, path: str, width: int) -> Embedding:
     if tensor.dtype != torch.bfloat16 or tensor.ndim != 2 or tensor.shape[1] != width:
         raise DataError(f"{path}: an embedding is {tensor.dtype} of shape {tuple(tensor.shape)}")
     return tensor
+
+
+def _check(members: Members, path: str, provenance: Provenance) -> None:
+    tokens = parse_embedding(members["media"], path, provenance.width)
+    if not 1 <= len(tokens) <= provenance.max_tokens:
+        raise DataError(f"has {len(tokens)} tokens, not 1 to {provenance.max_tokens}")
+    if not torch.isfinite(tokens).all():
+        raise DataError("holds values that are not finite")
+
+
+def _captions(rows: np.ndarray) -> np.ndarray:
+    return rows["caption"]
+
+
+EMBEDDINGS = Kind(
+    folder="embeddings",
+    verb="embed",
+    maker="encoder",
+    option="--encoder ENCODER",
+    origin="caption",
+    info=EmbeddingInfo,
+    origins=_captions,
+    check=_check,
+    tell=lambda made: f"width {made.width}, by {made.encoder}",
+)

@@ -30,7 +30,7 @@ from t2v.attempt.record import (
     unfinished,
 )
 from t2v.attempt.run_folder import LOCK, State, StatusFile, locked, timestamp, whoami
-from t2v.attempt.watchdog import Watchdog
+from t2v.attempt.watchdog import Watchdog, failure_here
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.checkpoint.manifest import fingerprint, present_versions, read_manifest
 from t2v.engine.world import World
@@ -93,23 +93,10 @@ class Attempt:
             with contextlib.suppress(OSError):
                 if self.is_overtaken():
                     return
-                line = {
-                    "attempt": self.number,
-                    "event": "end",
-                    "at": timestamp(),
-                    "state": state,
-                    "exit_code": exit_code,
-                    "reason": reason,
-                    "step": max(self.watchdog.step, self.status.facts.get("step") or 0),
-                    "last_checkpoint": self.status.facts.get("last_checkpoint"),
-                }
+                line = end_line(self.number, state, exit_code, reason, self.status.facts)
+                line["step"] = max(self.watchdog.step, line["step"])
                 append_attempt(self.run_dir, line)
                 self.status.write(state, exit_code=exit_code, reason=reason)
-
-    def on_exit(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Where training ends on an error: say so before anything is closed."""
-        if error is not None:
-            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Say what failed, first of all ranks or after them; a rank that only follows another one
@@ -136,7 +123,7 @@ class Attempt:
                 is_ours = error.rank == self.world.rank
         if is_ours:
             stack = "".join(traceback.format_exception(error))
-            record(self.logs, self.watchdog.failure(exit_code, reason, stack, at))
+            record(self.logs, failure_here(self.watchdog, exit_code, reason, stack, at))
             self.watchdog.close(exit_code)
             self.conclude(first_failure(self.logs), exit_code)
             return
@@ -155,14 +142,13 @@ class Attempt:
         if failure is None and exit_code == preemption.EXIT_CODE:
             self._leave()
             return
+        if failure is None:
+            self.end("failed", exit_code=exit_code)
+            return
         with contextlib.suppress(OSError):
-            if failure and not self.is_overtaken():
-                page = failure_page(
-                    failure, run_dir=self.run_dir, logs=self.logs, attempt=self.number
-                )
-                storage.write_atomic(self.run_dir / "failure.md", page.encode())
-        reason = failure.reason if failure else None
-        self.end("failed", exit_code=failure.exit_code if failure else exit_code, reason=reason)
+            if not self.is_overtaken():
+                write_page(failure, self.run_dir, self.logs, self.number)
+        self.end("failed", exit_code=failure.exit_code, reason=failure.reason)
 
     def leave(self) -> None:
         """A request to stop came while there was nothing to save, or came twice."""
@@ -175,6 +161,28 @@ class Attempt:
         with contextlib.suppress(OSError):
             preemption.acknowledge(self.run_dir)
         self.end("preempted", exit_code=preemption.EXIT_CODE)
+
+
+def write_page(failure: Failure, run_dir: Path, logs: Path, attempt: int) -> None:
+    """failure.md: what failed first, for people."""
+    page = failure_page(failure, run_dir=run_dir, logs=logs, attempt=attempt)
+    storage.write_atomic(run_dir / "failure.md", page.encode())
+
+
+def end_line(
+    number: int, state: State, exit_code: int, reason: str | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The record's line on how an attempt ended, after what its status knows."""
+    return {
+        "attempt": number,
+        "event": "end",
+        "at": timestamp(),
+        "state": state,
+        "exit_code": exit_code,
+        "reason": reason,
+        "step": facts.get("step") or 0,
+        "last_checkpoint": facts.get("last_checkpoint"),
+    }
 
 
 class OtherRank(UserError):

@@ -5,16 +5,14 @@ culprit. It rings an alarm; every rank answers with its position; the rank that 
 not answer, is the one.
 """
 
-import contextlib
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from data_pipeline.strict import Strict
 from t2v.attempt.failure import (
@@ -25,23 +23,19 @@ from t2v.attempt.failure import (
     heard_alarm,
     hostname,
     peak_memory_gib,
-    record_failure,
     ring,
     wait_until,
     waits_for_others,
 )
-from t2v.attempt.run_folder import timestamp
+from t2v.attempt.hang import ANSWER_SECONDS, Position, culprit, exchange, tell_hang
 
 POLL_SECONDS = 0.5
 # Thirty years; beyond, timers overflow, and a watchdog that died of that would watch nothing.
 LONGEST_SECONDS = 1e9
-# A shared disk may hide a new file from other hosts for half a minute.
-ANSWER_SECONDS = 40.0
 CLOSING_SECONDS = 90.0
 FOLLOW_SECONDS = 6.0
 # Longer than any answer takes: only a thread that never lets go of the interpreter comes this far.
 STUCK_SECONDS = 90.0
-POSITION = "position-rank-{:05d}.json"
 
 
 class WatchdogConfig(Strict):
@@ -70,36 +64,6 @@ class WatchdogConfig(Strict):
     def deadline(self, section: str) -> float:
         """Seconds a section may take."""
         return getattr(self, f"{section}_seconds")
-
-
-class Position(Strict):
-    """Where a rank is."""
-
-    rank: int
-    host: str
-    section: str
-    step: int
-    entered: int  # sections so far: all ranks pass the same ones in the same order
-    seconds: float
-    waits: bool
-    memory_gib: float
-    samples: tuple[str, ...]
-    stack: str
-
-
-def culprit(positions: Iterable[Position], world_size: int) -> int:
-    """The rank that hangs: one that does not answer; else the one that is behind; of those that
-    are equally far, one that does not wait for others, and the longest there."""
-    found = {position.rank: position for position in positions}
-    silent = [rank for rank in range(world_size) if rank not in found]
-    if silent:
-        return silent[0]
-
-    def order(rank: int) -> tuple:
-        at = found[rank]
-        return at.entered, at.waits, -at.seconds
-
-    return min(found, key=order)
 
 
 class Watchdog:
@@ -151,21 +115,6 @@ class Watchdog:
         if self._closing is None:
             self._closing = (time.monotonic() + seconds, exit_code)
 
-    def failure(self, exit_code: int, reason: str, stack: str, at: str) -> Failure:
-        """A failure of this rank, here and now."""
-        return Failure(
-            rank=self.rank,
-            host=hostname(),
-            exit_code=exit_code,
-            reason=reason,
-            section=self.section,
-            step=self.step,
-            at=at,
-            stack=stack,
-            samples=self.samples,
-            memory_gib=peak_memory_gib(),
-        )
-
     def _deadline(self) -> float:
         seconds = self.config.deadline(self.section)
         if self._first_step in (None, self.step):  # compiles, and fills the loader's queues
@@ -200,14 +149,15 @@ class Watchdog:
         """Find out with the other ranks who hangs; that one speaks; all end."""
         position = self._position()
         if self.folder is None:
-            self._tell(position)
+            tell_hang(None, position)
             os._exit(HANG)
         at = ring(self.folder, rank=self.rank, is_hang=True, exit_code=HANG)
-        positions = self._exchange(self.folder, position)
+        positions = exchange(self.folder, position, self.world_size)
         rank = culprit(positions, self.world_size)
         speaker = min((p.rank for p in positions), key=lambda r: (r != rank, r))
         if self.rank == speaker:
-            self._tell(next((p for p in positions if p.rank == rank), position), rank=rank, at=at)
+            told = next((p for p in positions if p.rank == rank), position)
+            tell_hang(self.folder, told, rank=rank, at=at)
         else:
             folder = self.folder
             wait_until(lambda: first_failure(folder) is not None, ANSWER_SECONDS)
@@ -233,48 +183,18 @@ class Watchdog:
             stack=f"Thread MainThread:\n{main}{others}",
         )
 
-    def _exchange(self, folder: Path, mine: Position) -> list[Position]:
-        """Positions of all ranks that answer in time."""
-        found = {self.rank: mine}
-        with contextlib.suppress(OSError):
-            path = folder / POSITION.format(self.rank)
-            staging = path.with_suffix(".part")
-            staging.write_text(mine.model_dump_json(), encoding="utf-8")
-            staging.replace(path)
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while len(found) < self.world_size and time.monotonic() < deadline:
-            time.sleep(0.1)
-            for rank in set(range(self.world_size)) - set(found):
-                with contextlib.suppress(OSError, ValidationError):
-                    text = (folder / POSITION.format(rank)).read_text(encoding="utf-8")
-                    found[rank] = Position.model_validate_json(text)
-        return list(found.values())
 
-    def _tell(self, position: Position, *, rank: int | None = None, at: str = "") -> None:
-        """One line and the stack on stderr, and the record of the rank that hangs."""
-        rank = position.rank if rank is None else rank
-        if rank == position.rank:
-            step = position.step + (position.section != "checkpoint")
-            reason = (
-                f"rank {rank} on {position.host} hangs in section '{position.section}' of step "
-                f"{step} since {position.seconds:.0f} s"
-            )
-            stack = position.stack
-        else:
-            reason = f"rank {rank} does not answer while others wait for it"
-            stack = f"rank {rank} left none; rank {position.rank} waits at:\n{position.stack}"
-        if self.folder is not None:
-            record = Failure(
-                rank=rank,
-                host=position.host if rank == position.rank else "unknown",
-                exit_code=HANG,
-                reason=reason,
-                section=position.section,
-                step=position.step,
-                at=at or timestamp(),
-                stack=stack,
-                samples=position.samples,
-                memory_gib=position.memory_gib,
-            )
-            record_failure(self.folder, record)
-        print(f"{reason}; its stack:\n{stack}", file=sys.stderr, flush=True)
+def failure_here(watchdog: Watchdog, exit_code: int, reason: str, stack: str, at: str) -> Failure:
+    """A failure of this rank, where the watchdog knows training to be."""
+    return Failure(
+        rank=watchdog.rank,
+        host=hostname(),
+        exit_code=exit_code,
+        reason=reason,
+        section=watchdog.section,
+        step=watchdog.step,
+        at=at,
+        stack=stack,
+        samples=watchdog.samples,
+        memory_gib=peak_memory_gib(),
+    )

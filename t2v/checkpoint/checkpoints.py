@@ -6,36 +6,27 @@ it by a manifest that is written last, and renames it into place. Nothing is eve
 finished one.
 """
 
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.errors import NumericError, StorageError, UserError
-from data_pipeline.store import storage
-from t2v.attempt.faults import fault
+from data_pipeline.errors import StorageError
 from t2v.checkpoint.config import CheckpointConfig
-from t2v.checkpoint.contract import WEIGHTS, model_signature
 from t2v.checkpoint.finding import newest_valid, step_folder
 from t2v.checkpoint.host_copy import HostCopy, gpus_of
-from t2v.checkpoint.keeping import Keeping, staging_of
+from t2v.checkpoint.keeping import Keeping
 from t2v.checkpoint.manifest import (
-    MANIFEST,
-    FileRecord,
     Manifest,
-    present_versions,
-    record_file,
-    wrong_sizes,
 )
 from t2v.checkpoint.mirror import Mirror
-from t2v.checkpoint.tensor_files import INDEX, Slice, WrittenFile, join_index, write_slices
+from t2v.checkpoint.tensor_files import Slice
+from t2v.checkpoint.writing import commit
 from t2v.engine.world import World
 
 REFUSED = "refused-"
@@ -72,8 +63,7 @@ class Checkpoints:
         self.world = world
         self.may_commit = may_commit
         self.mirror = Mirror(config.mirror, world) if config.mirror else None
-        self.failures_in_a_row = 0
-        self._news: list[Saved] = []
+        self.failures_in_a_row, self._problem, self._news = 0, "", list[Saved]()
         self._keeping = Keeping(self.folder, config, self.mirror)
         self._copy = HostCopy()
         self._copied = threading.Event()
@@ -83,7 +73,6 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what earlier attempts left unfinished; only the owner of the run may call this."""
-
         self.world.on_first(self._keeping.clean, self.world.storage)
 
     def due(self, step: int) -> bool:
@@ -122,7 +111,7 @@ class Checkpoints:
         """Wait for the save under way; StorageError where the last one was not committed."""
         self._join()
         if self.failures_in_a_row:
-            raise StorageError(self._news_of_failure())
+            raise StorageError(self._problem)
 
     def settle(self) -> None:
         """Let a save under way come to its end where a run ends on an error of its own."""
@@ -138,22 +127,12 @@ class Checkpoints:
         """The newest valid checkpoint, here or in the mirror; why newer ones are refused is
         printed, and they are moved aside. None where there is none at all; StorageError where there
         are only refused ones."""
-        if self.mirror is not None:
-            self.mirror.restore_newer(self.folder)
-        try:
-            found = newest_valid(self.folder, self.world)
-        except StorageError:
-            if self.mirror is None or not self.mirror.restore_newer(self.folder, than=-1):
-                raise
-            found = newest_valid(self.folder, self.world)
+        found = newest_anywhere(self.folder, self.mirror, self.world)
         if found is None:
             return None
-        (folder, manifest), refused = found
-        # What is damaged here may be sound there.
-        if refused and self.mirror and self.mirror.restore_newer(self.folder, than=manifest.step):
-            return self.newest()
+        newest, refused = found
         self.world.on_first(lambda: [_set_aside(path) for path in refused], self.world.storage)
-        return folder, manifest
+        return newest
 
     def _join(self) -> None:
         """Wait for the writer; its failure is everyone's, for all ranks agreed on it."""
@@ -172,10 +151,14 @@ class Checkpoints:
         """Copy a step and commit it; runs beside training, on a group of its own."""
         size_bytes, problem = 0, None
         try:
-            size_bytes = self._commit(self._copy_of(slices), facts)
+            copied = self._copy.on_all(slices, self.world, self._copied)
+            size_bytes = commit(
+                self.folder, copied, facts, self.world, self._keeping, self.may_commit
+            )
             self.failures_in_a_row = 0
         except BaseException as failure:
             self._failure, problem = failure, str(failure) or repr(failure)
+            self._problem = problem
             self.failures_in_a_row += isinstance(failure, StorageError)
         seconds = time.perf_counter() - started
         stall = self._stall if self.config.asynchronous else seconds
@@ -183,103 +166,30 @@ class Checkpoints:
         if problem is None and self.mirror is not None:
             self.mirror.copy(step_folder(self.folder, facts["step"]))
 
-    def _copy_of(self, slices: dict[str, Slice]) -> dict[str, Slice]:
-        """What this rank writes, in memory of its own; the tensors are free to change."""
-        copied: dict[str, Slice] = {}
 
-        def copy() -> None:
-            try:
-                fault("checkpoint.copy")
-                copied.update(self._copy.take(slices))
-            finally:
-                self._copied.set()
-
-        self.world.on_all(copy, self.world.storage)
-        return copied
-
-    def _commit(self, slices: dict[str, Slice], facts: dict[str, Any]) -> int:
-        """Write, prove and rename; the checkpoint's size."""
-        folder, group = step_folder(self.folder, facts["step"]), self.world.storage
-        if self.world.on_first(folder.exists, group):
-            return 0
-        staging = self.world.on_first(lambda: self._stage(folder), group)
-        try:
-
-            def write() -> WrittenFile:
-                refuse_non_finite(slices, facts["step"])
-                return write_slices(staging, slices, self.world.rank)
-
-            written = self.world.on_all(write, group)
-            manifest = self.world.on_first(
-                lambda: self._seal(staging, folder, written, slices, facts), group
-            )
-        except UserError:
-            if self.world.is_first:
-                shutil.rmtree(staging, ignore_errors=True)
+def newest_anywhere(
+    folder: Path, mirror: Mirror | None, world: World
+) -> tuple[tuple[Path, Manifest], list[Path]] | None:
+    """((step folder, manifest) of the newest valid step, the newer ones that are not), after a look
+    into the mirror for what is not here, or damaged here."""
+    if mirror is None:
+        return newest_valid(folder, world)
+    mirror.restore_newer(folder)
+    try:
+        found = newest_valid(folder, world)
+    except StorageError:
+        if not mirror.restore_newer(folder, than=-1):
             raise
-        self.world.on_first(self._keeping.retire, group)
-        return manifest.size_bytes
-
-    def _stage(self, folder: Path) -> Path:
-        self._keeping.make_room()
-        staging = staging_of(folder)
-        staging.mkdir(parents=True)
-        return staging
-
-    def _seal(
-        self,
-        staging: Path,
-        folder: Path,
-        written: list[WrittenFile],
-        slices: dict[str, Slice],
-        facts: dict[str, Any],
-    ) -> Manifest:
-        """Write index and manifest, and make the folder a checkpoint."""
-        index = join_index([file.entries for file in written])
-        storage.write_atomic(staging / INDEX, index.model_dump_json().encode())
-        files = {
-            file.name: FileRecord(size_bytes=file.size_bytes, sha256=file.sha256)
-            for file in written
-        }
-        manifest = Manifest(
-            **facts,
-            world_size=self.world.world_size,
-            model_signature=model_signature(slices),
-            versions=present_versions(),
-            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=files | {INDEX: record_file(staging / INDEX)},
-        ).proved()
-        if problems := wrong_sizes(staging, manifest):
-            raise StorageError(
-                f"{problems[0]} as rank 0 sees it; use a run folder that all nodes share."
-            )
-        fault("checkpoint.manifest")
-        storage.write_atomic(staging / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        fault("checkpoint.rename")
-        self.may_commit()
-        staging.rename(folder)
-        storage.sync_folder(folder.parent)
-        return manifest
-
-    def _news_of_failure(self) -> str:
-        problems = [saved.problem for saved in self._news if saved.problem]
-        return problems[-1] if problems else f"{self.folder}: the last save failed; see the log."
+        found = newest_valid(folder, world)
+    if found is not None and found[1] and mirror.restore_newer(folder, than=found[0][1].step):
+        return newest_anywhere(folder, mirror, world)
+    return found
 
 
 def finish_writes(slices: dict[str, Slice]) -> None:
     """Wait until what a GPU has been told to write into tensors is there."""
     for device in gpus_of(slices):
         torch.cuda.synchronize(device)
-
-
-def refuse_non_finite(slices: dict[str, Slice], step: int) -> None:
-    """NumericError where a weight is not finite; such a state must never be kept."""
-    for name, piece in slices.items():
-        if name.startswith(WEIGHTS["raw"]) and not bool(piece.part.isfinite().all()):
-            raise NumericError(
-                f"{name.removeprefix(WEIGHTS['raw'])}: not finite after step {step}, so it is not "
-                "saved; resume from the last checkpoint with a lower optimizer.learning_rate."
-            )
 
 
 def _set_aside(folder: Path) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from data_pipeline.errors import ConfigError, StorageError
+from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
-from data_pipeline.text.embeddings import Provenance
+from data_pipeline.text.embeddings import Provenance as TextEncoder
 from t2v.checkpoint.contract import WEIGHTS, refuse_differences
 from t2v.checkpoint.finding import load_weights
 from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_file
@@ -50,7 +51,8 @@ class Export(Strict):
     parameters: int
     config: dict[str, Any]
     data_fingerprint: str
-    text_encoder: Provenance | None
+    text_encoder: TextEncoder | None
+    latents: Autoencoder | None = None
     checkpoint_proof: str = Field(description="digest of the manifest of the source")
     self_test: str
     files: dict[str, FileRecord]
@@ -93,6 +95,7 @@ def export_checkpoint(
             config=manifest.config,
             data_fingerprint=manifest.data_fingerprint,
             text_encoder=manifest.text_encoder,
+            latents=manifest.latents,
             checkpoint_proof=manifest.proof,
             self_test="outputs equal" if self_test else "not run",
             files=files,
@@ -206,6 +209,7 @@ def _write_words(out: Path, method: Method, manifest: Manifest, weights: str, dt
     storage.write_atomic(out / "config.yaml", recipe.encode())
     digest = hashlib.sha256(recipe.encode()).hexdigest()
     encoder = manifest.text_encoder.encoder if manifest.text_encoder else "none"
+    space = f"; latents of: {manifest.latents.autoencoder}" if manifest.latents else ""
     clip = "x".join(str(size) for size in method.config.view.clip_size)
     kind = "averaged" if weights == "ema" else "raw"
     card = f"""# {manifest.config["name"]}
@@ -213,7 +217,7 @@ def _write_words(out: Path, method: Method, manifest: Manifest, weights: str, dt
 {kind.capitalize()} weights ({dtype}) of a {method.title}
 for clips of {clip} (frames x height x width), after step {manifest.step}.
 
-- conditioning: {method.conditioning.kind}; text encoder: {encoder}
+- conditioning: {method.conditioning.kind}; text encoder: {encoder}{space}
 - recipe: config.yaml (sha256 {digest})
 - data: fingerprint {manifest.data_fingerprint}
 - source: checkpoint with proof {manifest.proof}

@@ -1,10 +1,14 @@
 """Copies of tensors in host memory: what a checkpoint is written from while training goes on."""
 
+import threading
+
 import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.host_memory import available_memory
 from t2v.checkpoint.tensor_files import Slice
+from t2v.engine.faults import fault
+from t2v.engine.world import World
 
 GIB = 2**30
 
@@ -44,6 +48,23 @@ class HostCopy:
         for stream in streams.values():
             stream.synchronize()
         return {name: Slice(self._buffers[name], piece.place) for name, piece in slices.items()}
+
+    def on_all(
+        self, slices: dict[str, Slice], world: World, copied: threading.Event
+    ) -> dict[str, Slice]:
+        """What each rank writes, in memory of its own, by a thread beside training; once `copied`
+        is set, the tensors are free to change."""
+        mine: dict[str, Slice] = {}
+
+        def copy() -> None:
+            try:
+                fault("checkpoint.copy")
+                mine.update(self.take(slices))
+            finally:
+                copied.set()
+
+        world.on_all(copy, world.storage)
+        return mine
 
 
 def gpus_of(slices: dict[str, Slice]) -> set[torch.device]:

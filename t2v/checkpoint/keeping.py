@@ -10,11 +10,11 @@ import uuid
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from t2v.attempt.faults import fault
 from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.finding import CheckpointInfo, list_checkpoints
 from t2v.checkpoint.manifest import MANIFEST, read_manifest
 from t2v.checkpoint.mirror import Mirror
+from t2v.engine.faults import fault
 
 STAGING = ".staging-"
 # What is being written here or fetched from the mirror, and what is being retired.

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field, ValidationError
 
 from data_pipeline.errors import StorageError
+from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.strict import Strict
-from data_pipeline.text.embeddings import Provenance
+from data_pipeline.text.embeddings import Provenance as TextEncoder
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 2**22
@@ -38,7 +39,8 @@ class Manifest(Strict):
     world_size: int = Field(ge=1)
     config: dict[str, Any] = Field(description="the resolved recipe")
     data_fingerprint: str
-    text_encoder: Provenance | None = Field(description="what made the captions' embeddings")
+    text_encoder: TextEncoder | None = Field(description="what made the captions' embeddings")
+    latents: Autoencoder | None = Field(default=None, description="what made the clips' latents")
     model_signature: str = Field(description="digest of the model's names, shapes and dtypes")
     versions: dict[str, str]
     saved_at: str = Field(description="ISO 8601, UTC")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data_pipeline.errors import StorageError
 from data_pipeline.strict import Strict
-from t2v.attempt.faults import fault
+from t2v.engine.faults import fault
 from t2v.engine.place import Place
 from t2v.engine.world import storage_error
 

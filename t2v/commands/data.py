@@ -66,17 +66,12 @@ def data_verify(options: argparse.Namespace) -> int:
     from data_pipeline.making.verify import repair, verify
     from data_pipeline.shards.dataset import open_dataset
 
-    faults = verify(
-        options.dataset,
-        decode=not options.no_decode,
-        workers=options.workers,
-        embeddings=options.embeddings or [],
-    )
+    faults = verify(options.dataset, decode=not options.no_decode, workers=options.workers)
     for fault in faults:
         print(fault)
     if faults and options.repair:
         _say_dataset(repair(options.dataset, faults))
-        print("embed the dataset again: only what is missing or changed is encoded.")
+        print("embed and encode it again as before: only what is missing or changed is made.")
         return 0
     samples = open_dataset(options.dataset).info.samples
     print(f"{options.dataset}: {samples} samples, {len(faults)} faults.")
@@ -88,7 +83,7 @@ def data_stats(options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from data_pipeline.shards.stats import measure, write_page
+    from data_pipeline.making.stats import measure, write_page
 
     stats = measure(options.dataset, count=options.samples)
     table = Table(show_header=False)
@@ -125,6 +120,48 @@ def data_embed(options: argparse.Namespace) -> None:
     print(f"{options.dataset}/embeddings/{options.name}: {state}.")
 
 
+def data_encode(options: argparse.Namespace) -> None:
+    from data_pipeline.latents.audit import check, estimate, measure
+    from data_pipeline.latents.encode import begin_encoding, encode, read_normalisation
+    from data_pipeline.shards.dataset import open_dataset
+    from data_pipeline.store import storage
+
+    place = f"{options.dataset}/latents/{options.name}"
+    if options.check:
+        found = check(
+            options.dataset,
+            options.vae,
+            name=options.name,
+            count=options.check,
+            memory_gib=options.memory_gib,
+        )
+        print(f"{place}: {len(found.decibels)} encoded again, all equal; {found}")
+        return
+    how = {
+        "size": options.size,
+        "normalisation": options.normalisation and read_normalisation(options.normalisation),
+        "memory_gib": options.memory_gib,
+    }
+    if options.estimate or options.measure:
+        encoding = begin_encoding(open_dataset(options.dataset), options.vae, **how)
+        if options.estimate:
+            print(estimate(encoding))
+        if options.measure:
+            text = measure(encoding).model_dump_json(indent=1) + "\n"
+            storage.create(options.measure, text.encode())
+            print(f"{options.measure}: written; give it to every dataset by --normalisation.")
+        return
+    done = encode(
+        options.dataset,
+        options.vae,
+        name=options.name,
+        task=options.task,
+        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
+        **how,
+    )
+    print(f"{place}: {'complete' if done else 'this task is done; others are not'}.")
+
+
 def data_order(options: argparse.Namespace) -> None:
     from data_pipeline.feeding.audit import planned_samples
     from t2v.recipe.recipe import load_config
@@ -156,6 +193,7 @@ def data_bench(options: argparse.Namespace) -> None:
         config.conditioning,
         seed=config.seed,
         samples=options.samples,
+        latents=config.method.cached_latents,
     )
     per_gpu = samples_per_gpu_second(config)
     if options.json:
@@ -214,8 +252,6 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("dataset")
     verb.add_argument("--repair", action="store_true",
                       help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
-    verb.add_argument("--embeddings", action="append", metavar="NAME",
-                      help="an embedding set on S3; on a disk they are found")  # fmt: skip
     verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
     _add_workers(verb)
 
@@ -234,8 +270,28 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("--memory-gib", type=float,
                       help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
     verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
-    verb.add_argument("--check", type=int, metavar="K",
+    verb.add_argument("--check", type=positive, metavar="K",
                       help="only encode K random captions again and compare")  # fmt: skip
+    _add_task(verb)
+
+    verb = add_verb(data_verbs, "encode", data_encode, "cache what an autoencoder makes of clips",
+                    "t2v data encode data/videos --vae Wan-AI/Wan2.1-T2V-1.3B-Diffusers --name wan",
+                    )  # fmt: skip
+    verb.add_argument("dataset")
+    verb.add_argument("--vae", required=True,
+                      help="folder or hub id of a video autoencoder of diffusers")  # fmt: skip
+    verb.add_argument("--name", required=True, help="the set's name: dataset/latents/NAME")
+    verb.add_argument("--size", type=clip_size, metavar="FxHxW",
+                      help="of clips as they are encoded; by default as stored")  # fmt: skip
+    verb.add_argument("--normalisation", metavar="FILE",
+                      help="what --measure wrote; by default the autoencoder's own")  # fmt: skip
+    verb.add_argument("--memory-gib", type=float,
+                      help="for the autoencoder and its work, in tiles if need be")  # fmt: skip
+    verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
+    verb.add_argument("--measure", metavar="FILE",
+                      help="only write means and deviations of latents of 256 clips")  # fmt: skip
+    verb.add_argument("--check", type=positive, metavar="K",
+                      help="only encode K random clips again, compare and decode")  # fmt: skip
     _add_task(verb)
 
     verb = add_verb(data_verbs, "order", data_order, "which samples form a batch",

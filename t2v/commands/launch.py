@@ -6,7 +6,7 @@ from pathlib import Path
 from t2v.commands.data import add_data_verbs
 from t2v.commands.parser import add_config, add_verb, count, positive
 
-DATA_VERBS = ("build", "embed")
+DATA_VERBS = ("build", "embed", "encode")
 
 
 def launch(options: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def launch_data(options: argparse.Namespace) -> None:
     from cluster.launch import prepare_data, submit, write_out
 
     verb = refuse_wrong_arguments(options.arguments, options.usage)
-    gpus = options.gpus if options.gpus is not None else int(verb == "embed")
+    gpus = options.gpus if options.gpus is not None else int(verb != "build")
     prepared = prepare_data(
         options.arguments,
         options.cluster,
@@ -62,7 +62,7 @@ def add_launch_verbs(verbs) -> None:
     verb.add_argument("--nodes", type=int, help="by default as many as the profile has")
     _add_where(verb)
 
-    verb = add_verb(verbs, "launch-data", launch_data, "`t2v data build` or `embed`, in parallel",
+    verb = add_verb(verbs, "launch-data", launch_data, "build, embed or encode data in parallel",
                     "t2v launch-data --cluster configs/cluster/slurm.yaml --tasks 64 --submit --"
                     " build my_clips data/videos --size 64x288x512")  # fmt: skip
     _add_where(verb)
@@ -71,9 +71,9 @@ def add_launch_verbs(verbs) -> None:
     verb.add_argument("--cpus", type=positive, default=8, help="of each task")
     verb.add_argument("--memory-gib", type=positive, default=32, help="of each task")
     verb.add_argument("--gpus", type=count, metavar="N",
-                      help="of each task; by default 1 for embed, 0 for build")  # fmt: skip
-    verb.add_argument("--name", help="the job's name; data-build or data-embed by default")
-    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|embed ...",
+                      help="of each task; by default 0 for build, else 1")  # fmt: skip
+    verb.add_argument("--name", help="the job's name; data-VERB by default")
+    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|embed|encode ...",
                       help="the arguments of t2v data")  # fmt: skip
     verb.set_defaults(usage=verb.error)
 

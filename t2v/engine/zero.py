@@ -135,17 +135,10 @@ class ZeroEngine:
         return {name: fragment.place for name, fragment in self._fragments.items()}
 
     def refresh(self) -> None:
-        # What the model computes with is a copy of the fp32 parts.
         if self._config.zero_stage < 3:
             self._zero.update_lp_params()
-            return
-        for number, partition in enumerate(self._partitions):
-            self._zero.fp16_partitioned_groups_flat[number].data.copy_(partition.detach())
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            # These stay gathered between steps: give them up and gather them anew.
-            persistent[0].partition(persistent, has_been_updated=False)
-            persistent[0].all_gather(persistent)
+        else:
+            renew_split_weights(self._zero, self._partitions)
 
     @property
     def updates(self) -> int:
@@ -159,15 +152,26 @@ class ZeroEngine:
             self._adamw.state[partition]["step"].fill_(own)
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's part of the exchanged gradients, padding left out where it may hold junk."""
-        if self._config.offload_optimizer:
-            return [p.grad for p in self._partitions if p.grad is not None]
-        return [
-            gradient
-            for group in self._zero.averaged_gradients.values()
-            for gradient in group
-            if gradient.numel()
-        ]
+        return exchanged(self._zero, self._partitions, self._config.offload_optimizer)
+
+
+def exchanged(zero: Any, partitions: list[Tensor], offloaded: bool) -> list[Tensor]:
+    """This rank's part of the exchanged gradients, padding left out where it may hold junk."""
+    if offloaded:
+        return [p.grad for p in partitions if p.grad is not None]
+    groups = zero.averaged_gradients.values()
+    return [gradient for group in groups for gradient in group if gradient.numel()]
+
+
+def renew_split_weights(zero: Any, partitions: list[Tensor]) -> None:
+    """Stage 3: what the model computes with is a copy of the fp32 parts; make it anew."""
+    for number, partition in enumerate(partitions):
+        zero.fp16_partitioned_groups_flat[number].data.copy_(partition.detach())
+    persistent = zero.persistent_parameters
+    if persistent:
+        # These stay gathered between steps: give them up and gather them anew.
+        persistent[0].partition(persistent, has_been_updated=False)
+        persistent[0].all_gather(persistent)
 
 
 def deepspeed_settings(config: EngineConfig, model: Network, world: World) -> dict[str, Any]:

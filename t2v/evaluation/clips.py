@@ -203,20 +203,10 @@ def open_real(rules: Rules, origin: str) -> RealClips:
 
 def draw_places(dataset: Dataset, real: RealSet) -> list[tuple[int, int]]:
     """(shard, row) of the clips that are used; fewer are the first of more."""
-    sizes = dataset.shard_sizes
-    numbers = np.arange(sizes.sum())
+    numbers = np.arange(dataset.info.samples)
     if real.clips is not None:
         numbers = np.random.default_rng(real.seed).permutation(numbers)[: real.clips]
-    return places_of(dataset, numbers)
-
-
-def places_of(dataset: Dataset, numbers: np.ndarray) -> list[tuple[int, int]]:
-    """(shard, row) of samples by their number in a dataset."""
-    sizes = dataset.shard_sizes
-    ends = np.cumsum(sizes)
-    shards = np.searchsorted(ends, numbers, side="right")
-    rows = numbers - (ends - sizes)[shards]
-    return list(zip(shards.tolist(), rows.tolist(), strict=True))
+    return dataset.places(numbers)
 
 
 def open_generated(folder: Path, rules: Rules) -> GeneratedClips:

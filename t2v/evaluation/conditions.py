@@ -5,9 +5,6 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
 from data_pipeline.shards.dataset import Dataset
-from data_pipeline.shards.tar import json_caption, parse_metadata, read_member, txt_caption
-from data_pipeline.store import storage
-from t2v.evaluation.clips import places_of
 from t2v.evaluation.protocol import Protocol
 from t2v.sampling.subjects import Request
 
@@ -19,13 +16,13 @@ def request_for(
     that a view looks at."""
     wanted = protocol.generated
     rng = np.random.default_rng([wanted.seed, dataset.info.samples])
-    places = places_of(dataset, rng.integers(0, dataset.info.samples, wanted.clips))
+    places = dataset.places(rng.integers(0, dataset.info.samples, wanted.clips))
     labels: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ()
     if isinstance(conditioning, ClassConditioning):
         labels = tuple(label_of(dataset, *place) for place in places)
     elif isinstance(conditioning, TextConditioning):
-        prompts = tuple(read_told(dataset, *place)[1] for place in places)
+        prompts = tuple(dataset.read_told(*place)[1] for place in places)
     return Request(
         prompts=prompts,
         labels=labels,
@@ -38,23 +35,10 @@ def request_for(
 
 def label_of(dataset: Dataset, shard: int, row: int) -> int:
     """The class of a clip."""
-    label = read_told(dataset, shard, row)[0].get("label")
+    label = dataset.read_told(shard, row)[0].get("label")
     if not isinstance(label, int) or isinstance(label, bool):
         raise DataError(
             f"{dataset.path}: sample {row} of shard {shard} has label {label!r}, no class; build a "
             "dataset with labels."
         )
     return label
-
-
-def read_told(dataset: Dataset, shard: int, row: int) -> tuple[dict, str]:
-    """(metadata, caption) of a clip, whose media stay unread."""
-    name, members = dataset.info.shards[shard].name, dataset.index(shard)[row]
-    path = storage.join(dataset.shard_folder, f"{name}.tar")
-    metadata: dict = {}
-    if members["json"]["size"]:
-        metadata = parse_metadata(path, "the sample", read_member(path, members["json"]))
-    caption = json_caption(metadata)
-    if not caption and members["txt"]["size"]:
-        caption = txt_caption(read_member(path, members["txt"]))
-    return metadata, caption

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from data_pipeline.feeding.config import Conditioning
+from data_pipeline.feeding.config import CachedLatents, Conditioning
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Size, Strict
@@ -69,6 +69,11 @@ class MethodConfig(Strict, ABC):
 
     def problem_with_batches(self, global_batch_size: int) -> str | None:
         """Why a step cannot have as many samples, beginning with their number."""
+        return None
+
+    @property
+    def cached_latents(self) -> CachedLatents | None:
+        """The latents of whole clips, of the view's size, that a batch holds instead of pixels."""
         return None
 
 

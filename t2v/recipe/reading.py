@@ -58,9 +58,12 @@ def read_mapping(path: Path) -> dict:
 def parse_value(text: str) -> object:
     """What a value in YAML says, read like a recipe; YAMLError for what is none."""
     try:
-        return yaml.load(text, _UniqueKeys)
+        value = yaml.load(text, _UniqueKeys)
     except (TypeError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from None
+    # What stands on a command line has no comments: `run_dir=/x/run #1` is a folder's name.
+    is_plain = isinstance(value, str) and text.lstrip()[:1] not in ("'", '"', "|", ">")
+    return text.strip() if is_plain and "#" in text else value
 
 
 def apply_override(content: dict, override: str) -> None:

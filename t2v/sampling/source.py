@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.text.embeddings import Provenance
+from data_pipeline.latents.latents import Provenance as Autoencoder
+from data_pipeline.text.embeddings import Provenance as TextEncoder
 from t2v.checkpoint.export import EXPORT, load_exported, read_export
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.checkpoint.manifest import read_manifest
@@ -20,7 +21,8 @@ class Source:
 
     folder: Path
     config: RunConfig
-    text_encoder: Provenance | None
+    text_encoder: TextEncoder | None
+    latents: Autoencoder | None
     step: int
     digest: str
     exported: Literal["ema", "raw"] | None = None
@@ -45,8 +47,10 @@ def open_source(path: str | Path, world: World) -> Source:
         export = world.on_first(lambda: read_export(folder))
         config = parse_config(export.config, str(folder))
         digest = f"{export.checkpoint_proof}-{export.dtype}"
-        return Source(folder, config, export.text_encoder, export.step, digest, export.weights)
+        made = export.text_encoder, export.latents
+        return Source(folder, config, *made, export.step, digest, export.weights)
     folder = resolve_checkpoint(path, world)
     manifest = read_manifest(folder)
     config = parse_config(manifest.config, str(folder))
-    return Source(folder, config, manifest.text_encoder, manifest.step, manifest.proof)
+    made = manifest.text_encoder, manifest.latents
+    return Source(folder, config, *made, manifest.step, manifest.proof)

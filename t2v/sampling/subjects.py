@@ -1,5 +1,6 @@
 """What clips are to show: prompts or classes, checked, and as conditions of the network."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,12 @@ class Conditions:
         """Encode the prompts of all that this process will sample, and let the encoder go."""
         if self.reader is not None:
             prompts = [self.null_prompt, *(str(subject.shows) for subject in subjects)]
+            for prompt in self.reader.too_long(prompts):
+                print(
+                    f"prompt {prompt[:60]!r}: only its first {self.reader.max_tokens} tokens are "
+                    "read; shorten it, or clips of prompts that begin alike are alike.",
+                    file=sys.stderr,
+                )
             self.texts = dict(zip(prompts, self.reader.encode(prompts), strict=True))
             self.reader = None
 

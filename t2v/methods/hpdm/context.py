@@ -5,6 +5,8 @@ matrices. Space is aligned at pixel centres; time, whose frames are taken by str
 starts: every even frame of a child coincides with a frame of its parent. Both clamp at the border.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from data_pipeline.pyramid import Pyramid
 from t2v.network.interpolation import interpolation_matrix
 
+Patches = Float[Tensor, "batch levels channels frames height width"]
+TokenPixels = Float[Tensor, "batch levels tokens token_pixels"]
 Volume = Float[Tensor, "batch frames height width dim"]
 Matrix = Float[Tensor, "batch child parent"]
 
@@ -25,6 +29,18 @@ class TokenGrid:
         self.token_size = token_size
         self.shape = _divided(pyramid.patch_size, token_size)
         self.count = self.shape[0] * self.shape[1] * self.shape[2]
+
+    def cut(self, x: Patches) -> TokenPixels:
+        """Patches as tokens, each the values of its pixels."""
+        t, h, w = self.token_size
+        return rearrange(x, "b l c (f t) (y h) (x w) -> b l (f y x) (c t h w)", t=t, h=h, w=w)
+
+    def join(self, pixels: TokenPixels) -> Patches:
+        """The patches that tokens were cut from."""
+        (t, h, w), (f, y, _) = self.token_size, self.shape
+        return rearrange(
+            pixels, "b l (f y x) (c t h w) -> b l c (f t) (y h) (x w)", f=f, y=y, t=t, h=h, w=w
+        )
 
     def level_shape(self, level: int) -> tuple[int, int, int]:
         """(frames, height, width) in tokens of the whole clip at a level."""
@@ -104,6 +120,61 @@ def sample_volume(
     volume = torch.matmul(height[:, None], volume).unflatten(3, (w, d))
     volume = torch.matmul(width[:, None, None], volume)
     return rearrange(volume, "b t h w d -> b (t h w) d")
+
+
+class Context:
+    """Means of coarser levels' features at the windows of the levels that pass together (eq. 8).
+
+    `looks` gives, for each of these, the coarser levels it looks at. One that passes with it shows
+    the features of its own window. Of a finished one, `kept[block, level]` are boxes of features,
+    cut where `TokenGrid.support` says for the one level that passes.
+    """
+
+    def __init__(
+        self,
+        grid: TokenGrid,
+        looks: Mapping[int, Sequence[int]],
+        offsets: Int[Tensor, "batch levels 3"],
+        kept: Mapping[tuple[int, int], Volume],
+    ) -> None:
+        self.grid, self.looks, self.kept = grid, looks, kept
+        self.index = {level: index for index, level in enumerate(looks)}
+        windows = {level: offsets[:, index] for level, index in self.index.items()}
+        self.coordinates = {level: grid.coordinates(level, windows[level]) for level in looks}
+        self.matrices: dict[tuple[int, int], tuple[Matrix, Matrix, Matrix]] = {}
+        for level, window in windows.items():
+            for coarser in looks[level]:
+                if coarser in windows:
+                    low, shape = windows[coarser], grid.shape
+                else:
+                    first, shape = grid.support(level, window, coarser)
+                    low = first * first.new_tensor(grid.token_size)
+                self.matrices[level, coarser] = grid.matrices(level, window, coarser, low, shape)
+
+    def __call__(
+        self,
+        block: int,
+        levels: Sequence[int],
+        features: Float[Tensor, "batch passing tokens dim"],
+    ) -> tuple[Float[Tensor, "batch levels tokens dim"], Float[Tensor, "batch levels tokens 3"]]:
+        """Context and coordinates of some `levels` before a block, to which all that pass bring
+        `features`."""
+        return (
+            torch.stack([self._mean(block, level, features) for level in levels], dim=1),
+            torch.stack([self.coordinates[level] for level in levels], dim=1),
+        )
+
+    def _mean(
+        self, block: int, level: int, features: Float[Tensor, "batch passing tokens dim"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        samples = []
+        for coarser in self.looks[level]:
+            if coarser in self.index:
+                volume = features[:, self.index[coarser]].unflatten(1, self.grid.shape)
+            else:
+                volume = self.kept[block, coarser]
+            samples.append(sample_volume(volume, self.matrices[level, coarser]))
+        return torch.stack(samples).mean(0) if len(samples) > 1 else samples[0]
 
 
 class ContextFusion(nn.Module):

@@ -2,6 +2,7 @@
 more than rounding."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -146,8 +147,7 @@ def clips_that_fit(
 
 def canvas_bytes(model: HPDM, level: int) -> int:
     """Of one clip's pixels at a level."""
-    frames, height, width = model.pyramid.size(level)
-    return 3 * frames * height * width * FP32
+    return 3 * prod(model.pyramid.size(level)) * FP32
 
 
 def volume_bytes(model: HPDM, coarse: int, level: int, itemsize: int) -> int:
@@ -155,11 +155,11 @@ def volume_bytes(model: HPDM, coarse: int, level: int, itemsize: int) -> int:
     fewer blocks it runs and the fewer features it reads."""
     blocks = [
         block
-        for block in model.context_blocks(coarse)
-        if coarse == level or level in model.fused_levels(block)
+        for block in model.config.context_blocks(coarse)
+        if coarse == level or level in model.config.fused_levels(block)
     ]
-    frames, height, width = model.grid.level_shape(coarse)
-    return len(blocks) * frames * height * width * feature_dim(model) * itemsize
+    tokens = prod(model.grid.level_shape(coarse))
+    return len(blocks) * tokens * model.config.feature_dim * itemsize
 
 
 def row_bytes(model: HPDM, level: int) -> int:
@@ -167,22 +167,14 @@ def row_bytes(model: HPDM, level: int) -> int:
     config, tokens = model.config, model.grid.count
     activations = tokens * (18 * config.token_dim + 2 * config.latent_dim)
     latents = 18 * config.num_latents * config.latent_dim
-    inputs = len(model.context_blocks(level)) * tokens * feature_dim(model)
+    inputs = len(config.context_blocks(level)) * tokens * config.feature_dim
     corner = torch.zeros(1, 3, dtype=torch.long)
-    boxes = 0
-    for block in range(len(config.levels_per_block)):
-        if level in model.fused_levels(block):
-            for coarser in model.context_levels(level):
-                t, h, w = model.grid.support(level, corner, coarser)[1]
-                boxes += t * h * w * feature_dim(model)
+    boxes = config.feature_dim * sum(
+        prod(model.grid.support(level, corner, coarser)[1])
+        for _, coarser in config.context_features(level)
+    )
     # Boxes are there three times: in use, fetched for the next batch, and on their way.
     return FP32 * (activations + latents + inputs + 3 * boxes)
-
-
-def feature_dim(model: HPDM) -> int:
-    """Channels of the features that finer levels look at."""
-    deep = model.config.fusion == "deep"
-    return model.config.token_dim if deep else model.token_pixels
 
 
 def most_tiles(tiling: Tiling, slabs: list[Slab] | tuple[Slab, ...]) -> int:

@@ -82,14 +82,7 @@ class HPDMMethod(Method):
         return sigma_at(torch.linspace(0, 1, bins + 1), self.config.diffusion).tolist()[1:-1]
 
     def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
-        fields = [("model", name) for name in SAME_MODEL]
-        fields += [] if resized else [("diffusion", "input_scale")]  # level 0 is the base
-        run = self.config.model_dump(mode="json")
-        for section, name in fields:
-            old, new = base[section].get(name), run[section][name]
-            if old != new:
-                return f"{section}.{name}", old, new
-        return None
+        return first_difference(self.config, base, resized=resized)
 
     def kind_of(self, parameter: str) -> str:
         top, _, rest = parameter.partition(".")
@@ -103,11 +96,10 @@ class HPDMMethod(Method):
         return "latent layers" if ".layers." in rest else "read and write"
 
     def facts(self) -> dict[str, Any]:
-        pyramid, sampling = self.config.pyramid, self.config.sampling
-        return {
-            "tokens per patch": prod(pyramid.patch_size) // prod(self.config.model.token_size),
-            "network calls per sampled clip": network_calls(sampling, pyramid),
-        }
+        patch, token = self.config.pyramid.patch_size, self.config.model.token_size
+        calls = network_calls(self.config.sampling, self.config.pyramid)
+        told = {"tokens per patch": prod(patch) // prod(token)}
+        return told | {"network calls per sampled clip": calls}
 
     @property
     def outputs(self) -> list[Output]:
@@ -156,3 +148,17 @@ class HPDMMethod(Method):
                 team=team,
                 progress=progress,
             )
+
+
+def first_difference(
+    config: HPDMConfig, base: dict, *, resized: bool
+) -> tuple[str, Any, Any] | None:
+    """(field, base's value, ours) of what keeps every shape and still makes another network."""
+    fields = [("model", name) for name in SAME_MODEL]
+    fields += [] if resized else [("diffusion", "input_scale")]  # level 0 is the base
+    run = config.model_dump(mode="json")
+    for section, name in fields:
+        old, new = base[section].get(name), run[section][name]
+        if old != new:
+            return f"{section}.{name}", old, new
+    return None

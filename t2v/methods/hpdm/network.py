@@ -5,11 +5,11 @@ Tokens of all levels of the pyramid run through one stack of blocks. Block b pro
 level but the coarsest is fused with features of the coarser ones (section 4.2).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.feeding.config import Conditioning
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Share, Size, Strict
-from t2v.methods.hpdm.context import ContextFusion, TokenGrid, sample_volume
+from t2v.methods.hpdm.context import Context, ContextFusion, TokenGrid, Volume
 from t2v.methods.hpdm.rin import RINBlock
 from t2v.network.conditioning import Condition, ConditionEmbedding
 from t2v.network.layers import INIT_STD, MLP, NORM_EPS, init_linear, sine_table
@@ -26,10 +26,6 @@ from t2v.network.network import Network
 Patches = Float[Tensor, "batch levels channels frames height width"]
 Tokens = Float[Tensor, "batch levels tokens token_dim"]
 Latents = Float[Tensor, "batch levels latents latent_dim"]
-Volumes = Callable[
-    [int, int, Int[Tensor, "batch 3"], tuple[int, int, int]],
-    Float[Tensor, "batch frames height width dim"],
-]
 CHANNELS = 3
 LARGEST_WIDTH = 65536  # far more than any GPU holds; more digits are a slip
 
@@ -62,6 +58,44 @@ class ModelConfig(Strict):
         default=True, description="give each fused token its place in the clip"
     )
 
+    @property
+    def token_pixels(self) -> int:
+        """Values in a token's pixels."""
+        return CHANNELS * prod(self.token_size)
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of the features that finer levels look at."""
+        return self.token_dim if self.fusion == "deep" else self.token_pixels
+
+    def fused_levels(self, block: int) -> range:
+        """Levels that get context before a block: all active but the coarsest; with shallow fusion
+        only those that enter here."""
+        enters_after = block > 0 and self.fusion == "shallow"
+        before = self.levels_per_block[block - 1] if enters_after else 1
+        return range(before, self.levels_per_block[block])
+
+    def context_levels(self, level: int) -> range:
+        """The coarser levels that a level takes context from."""
+        return range(0 if self.fusion == "deep" else max(level - 1, 0), level)
+
+    def context_features(self, level: int) -> list[tuple[int, int]]:
+        """(block, coarser level) of all features that a level takes context from."""
+        return [
+            (block, coarser)
+            for block in range(len(self.levels_per_block))
+            if level in self.fused_levels(block)
+            for coarser in self.context_levels(level)
+        ]
+
+    def context_blocks(self, level: int) -> list[int]:
+        """The blocks whose inputs at a level are context of some finer level."""
+        return [
+            block
+            for block in range(len(self.levels_per_block))
+            if any(level in self.context_levels(finer) for finer in self.fused_levels(block))
+        ]
+
 
 class AxialPositions(nn.Module):
     """Learned positions of a patch's tokens: the sum of one table per axis."""
@@ -85,16 +119,17 @@ class AxialPositions(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """First latents from those of an earlier pass: `initial + norm(z + mlp(z))` (RIN, section 3.3);
-    the norm's gain starts at zero."""
+    """First latents from those of an earlier pass: `initial + norm(z + mlp(z))` (RIN, section 3.3),
+    `z = 0` without one; the norm's gain starts at zero."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = MLP(dim, 2)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, previous: Latents) -> Latents:
-        return self.norm(previous + self.mlp(previous))
+    def forward(self, initial: Latents, previous: Latents | None) -> Latents:
+        previous = torch.zeros_like(initial) if previous is None else previous
+        return initial + self.norm(previous + self.mlp(previous))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """No influence before training."""
@@ -151,9 +186,7 @@ class HPDM(Network):
         self.config = config
         self.pyramid = pyramid
         self.grid = TokenGrid(pyramid, config.token_size)
-        frames, height, width = config.token_size
-        self.token_pixels = CHANNELS * frames * height * width
-        self.tokenizer = nn.Linear(self.token_pixels, config.token_dim)
+        self.tokenizer = nn.Linear(config.token_pixels, config.token_dim)
         self.tokenizer_norm = nn.LayerNorm(config.token_dim, eps=NORM_EPS)
         self.positions = AxialPositions(self.grid.shape, config.token_dim)
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.latent_dim))
@@ -163,22 +196,12 @@ class HPDM(Network):
         self.conditioning = ConditionEmbedding(
             pyramid, conditioning, dim=config.conditioning_dim, token_dim=config.token_dim
         )
-        context_dim = config.token_dim if config.fusion == "deep" else self.token_pixels
         self.blocks = nn.ModuleList(
-            Block(config, context_dim if self.fused_levels(block) else None)
+            Block(config, config.feature_dim if config.fused_levels(block) else None)
             for block in range(len(config.levels_per_block))
         )
         self.head_norm = nn.LayerNorm(config.token_dim, eps=NORM_EPS)
-        self.detokenizer = nn.Linear(config.token_dim, self.token_pixels)
-
-    def fused_levels(self, block: int) -> list[int]:
-        """Levels that get context before a block: all active but the coarsest; with shallow fusion
-        only those that enter here."""
-        active = self.config.levels_per_block[block]
-        before = 1
-        if self.config.fusion == "shallow" and block > 0:
-            before = self.config.levels_per_block[block - 1]
-        return list(range(before, active))
+        self.detokenizer = nn.Linear(config.token_dim, config.token_pixels)
 
     def init_weights(self, seed: int = 0) -> None:
         """Set every parameter, in a fixed order, from one seed."""
@@ -200,165 +223,41 @@ class HPDM(Network):
         offsets: Int[Tensor, "batch levels 3"],
         condition: Condition,
         previous_latents: Latents | None = None,
+        *,
+        level: int | None = None,
+        kept: Mapping[tuple[int, int], Volume] | None = None,
+        watch: Callable[[int, Tokens], None] = lambda block, features: None,
     ) -> tuple[Patches, Latents]:
-        """Output for a noisy patch at every level (scaled by `c_in`), and the last latents.
+        """Output for a noisy patch at each level (scaled by `c_in`), and the last latents.
 
-        `noise` is `c_noise` of each patch. Level l's output depends on levels 0..l only.
+        `noise` is `c_noise` of each patch. Level l's output depends on levels 0..l only. Training
+        passes all levels together. Sampling passes one `level` at a time with features `kept` from
+        passes of coarser ones (see `Context`), which `watch` is shown as (block, its input).
         """
-        levels = list(range(self.pyramid.levels))
-        pixels = self.to_pixels(x)
-        tokens = self.embed(pixels)
-        latents = self.first_latents(len(x), len(levels), previous_latents)
+        levels = list(range(self.pyramid.levels)) if level is None else [level]
+        pixels = self.grid.cut(x)
+        tokens = self.tokenizer_norm(self.tokenizer(pixels)) + self.positions()
+        latents = self.latents.expand(len(x), len(levels), -1, -1)
+        if self.self_conditioning is not None:
+            latents = self.self_conditioning(latents, previous_latents)
         vector, text = self.conditioning(noise, levels, condition)
-        matrices = {
-            (level, coarser): self.grid.matrices(
-                level, offsets[:, level], coarser, offsets[:, coarser], self.grid.shape
-            )
-            for level in levels
-            for coarser in self.context_levels(level)
-        }
-        places = self._coordinates(levels, offsets)
-        for block, active in enumerate(self.config.levels_per_block):
-            fused = self.fused_levels(block)
-            context = None
-            if fused:
-                source = tokens if self.config.fusion == "deep" else pixels
-                context = torch.stack(
-                    [
-                        self.context(
-                            level,
-                            lambda coarser, source=source: self._to_volume(source[:, coarser]),
-                            matrices,
-                        )
-                        for level in fused
-                    ],
-                    dim=1,
-                )
-            new_tokens, new_latents = self.blocks[block](
-                tokens[:, :active],
-                latents[:, :active],
-                context,
-                places[:, fused] if fused else None,
-                vector[:, :active],
-                text,
+        looks = {level: self.config.context_levels(level) for level in levels}
+        context = Context(self.grid, looks, offsets, kept or {})
+        for number, block in enumerate(self.blocks):
+            active = sum(level < self.config.levels_per_block[number] for level in levels)
+            if active == 0:
+                continue
+            features = tokens if self.config.fusion == "deep" else pixels
+            watch(number, features)
+            if self.config.detach_context:
+                features = features.detach()
+            fused = [level for level in levels if level in self.config.fused_levels(number)]
+            seen, places = context(number, fused, features) if fused else (None, None)
+            new_tokens, new_latents = block(
+                tokens[:, :active], latents[:, :active], seen, places, vector[:, :active], text,
                 condition.text_mask,
-            )
+            )  # fmt: skip
             tokens = torch.cat([new_tokens, tokens[:, active:]], dim=1)
             latents = torch.cat([new_latents, latents[:, active:]], dim=1)
-        return self.head(tokens), latents
-
-    def forward_level(
-        self,
-        level: int,
-        x: Patches,
-        noise: Float[Tensor, "batch 1"],
-        offsets: Int[Tensor, "batch 3"],
-        condition: Condition,
-        volumes: Volumes,
-        previous_latents: Latents | None = None,
-        wanted: Collection[int] | None = None,
-    ) -> tuple[Patches, Latents, dict[int, Tokens]]:
-        """Output for windows of one level, given features of all coarser levels (sampling).
-
-        `volumes(block, coarser, low, shape)` cuts boxes of tokens, of one shape, out of the input
-        that a block has over the whole of a coarser level. Returns also this level's own input of
-        the `wanted` blocks, by default of all (with shallow fusion: its pixels), from which such
-        volumes are assembled.
-        """
-        pixels = self.to_pixels(x)
-        tokens = self.embed(pixels)
-        latents = self.first_latents(len(x), 1, previous_latents)
-        vector, text = self.conditioning(noise, [level], condition)
-        boxes = {
-            coarser: self.grid.support(level, offsets, coarser)
-            for coarser in self.context_levels(level)
-        }
-        token_size = torch.tensor(self.config.token_size, device=offsets.device)
-        matrices = {
-            (level, coarser): self.grid.matrices(level, offsets, coarser, low * token_size, shape)
-            for coarser, (low, shape) in boxes.items()
-        }
-        places = self.grid.coordinates(level, offsets)[:, None]
-        inputs = {}
-        for block, active in enumerate(self.config.levels_per_block):
-            if wanted is None or block in wanted:
-                inputs[block] = tokens if self.config.fusion == "deep" else pixels
-            if level >= active:
-                continue
-            context = None
-            if level in self.fused_levels(block):
-                context = self.context(
-                    level, lambda coarser, block=block: volumes(block, coarser, *boxes[coarser]),
-                    matrices,
-                )[:, None]  # fmt: skip
-            tokens, latents = self.blocks[block](
-                tokens, latents, context, places, vector, text, condition.text_mask
-            )
-        return self.head(tokens), latents, inputs
-
-    def context_levels(self, level: int) -> list[int]:
-        """The coarser levels that a level takes context from."""
-        return list(range(level)) if self.config.fusion == "deep" else [level - 1][:level]
-
-    def context_blocks(self, level: int) -> list[int]:
-        """The blocks whose inputs at a level are context of some finer level."""
-        return [
-            block
-            for block in range(len(self.config.levels_per_block))
-            if any(level in self.context_levels(finer) for finer in self.fused_levels(block))
-        ]
-
-    def context(
-        self,
-        level: int,
-        volume: Callable[[int], Float[Tensor, "batch frames height width dim"]],
-        matrices: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]],
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """Mean of all coarser levels' features, sampled at a level's window (eq. 8).
-
-        With shallow fusion: the pixels of the previous level alone."""
-        samples = [
-            sample_volume(volume(coarser), matrices[level, coarser])
-            for coarser in self.context_levels(level)
-        ]
-        context = torch.stack(samples).mean(0) if len(samples) > 1 else samples[0]
-        return context.detach() if self.config.detach_context else context
-
-    def to_pixels(self, x: Patches) -> Float[Tensor, "batch levels tokens token_pixels"]:
-        """Patches cut into tokens, pixels flattened."""
-        t, h, w = self.config.token_size
-        return rearrange(x, "b l c (f t) (y h) (x w) -> b l (f y x) (c t h w)", t=t, h=h, w=w)
-
-    def embed(self, pixels: Float[Tensor, "batch levels tokens token_pixels"]) -> Tokens:
-        """Linear tokenizer and positions; the same for every level."""
-        return self.tokenizer_norm(self.tokenizer(pixels)) + self.positions()
-
-    def first_latents(self, batch: int, levels: int, previous: Latents | None) -> Latents:
-        """Learned latents, moved by those of an earlier pass; without one, by zeros (RIN)."""
-        latents = self.latents.expand(batch, levels, -1, -1)
-        if self.self_conditioning is None:
-            return latents
-        previous = torch.zeros_like(latents) if previous is None else previous
-        return latents + self.self_conditioning(previous)
-
-    def head(self, tokens: Tokens) -> Patches:
-        """Linear detokenizer, in fp32."""
-        t, h, w = self.config.token_size
-        f, y, _ = self.grid.shape
-        pixels = self.detokenizer(self.head_norm(tokens)).float()
-        return rearrange(
-            pixels,
-            "b l (f y x) (c t h w) -> b l c (f t) (y h) (x w)",
-            c=CHANNELS, f=f, y=y, t=t, h=h, w=w,
-        )  # fmt: skip
-
-    def _coordinates(
-        self, levels: list[int], offsets: Int[Tensor, "batch levels 3"]
-    ) -> Float[Tensor, "batch levels tokens 3"]:
-        places = [self.grid.coordinates(level, offsets[:, level]) for level in levels]
-        return torch.stack(places, dim=1)
-
-    def _to_volume(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> Float[Tensor, "batch frames height width dim"]:
-        return tokens.unflatten(1, self.grid.shape)
+        output = self.detokenizer(self.head_norm(tokens)).float()
+        return self.grid.join(output), latents

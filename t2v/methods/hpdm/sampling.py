@@ -6,8 +6,9 @@ are the context of every step and tile of the finer levels.
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from t2v.methods.hpdm.diffusion import DiffusionConfig
 from t2v.methods.hpdm.memory import LevelRoom, plan_memory
+from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiles import (
@@ -26,9 +28,6 @@ from t2v.methods.hpdm.tiles import (
 )
 from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
-
-if TYPE_CHECKING:
-    from t2v.methods.hpdm.network import HPDM
 
 ALONE = Team()
 UNBOUNDED_BYTES = 1 << 62
@@ -54,7 +53,7 @@ def noise_levels(config: DiffusionConfig, steps: int) -> Float[Tensor, " sigmas"
 
 @torch.no_grad()
 def generate(
-    model: "HPDM",
+    model: HPDM,
     *,
     condition: Condition,
     null: Condition,
@@ -80,38 +79,23 @@ def generate(
         if store is None:
             store = stack.enter_context(contextlib.closing(Store(device)))
         for level, room in enumerate(rooms):
-            network = LevelNetwork(
-                model,
-                level,
-                branches=[conditions[name] for name in sampling.branches(level)],
-                volumes=volumes,
-                diffusion=diffusion,
-                room=room,
-                store=store,
-                team=team,
-            )
-            clips = sample_level(network, seeds, sampling, diffusion, progress)
-            levels.append(clips)
+            network = partial(
+                LevelNetwork, model, level, volumes=volumes, diffusion=diffusion, room=room,
+                store=store, team=team,
+            )  # fmt: skip
+            denoised = network(branches=[conditions[name] for name in sampling.branches(level)])
+            levels.append(sample_level(denoised, seeds, sampling, diffusion, progress))
             if level + 1 == len(rooms):
                 break
             names = ("prompt", "null")[: sampling.read_branches(level)]
-            reader = LevelNetwork(
-                model,
-                level,
-                branches=[conditions[name] for name in names],
-                volumes=volumes,
-                diffusion=diffusion,
-                room=room,
-                store=store,
-                team=team,
-            )
+            reader = network(branches=[conditions[name] for name in names])
             tiling = level_tilings(sampling, model.pyramid, level)[0]
-            volumes |= read_level(reader, tiling, clips)
+            volumes |= read_level(reader, tiling, levels[level])
             # A finer level runs fewer blocks: what it does not read makes room.
             volumes = {
                 (block, coarser): kept
                 for (block, coarser), kept in volumes.items()
-                if level + 1 in model.fused_levels(block)
+                if level + 1 in model.config.fused_levels(block)
             }
     return levels
 

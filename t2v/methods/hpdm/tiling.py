@@ -83,6 +83,12 @@ class Tiling:
         low = self.offsets[:, slab.axis]
         return ((low >= slab.low) & (low < slab.high)).nonzero()[:, 0].tolist()
 
+    def corner(self, tile: int, slab: Slab) -> list[int]:
+        """A tile's low corner in its slab."""
+        corner = self.offsets[tile].tolist()
+        corner[slab.axis] -= slab.low
+        return corner
+
     def _axis_shares(self, axis: int, token: int) -> Float[Tensor, "places side"]:
         shares = self._shares.get((axis, token))
         if shares is None:

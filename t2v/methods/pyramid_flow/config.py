@@ -170,94 +170,107 @@ class PyramidFlowConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "PyramidFlowConfig":
-        for problem in (
-            self._problem_with_space(),
-            self._problem_with_units(),
-            self._problem_with_levels(),
-            self._problem_with_turns(),
-            self._problem_with_sampling(),
-        ):
-            if problem:
+        for find in PROBLEMS:
+            if problem := find(self):
                 raise ValueError(problem)
         return self
 
-    def _problem_with_space(self) -> str | None:
-        if (self.space == "latents") != (self.latents is not None):
+
+def problem_with_space(config: PyramidFlowConfig) -> str | None:
+    """Why the space and the clip do not fit together."""
+    if (config.space == "latents") != (config.latents is not None):
+        return (
+            "latents: missing because space is 'latents'; give name and channels of the set"
+            if config.latents is None
+            else "latents: is wrong because space is 'pixels'; leave it out, or use latents"
+        )
+    if config.latents:
+        by_frames, *strides = config.latents.stride
+        frames, *sides = config.clip_size
+        if (frames - 1) % by_frames:
+            low = 1 + (frames - 1) // by_frames * by_frames
             return (
-                "latents: missing because space is 'latents'; give name and channels of the set"
-                if self.latents is None
-                else "latents: is wrong because space is 'pixels'; leave it out, or use latents"
+                f"clip_size: {frames} (frames) is wrong because the autoencoder takes 1 frame "
+                f"and then {by_frames} at a time; use {low} or {low + by_frames}"
             )
-        if self.latents:
-            by_frames, *strides = self.latents.stride
-            frames, *sides = self.clip_size
-            if (frames - 1) % by_frames:
-                low = 1 + (frames - 1) // by_frames * by_frames
+        for axis, side, stride in zip(AXES[1:], sides, strides, strict=True):
+            if side % stride:
                 return (
-                    f"clip_size: {frames} (frames) is wrong because the autoencoder takes 1 frame "
-                    f"and then {by_frames} at a time; use {low} or {low + by_frames}"
+                    f"clip_size: {side} ({axis}) is wrong because it is no multiple of "
+                    f"latents.stride {stride}; use {max(side // stride, 1) * stride}"
                 )
-            for axis, side, stride in zip(AXES[1:], sides, strides, strict=True):
-                if side % stride:
-                    return (
-                        f"clip_size: {side} ({axis}) is wrong because it is no multiple of "
-                        f"latents.stride {stride}; use {max(side // stride, 1) * stride}"
-                    )
-        return None
+    return None
 
-    def _problem_with_units(self) -> str | None:
-        if (self.temporal == "pyramid") != (self.unit_frames is not None):
-            return (
-                "unit_frames: missing because temporal is 'pyramid'; give the frames of a unit"
-                if self.unit_frames is None
-                else "unit_frames: is wrong because temporal 'full' has one unit; leave it out"
+
+def problem_with_units(config: PyramidFlowConfig) -> str | None:
+    """Why the clip's frames are not whole units."""
+    if (config.temporal == "pyramid") != (config.unit_frames is not None):
+        return (
+            "unit_frames: missing because temporal is 'pyramid'; give the frames of a unit"
+            if config.unit_frames is None
+            else "unit_frames: is wrong because temporal 'full' has one unit; leave it out"
+        )
+    frames, unit = config.size[0], config.unit_frames or 1
+    if (frames - 1) % unit:
+        low = 1 + (frames - 1) // unit * unit
+        in_space = f"{frames} latent frames" if config.latents else f"{frames} frames"
+        fits = f"{low} or {low + unit}" + (" latent frames" if config.latents else "")
+        return (
+            f"clip_size: {config.clip_size[0]} (frames) is wrong because its {in_space} are not "
+            f"1 and then units of {unit}; use {fits}, or another unit_frames"
+        )
+    return None
+
+
+def problem_with_levels(config: PyramidFlowConfig) -> str | None:
+    """Why a frame cannot be halved as often as there are stages."""
+    for axis, side, token in zip(AXES[1:], config.size[1:], config.model.token_size, strict=True):
+        least = token * 2 ** (config.flow.stages - 1)
+        if side % least:
+            # As many stages as the side can be halved for.
+            most, rest = 1, side // token
+            while side % token == 0 and rest % 2 == 0:
+                most, rest = most + 1, rest // 2
+            remedy = (
+                f"use {most}, or sides that are multiples of {least}"
+                if side % token == 0
+                else f"make sides multiples of {least}"
             )
-        frames, unit = self.size[0], self.unit_frames or 1
-        if (frames - 1) % unit:
-            low = 1 + (frames - 1) // unit * unit
-            in_space = f"{frames} latent frames" if self.latents else f"{frames} frames"
-            fits = f"{low} or {low + unit}" + (" latent frames" if self.latents else "")
             return (
-                f"clip_size: {self.clip_size[0]} (frames) is wrong because its {in_space} are not "
-                f"1 and then units of {unit}; use {fits}, or another unit_frames"
+                f"flow.joints: {config.flow.stages} stages are wrong because {axis} {side} is no "
+                f"multiple of model.token_size {token} x {least // token} at the coarsest; "
+                f"{remedy}"
             )
-        return None
+    return None
 
-    def _problem_with_levels(self) -> str | None:
-        for axis, side, token in zip(AXES[1:], self.size[1:], self.model.token_size, strict=True):
-            least = token * 2 ** (self.flow.stages - 1)
-            if side % least:
-                # As many stages as the side can be halved for.
-                most, rest = 1, side // token
-                while side % token == 0 and rest % 2 == 0:
-                    most, rest = most + 1, rest // 2
-                remedy = (
-                    f"use {most}, or sides that are multiples of {least}"
-                    if side % token == 0
-                    else f"make sides multiples of {least}"
-                )
-                return (
-                    f"flow.joints: {self.flow.stages} stages are wrong because {axis} {side} is no "
-                    f"multiple of model.token_size {token} x {least // token} at the coarsest; "
-                    f"{remedy}"
-                )
-        return None
 
-    def _problem_with_turns(self) -> str | None:
-        stages = set(range(self.flow.stages))
-        if set(self.stage_turns) != stages:
+def problem_with_turns(config: PyramidFlowConfig) -> str | None:
+    """Why the turns are not those of the stages."""
+    stages = set(range(config.flow.stages))
+    if set(config.stage_turns) != stages:
+        return (
+            f"stage_turns: {list(config.stage_turns)} is wrong because the stages are 0 to "
+            f"{config.flow.stages - 1}; give each of them a turn, and no other"
+        )
+    return None
+
+
+def problem_with_sampling(config: PyramidFlowConfig) -> str | None:
+    """Why sampling does not suit the stages."""
+    for name in ("steps", "first_steps"):
+        steps = getattr(config.sampling, name)
+        if steps is not None and len(steps) != config.flow.stages:
             return (
-                f"stage_turns: {list(self.stage_turns)} is wrong because the stages are 0 to "
-                f"{self.flow.stages - 1}; give each of them a turn, and no other"
+                f"sampling.{name}: {list(steps)} has {len(steps)} entries for "
+                f"{config.flow.stages} stages; give one per stage"
             )
-        return None
+    return None
 
-    def _problem_with_sampling(self) -> str | None:
-        for name in ("steps", "first_steps"):
-            steps = getattr(self.sampling, name)
-            if steps is not None and len(steps) != self.flow.stages:
-                return (
-                    f"sampling.{name}: {list(steps)} has {len(steps)} entries for "
-                    f"{self.flow.stages} stages; give one per stage"
-                )
-        return None
+
+PROBLEMS = (
+    problem_with_space,
+    problem_with_units,
+    problem_with_levels,
+    problem_with_turns,
+    problem_with_sampling,
+)

@@ -53,27 +53,8 @@ class PyramidFlowMethod(Method):
         return PyramidFlow(self.config, self.conditioning)
 
     def inputs(self) -> dict[str, Any]:
-        return {
-            "groups": [self.blank_group(len(self.config.units) - 1, self.config.flow.stages - 1)]
-        }
-
-    def blank_group(self, unit: int, stage: int) -> Group:
-        """One sample at a stage of a unit, as zeros."""
-        config, text = self.config, text_shape(self.conditioning)
-        pieces = []
-        for stretch in lay_out(unit, stage):
-            frames = config.units.frames(stretch)
-            sides = zip(config.grid(stretch.level), config.model.token_size, strict=True)
-            size = (frames.stop - frames.start, *(count * token for count, token in sides))
-            pieces.append(torch.zeros(1, config.channels, *size))
-        return Group(
-            stage=stage,
-            unit=unit,
-            pieces=pieces,
-            clock=torch.ones(1),
-            condition=blank_condition(self.conditioning),
-            text_lengths=(text[0],) if text else None,
-        )
+        last, finest = len(self.config.units) - 1, self.config.flow.stages - 1
+        return {"groups": [blank_group(self.config, self.conditioning, last, finest)]}
 
     def losses(
         self, network: PyramidFlow, batch: Batch, *, seed: int, device: torch.device
@@ -128,20 +109,7 @@ class PyramidFlowMethod(Method):
         }
 
     def clips_at_once(self, network: PyramidFlow, most: int, room: Room, team: Team) -> int:
-        """By the activations of the heaviest step, an estimate."""
-        config = self.config
-        tokens = config.token_ends(len(config.units) - 1, config.flow.stages - 1)[-1]
-        text = text_shape(self.conditioning)
-        tokens += text[0] if text else 0
-        wide = config.model.dim * (6 + 2 * config.model.mlp_ratio)  # of a block and its input
-        clip = FP32 * (tokens * wide + 4 * config.values_per_sample)
-        if room.device_bytes < clip:
-            raise ConfigError(
-                f"--memory-gib: leaves {room.device_bytes / 2**30:.2f} GiB beside the program and "
-                "its weights, which is wrong because one clip cannot be sampled in it; give at "
-                f"least {(clip - room.device_bytes) / 2**30:.2f} GiB more."
-            )
-        return min(most, room.device_bytes // clip)
+        return clips_that_fit(self.config, self.conditioning, most, room)
 
     def problem_with_given(self, frames: int) -> str | None:
         fits = [self.config.pixel_frames(end) for end in self.config.units.ends[:-1]]
@@ -189,3 +157,41 @@ def mean_compute(config: PyramidFlowConfig, text_tokens: int) -> float:
 
     turns = [cost(stage, unit) for stage in config.stage_turns for unit in units]
     return sum(turns) / len(turns) / cost(stages[-1], units[-1])
+
+
+def clips_that_fit(
+    config: PyramidFlowConfig, conditioning: Conditioning, most: int, room: Room
+) -> int:
+    """By the activations of the heaviest step, an estimate."""
+    tokens = config.token_ends(len(config.units) - 1, config.flow.stages - 1)[-1]
+    text = text_shape(conditioning)
+    tokens += text[0] if text else 0
+    wide = config.model.dim * (6 + 2 * config.model.mlp_ratio)  # of a block and its input
+    clip = FP32 * (tokens * wide + 4 * config.values_per_sample)
+    if room.device_bytes < clip:
+        raise ConfigError(
+            f"--memory-gib: leaves {room.device_bytes / 2**30:.2f} GiB beside the program and "
+            "its weights, which is wrong because one clip cannot be sampled in it; give at "
+            f"least {(clip - room.device_bytes) / 2**30:.2f} GiB more."
+        )
+    return min(most, room.device_bytes // clip)
+
+
+def blank_group(
+    config: PyramidFlowConfig, conditioning: Conditioning, unit: int, stage: int
+) -> Group:
+    """One sample at a stage of a unit, as zeros."""
+    text, pieces = text_shape(conditioning), []
+    for stretch in lay_out(unit, stage):
+        frames = config.units.frames(stretch)
+        sides = zip(config.grid(stretch.level), config.model.token_size, strict=True)
+        size = (frames.stop - frames.start, *(count * token for count, token in sides))
+        pieces.append(torch.zeros(1, config.channels, *size))
+    return Group(
+        stage=stage,
+        unit=unit,
+        pieces=pieces,
+        clock=torch.ones(1),
+        condition=blank_condition(conditioning),
+        text_lengths=(text[0],) if text else None,
+    )

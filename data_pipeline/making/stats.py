@@ -4,19 +4,22 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import page as page_file
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.making.verify import KINDS
 from data_pipeline.media.video import probe
 from data_pipeline.progress import progress
 from data_pipeline.shards.contact_sheet import contact_sheet
 from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.derived import open_info
+from data_pipeline.shards.tar import open_index
+from data_pipeline.store import page as page_file
 from data_pipeline.store import storage
 
 PAGE = "stats.html"
@@ -43,6 +46,7 @@ class Stats:
     resolutions: dict[str, int]  # width x height before building, most frequent first
     rejected: dict[str, int]
     notes: dict[str, str]
+    derived: dict[str, str]  # what embeddings and latents there are, by kind and name
 
     @property
     def hours(self) -> float:
@@ -67,6 +71,7 @@ class Stats:
         top = ", ".join(f"{size} ({count})" for size, count in list(self.resolutions.items())[:5])
         rows.append(("resolution", f"{len(self.resolutions)} sizes: {top}"))
         rows += [(f"left out: {reason}", f"{count:,}") for reason, count in self.rejected.items()]
+        rows += list(self.derived.items())
         if self.unreadable:
             rows.append(("unreadable", f"{self.unreadable} of {self.read}: run `t2v data verify`"))
         return rows + [(f"note: {name}", text) for name, text in self.notes.items()]
@@ -79,7 +84,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
     shards = range(len(info.shards))
     media_bytes = sum(int(data.index(shard)["media"]["size"].sum()) for shard in shards)
     captions = np.concatenate([np.unique(data.index(shard)["caption"]) for shard in shards])
-    places = data.draw(count, seed)
+    places = data.draw(count, seed=seed)
     seconds, fps, words, sizes, unreadable = [], [], [], Counter(), 0
     for shard, row in progress(places, "read samples", total=len(places)):
         try:
@@ -108,6 +113,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
         resolutions=dict(sizes.most_common()),
         rejected=info.rejected,
         notes=info.notes,
+        derived=dict(_derived(data)),
     )
 
 
@@ -154,6 +160,19 @@ def _describe(data: Dataset, shard: int, row: int) -> tuple[str, float, float, s
     fps = float(metadata["fps"])
     size = f"{metadata['original_width']}x{metadata['original_height']}"
     return record.caption, fps, data.info.clip[0] / fps if fps else 0.0, size
+
+
+def _derived(data: Dataset) -> Iterator[tuple[str, str]]:
+    """(kind and name, what it is) of each set that is cached beside a dataset."""
+    for kind in KINDS:
+        for name in kind.names(data):
+            try:
+                folder, info = open_info(kind, data, name)
+                rows = [open_index(folder, shard.name)["media"]["size"] for shard in info.shards]
+                size = sum(int(sizes.sum()) for sizes in rows)
+                yield f"{kind.folder} {name}", f"{size / 1e9:,.3f} GB, {kind.tell(info.provenance)}"
+            except UserError:
+                yield f"{kind.folder} {name}", f"not whole, or of other data: {kind.verb} again"
 
 
 def _spread(values: Sequence[float]) -> str:
