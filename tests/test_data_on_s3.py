@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from data_pipeline.making.stats import measure
 
 from data_pipeline.making.build import build, index
+from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import repair, verify
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.store import storage

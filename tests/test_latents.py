@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_pipeline.making.stats import measure
 from safetensors.torch import save
 from test_loader import config, make, seen
 from test_verify import members
@@ -21,6 +20,7 @@ from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.sources import open_sources
 from data_pipeline.latents.latents import Normalisation, Statistics, open_latents
 from data_pipeline.making.build import build
+from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import repair, verify
 from data_pipeline.media.video import encode_clip
 from data_pipeline.pyramid import Pyramid

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_pipeline.making.stats import measure
 
 from data_pipeline.feeding.config import DataConfig, Source, TextConditioning
 from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build, index
+from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import verify
 from data_pipeline.media.video import read_clip
 from data_pipeline.pyramid import Pyramid

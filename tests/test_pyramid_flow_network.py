@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2v.methods.pyramid_flow.attention import attend, rotary_turns, rotate, token_places
+from t2v.methods.pyramid_flow.attention import Sight, attend, rotary_turns, rotate, token_places
 from t2v.methods.pyramid_flow.method import blank_group
-from t2v.methods.pyramid_flow.network import Group, PyramidFlow
+from t2v.methods.pyramid_flow.network import DoubleBlock, Group, PyramidFlow
 from t2v.plan.footprint import forward_flops
 from t2v.recipe.recipe import RunConfig, load_config, method_of
 from tests.tiny_flow import FULL, TEXT, flow_config, noise_group, stirred_network
@@ -27,13 +27,19 @@ def perturbed(group: Group, piece: int, frames: slice = slice(None)) -> Group:
     return replace(group, pieces=pieces)
 
 
-def hidden(network: PyramidFlow, group: Group) -> list[Tensor]:
-    """The sequence that each block makes."""
-    kept: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: kept.append(out[0]))
-             for block in network.blocks]  # fmt: skip
-    with torch.no_grad():
-        network([group])
+def hidden(network: PyramidFlow, group: Group) -> list[tuple[Tensor, Tensor]]:
+    """(text, clip) as each block leaves them."""
+    text, kept = max(group.text_lengths or [0]), []
+
+    def keep(block: nn.Module, _: object, made: object) -> None:
+        if isinstance(block, DoubleBlock):
+            [texts, clips] = made
+            kept.append((texts[0], clips[0]))
+        else:
+            kept.append((made[0][:, :text], made[0][:, text:]))
+
+    hooks = [block.register_forward_hook(keep) for block in network.blocks]
+    answers(network, group)
     for hook in hooks:
         hook.remove()
     return kept
@@ -62,7 +68,7 @@ def test_attention_by_units_is_attention_under_one_mask(padding):
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 12, 16, generator=generator, dtype=torch.float64)
     units = [0] * 5 + [1] * 1 + [2] * 4 + [3] * 2
-    found = attend(q, k, v, ends=(5, 6, 10, 12), padding=padding)
+    found = attend(q, k, v, Sight(padding, (5, 6, 10, 12))).unflatten(2, (2, 16)).transpose(1, 2)
     torch.testing.assert_close(found, dense(q, k, v, units, list(padding)), rtol=0, atol=1e-12)
 
 
@@ -78,7 +84,7 @@ def test_each_unit_is_one_call_without_a_mask(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     x = torch.randn(2, 2, 12, 16)
-    attend(x, x, x, ends=(5, 6, 10, 12), padding=(0, 0))
+    attend(x, x, x, Sight((0, 0), (5, 6, 10, 12)))
     assert calls == [(5, 5), (1, 6), (4, 10), (2, 12)]
 
 
@@ -90,7 +96,7 @@ def test_each_unit_is_one_call_without_a_mask(monkeypatch):
 def test_a_unit_sees_no_later_one(kind, stage):
     config = flow_config(conditioning=kind)
     network, (group, _) = stirred_network(config), noise_group(config, unit=3, stage=stage)
-    ends = network.sight(group).ends
+    ends = config.method.token_ends(3, stage)
     places = {  # piece and frames of each unit
         2: [(0, slice(0, 1)), (1, slice(None)), (2, slice(None)), (3, slice(None))],
         1: [(0, slice(0, 1)), (0, slice(1, 3)), (1, slice(None)), (2, slice(None))],
@@ -99,12 +105,11 @@ def test_a_unit_sees_no_later_one(kind, stage):
     before = hidden(network, group)
     for unit, place in enumerate(places):
         start = ends[unit - 1] if unit else 0
-        for one, other in zip(before, hidden(network, perturbed(group, *place)), strict=True):
-            assert torch.equal(one[:, :start], other[:, :start])
-            # Everything from it on is another: what is denoised, and with the first unit the text.
-            moved = (one[:, start:] != other[:, start:]).any(-1)
-            assert moved[:, -1].all()
-            assert moved[:, : ends[unit] - start].any(1).all()
+        after = hidden(network, perturbed(group, *place))
+        for (text, clip), (new_text, new_clip) in zip(before, after, strict=True):
+            assert torch.equal(clip[:, :start], new_clip[:, :start])
+            assert (clip[:, start:] != new_clip[:, start:]).any(-1).all()
+            assert unit == 0 or torch.equal(text, new_text)
 
 
 @KINDS
@@ -119,12 +124,10 @@ def test_all_of_a_unit_sees_all_of_it(kind):
 def test_text_sees_the_first_unit_and_no_other():
     config = flow_config(conditioning=TEXT)
     network, (group, _) = stirred_network(config), noise_group(config, unit=2, stage=2)
-    text = network.sight(group).text
-    before = hidden(network, group)[0][:, :text]
-    first = hidden(network, perturbed(group, 0))[0][:, :text]
-    second = hidden(network, perturbed(group, 1))[0][:, :text]
-    padding = torch.tensor(network.sight(group).padding)
-    real = torch.arange(text) >= padding[:, None]
+    before, _ = hidden(network, group)[0]
+    first, _ = hidden(network, perturbed(group, 0))[0]
+    second, _ = hidden(network, perturbed(group, 1))[0]
+    real = torch.arange(before.shape[1]) >= torch.tensor(network.sight(group).padding)[:, None]
     assert (before[real] != first[real]).any(-1).all()
     assert torch.equal(before, second)
 

@@ -301,7 +301,7 @@ def test_given_frames_that_do_not_fit_are_told():
     for frames in (0, 2, 4, 7, 9):
         assert method.problem_with_given(frames) == "units end after 1, 3, 5 frames; give as many"
     full = method_of(flow_config(**FULL))
-    assert full.problem_with_given(1) == "temporal 'full' makes all frames at once; leave it out"
+    assert full.problem_with_given(1) == "the checkpoint makes all frames at once; leave it out"
 
 
 def test_clips_at_once_keep_to_the_room():

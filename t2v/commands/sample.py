@@ -18,6 +18,12 @@ def add_sample_verb(verbs) -> None:
     verb.add_argument("--negative-prompt", help="what guidance leads away from, for every clip")
     verb.add_argument("--label", action="append", type=int, help="a class; may be repeated")
     verb.add_argument("--count", type=int, help="clips of a recipe without text or classes")
+    verb.add_argument(
+        "--given",
+        action="append",
+        metavar="FILE",
+        help="an image or a clip that clips begin with: one for all, or one for each",
+    )
     verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
     verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")
     verb.add_argument("--seed", type=int, default=0, help="seed of the first clip; then one more")
@@ -56,6 +62,7 @@ def sample(options: argparse.Namespace) -> None:
             encoder=options.encoder,
             seed=options.seed,
             levels=options.levels,
+            given=tuple(options.given or []),
         ),
         out=options.out,
         overrides=options.set or [],

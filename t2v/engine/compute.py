@@ -58,6 +58,9 @@ def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
     Only `forward` is replaced: names of parameters stay, and an engine's hooks stay outside.
     """
     for block in blocks:
+        programs = [name for name in getattr(block, "programs", ()) if config.compile]
+        for name in programs:  # inside of what is recomputed, so that both times they run
+            setattr(block, name, torch.compile(getattr(block, name)))
         forward = block.forward
         # Blocks draw no random numbers, so there is no generator state to keep.
         match config.activation_checkpointing:
@@ -73,7 +76,7 @@ def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
                     preserve_rng_state=False,
                     context_fn=partial(create_selective_checkpoint_contexts, keep_products),
                 )
-        block.forward = torch.compile(forward) if config.compile else forward
+        block.forward = torch.compile(forward) if config.compile and not programs else forward
 
 
 def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

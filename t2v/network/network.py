@@ -9,6 +9,7 @@ class Network(nn.Module, ABC):
     """A network that can be built on the meta device, split over ranks, and only then filled.
 
     Engines wrap, gather, recompute and compile its `blocks` one by one, and the rest together.
+    A block whose `forward` is too varied to be compiled names methods that are not in `programs`.
     """
 
     blocks: nn.ModuleList

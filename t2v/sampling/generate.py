@@ -38,6 +38,7 @@ from t2v.engine.world import World, join_world
 from t2v.methods.method import Output, Room, Team
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
+from t2v.sampling.given import stack_given
 from t2v.sampling.source import Source, open_source
 from t2v.sampling.subjects import Conditions, Request, Subject, subjects_of
 
@@ -76,6 +77,8 @@ class Recipe:
             "negative_prompt": self.request.negative_prompt,
             "settings": self.config.method.sampling.model_dump(mode="json", exclude={"tile_batch"}),
         }
+        if subject.given:
+            facts["given"] = subject.given.digest
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -148,6 +151,7 @@ def sample_pending(
             for first in range(0, len(subjects), many):
                 chosen = subjects[first : first + many]
                 condition, null = conditions.of(chosen)
+                given = [subject.given for subject in chosen if subject.given]
                 with autocast(config.engine, world.device):
                     made = method.generate(
                         network,
@@ -157,6 +161,7 @@ def sample_pending(
                         room=room,
                         team=mates,
                         progress=lambda calls: bars.advance(bar, calls),
+                        given=stack_given(given, world.device) if given else None,
                     )
                 kept = 0 if recipe.request.levels else -1
                 if mates.rank == 0:
@@ -261,6 +266,8 @@ def write_sample(
         "sha256": sha256(media).hexdigest(),
         "key": recipe.key(subject),
     }
+    if subject.given:
+        record["given"] = {"file": subject.given.file, "sha256": subject.given.digest}
     storage.write_atomic(str(record_path(out, subject.number)), json.dumps(record).encode())
 
 

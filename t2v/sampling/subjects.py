@@ -1,6 +1,7 @@
 """What clips are to show: prompts or classes, checked, and as conditions of the network."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
@@ -13,8 +14,10 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
+from t2v.methods.method import Method
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, method_of
+from t2v.sampling.given import Given, read_given
 
 MAX_PROMPT_CHARACTERS = 2000
 MOST_CLIPS = 100_000
@@ -32,6 +35,7 @@ class Request:
     encoder: str | None = None
     seed: int = 0
     levels: bool = False  # the clips of coarser levels too
+    given: tuple[str, ...] = ()  # files that clips begin with: one for all, or one for each
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Subject:
     number: int
     shows: str | int | None
     seed: int
+    given: Given | None = None
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -121,7 +126,22 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
             "--negative-prompt: is wrong because guidance_scale 1 never looks at it; raise it with "
             "--set guidance_scale=X, or leave the prompt out."
         )
-    return [Subject(n, what, request.seed + n) for n, what in enumerate(shown)]
+    given = given_to(len(shown), request, method_of(config))
+    return [
+        Subject(n, what, request.seed + n, one)
+        for n, (what, one) in enumerate(zip(shown, given, strict=True))
+    ]
+
+
+def given_to(clips: int, request: Request, method: Method) -> Sequence[Given | None]:
+    """The first frames of each clip."""
+    if len(request.given) not in (0, 1, clips):
+        raise ConfigError(
+            f"--given: {len(request.given)} files are wrong because there are {clips} clips; give "
+            "one for all, or one for each."
+        )
+    read = [read_given(path, method) for path in request.given]
+    return read * clips if len(read) == 1 else read or [None] * clips
 
 
 class Conditions:

@@ -1,7 +1,11 @@
 """Attention over units: full inside one, causal from one to the next; and where tokens are."""
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,32 +18,40 @@ Places = Float[Tensor, "tokens 3"]
 Turns = Float[Tensor, "2 tokens half_channels"]
 
 
+@dataclass(frozen=True)
+class Sight:
+    """Which tokens of a sequence see which: the first `padding` of each row are seen by none, and
+    a unit, which stops at its end, sees all up to there."""
+
+    padding: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
 @torch.compiler.disable
-def attend(
-    q: Heads, k: Heads, v: Heads, *, ends: tuple[int, ...], padding: tuple[int, ...]
-) -> Heads:
-    """Each unit's queries over the keys up to its end; `ends` counts tokens.
+def attend(q: Heads, k: Heads, v: Heads, sight: Sight) -> Float[Tensor, "batch tokens dim"]:
+    """Attention of each unit's queries over the keys up to its end; padding answers with zeros.
 
-    `padding` is the number of tokens at the start of each row that nobody sees, and whose own
-    answers are zeros. What a unit sees is one stretch of keys, so no mask is needed, and fused
-    kernels (flash attention on a GPU) take each part. Never compiled: the parts of every unit
-    would be a program of their own.
+    What a unit sees is one stretch of keys, so there is no mask, and fused kernels (flash attention
+    on a GPU) take each part. Left out of compiled blocks, which would else be compiled anew for
+    every number of units.
     """
-    if any(padding):
-        rows = zip(q.split(1), k.split(1), v.split(1), padding, strict=True)
-        return torch.cat([_attend(*row, ends) for row in rows])
-    return _attend(q, k, v, 0, ends)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if any(sight.padding):
+        rows = zip(q.split(1), k.split(1), v.split(1), sight.padding, strict=True)
+        attended = torch.cat([_attend(*row, sight.ends) for row in rows])
+    else:
+        attended = _attend(q, k, v, 0, sight.ends)
+    return rearrange(attended, "b h n d -> b n (h d)")
 
 
-def _attend(q: Heads, k: Heads, v: Heads, hidden: int, ends: tuple[int, ...]) -> Heads:
-    starts = (hidden, *ends[:-1])
-    parts = [
-        F.scaled_dot_product_attention(
-            q[:, :, low:high], k[:, :, hidden:high], v[:, :, hidden:high]
+def _attend(q: Heads, k: Heads, v: Heads, padding: int, ends: tuple[int, ...]) -> Heads:
+    parts = [torch.zeros_like(q[:, :, :padding])] if padding else []
+    for start, end in pairwise((padding, *ends)):
+        seen = slice(padding, end)
+        parts.append(
+            F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, seen], v[:, :, seen])
         )
-        for low, high in zip(starts, ends, strict=True)
-    ]
-    return torch.cat([torch.zeros_like(q[:, :, :hidden]), *parts] if hidden else parts, dim=2)
+    return torch.cat(parts, dim=2)
 
 
 class HeadNorm(nn.Module):
@@ -73,6 +85,12 @@ def rotate(x: Heads, turns: Turns) -> Heads:
     """Pairs of channels, half a head apart, turned by their angles."""
     (cos, sin), (one, other) = turns, x.chunk(2, dim=-1)
     return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
+
+
+def after_text(turns: Turns, text: int) -> Turns:
+    """The same for a clip that comes after text, which is not turned."""
+    unmoved = torch.cat([torch.ones_like(turns[:1, :1]), torch.zeros_like(turns[:1, :1])])
+    return torch.cat([unmoved.expand(-1, text, -1), turns], dim=1)
 
 
 def token_places(frames: slice, grid: tuple[int, int], stride: int, device: torch.device) -> Places:

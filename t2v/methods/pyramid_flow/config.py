@@ -126,6 +126,10 @@ class PyramidFlowConfig(MethodConfig):
         """(frames, height, width) of a clip in the flow's space."""
         return self.latents.size(self.clip_size) if self.latents else self.clip_size
 
+    def pixel_frames(self, frames: int) -> int:
+        """Frames of the clip that as many first frames in the flow's space stand for."""
+        return 1 + (frames - 1) * self.latents.stride[0] if self.latents else frames
+
     @property
     def channels(self) -> int:
         """Channels of a clip in the flow's space."""

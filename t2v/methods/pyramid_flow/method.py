@@ -112,11 +112,11 @@ class PyramidFlowMethod(Method):
         return clips_that_fit(self.config, self.conditioning, most, room)
 
     def problem_with_given(self, frames: int) -> str | None:
-        fits = self.config.units.ends[:-1]
+        fits = [self.config.pixel_frames(end) for end in self.config.units.ends[:-1]]
         if frames in fits:
             return None
         if not fits:
-            return "temporal 'full' makes all frames at once; leave it out"
+            return "the checkpoint makes all frames at once; leave it out"
         return f"units end after {', '.join(map(str, fits))} frames; give as many"
 
     def generate(

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from data_pipeline.feeding.config import ClassConditioning, Conditioning, TextConditioning
 from t2v.methods.pyramid_flow.attention import (
     HeadNorm,
+    Sight,
     Turns,
+    after_text,
     attend,
     rotary_turns,
     rotate,
@@ -56,16 +58,6 @@ class Group:
     clock: Float[Tensor, " batch"]
     condition: Condition
     text_lengths: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Which tokens of a group's sequence see which: of `text` tokens each sample's first `padding`
-    are hidden, and a unit sees all up to its end."""
-
-    text: int
-    padding: tuple[int, ...]
-    ends: tuple[int, ...]
 
 
 class ClipConditioning(nn.Module):
@@ -148,6 +140,8 @@ class Stream(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and clip attend jointly, each with weights of its own."""
 
+    programs = ("mix",)
+
     def __init__(self, config: ModelConfig, *, has_text: bool) -> None:
         super().__init__()
         self.clip = Stream(config)
@@ -155,30 +149,34 @@ class DoubleBlock(nn.Module):
 
     def forward(
         self,
-        sequences: list[Tokens],
+        texts: list[Tokens],
+        clips: list[Tokens],
         vectors: list[Vector],
         turns: list[Turns],
         sights: list[Sight],
-    ) -> list[Tokens]:
-        rows = zip(sequences, vectors, turns, sights, strict=True)
-        return [self.attend_and_mix(*row) for row in rows]
+    ) -> tuple[list[Tokens], list[Tokens]]:
+        rows = zip(texts, clips, vectors, turns, sights, strict=True)
+        mixed = [self.mix(*row) for row in rows]
+        return [text for text, _ in mixed], [clip for _, clip in mixed]
 
-    def attend_and_mix(self, x: Tokens, vector: Vector, turns: Turns, sight: Sight) -> Tokens:
+    def mix(
+        self, text: Tokens, clip: Tokens, vector: Vector, turns: Turns, sight: Sight
+    ) -> tuple[Tokens, Tokens]:
+        q, k, v, clip_rest = self.clip.look(clip, vector)
+        q, k = rotate(q, turns), rotate(k, turns)
         if self.text is None:
-            q, k, v, rest = self.clip.look(x, vector)
-            return self.clip.take(x, see(q, k, v, turns, sight), rest)
-        text, clip = x[:, : sight.text], x[:, sight.text :]
+            return text, self.clip.take(clip, attend(q, k, v, sight), clip_rest)
         *of_text, text_rest = self.text.look(text, vector)
-        *of_clip, clip_rest = self.clip.look(clip, vector)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, of_clip, strict=True))
-        attended = see(q, k, v, turns, sight)
-        text = self.text.take(text, attended[:, : sight.text], text_rest)
-        clip = self.clip.take(clip, attended[:, sight.text :], clip_rest)
-        return torch.cat([text, clip], dim=1)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, (q, k, v), strict=True))
+        attended = attend(q, k, v, sight).split([text.shape[1], clip.shape[1]], dim=1)
+        text = self.text.take(text, attended[0], text_rest)
+        return text, self.clip.take(clip, attended[1], clip_rest)
 
 
 class SingleBlock(nn.Module):
     """Attention and MLP side by side, with the same weights for text and clip."""
+
+    programs = ("mix",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -199,14 +197,15 @@ class SingleBlock(nn.Module):
         sights: list[Sight],
     ) -> list[Tokens]:
         rows = zip(sequences, vectors, turns, sights, strict=True)
-        return [self.attend_and_mix(*row) for row in rows]
+        return [self.mix(*row) for row in rows]
 
-    def attend_and_mix(self, x: Tokens, vector: Vector, turns: Turns, sight: Sight) -> Tokens:
+    def mix(self, x: Tokens, vector: Vector, turns: Turns, sight: Sight) -> Tokens:
         shift, scale, gate = self.modulation(F.silu(vector))[:, None].chunk(3, dim=2)
         normed = modulate(self.norm(x), shift, scale)
         looked, hidden = self.query_key_value_expand(normed).split(self.sizes, dim=2)
         q, k, v = heads(looked, self.head_dim)
-        attended = see(self.query_norm(q), self.key_norm(k), v, turns, sight)
+        q, k = rotate(self.query_norm(q), turns), rotate(self.key_norm(k), turns)
+        attended = attend(q, k, v, sight)
         mixed = torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=2)
         return torch.addcmul(x, gate, self.out_contract(mixed))
 
@@ -247,50 +246,51 @@ class PyramidFlow(Network):
 
     def forward(self, groups: list[Group]) -> list[Piece]:
         """The velocity of each group's noisy unit, in fp32."""
-        begun = [self.embed(group) for group in groups]
-        sequences = [sequence for sequence, _ in begun]
-        vectors = [vector for _, vector in begun]
+        texts, clips, vectors = zip(*(self.embed(group) for group in groups), strict=True)
+        turns = [self.turns(group) for group in groups]
         sights = [self.sight(group) for group in groups]
-        turns = [self.turns(group, sight.text) for group, sight in zip(groups, sights, strict=True)]
-        for block in self.blocks:
+        doubles = self.config.model.double_blocks
+        for block in self.blocks[:doubles]:
+            texts, clips = block(texts, clips, vectors, turns, sights)
+        pairs = list(zip(texts, clips, strict=True))
+        sequences = [torch.cat(pair, dim=1) for pair in pairs]
+        turns = [after_text(turn, text.shape[1]) for text, turn in zip(texts, turns, strict=True)]
+        for block in self.blocks[doubles:]:
             sequences = block(sequences, vectors, turns, sights)
         return [self.head(*row) for row in zip(groups, sequences, vectors, strict=True)]
 
-    def embed(self, group: Group) -> tuple[Tokens, Vector]:
-        """A group's sequence, padding of its texts first, and the vector that modulates it."""
+    def embed(self, group: Group) -> tuple[Tokens, Tokens, Vector]:
+        """Text tokens, padding first; tokens of the clip; and the vector that modulates both."""
         height, width = self.config.model.token_size
         cells = [
             rearrange(piece, "b c t (y h) (x w) -> b (t y x) (c h w)", h=height, w=width)
             for piece in group.pieces
         ]
-        tokens = self.tokenizer(torch.cat(cells, dim=1))
+        clip = self.tokenizer(torch.cat(cells, dim=1))
         vector, text = self.conditioning(group.clock, group.condition)
-        if text is not None:
-            # Text has no positions, so its order is free: what nobody sees comes first.
-            text = text[:, : max(group.text_lengths)].flip(1)
-            tokens = torch.cat([text, tokens], dim=1)
-        return tokens, vector
+        if group.text_lengths is None:
+            return clip[:, :0], clip, vector
+        # Text has no positions, so its order is free: what nobody sees comes first.
+        return text[:, : max(group.text_lengths)].contiguous().flip(1), clip, vector
 
     def sight(self, group: Group) -> Sight:
         """Text sees the first unit, which ends with it; each unit sees all before and itself."""
         lengths = group.text_lengths or (0,) * len(group.clock)
         text = max(lengths)
         ends = [text + end for end in self.config.token_ends(group.unit, group.stage)]
-        return Sight(text, tuple(text - length for length in lengths), tuple(ends))
+        return Sight(tuple(text - length for length in lengths), tuple(ends))
 
-    def turns(self, group: Group, text: int) -> Turns:
-        """Rotary positions of a group's sequence; text is where the first token of the clip is."""
-        device = group.clock.device
-        places = [torch.zeros(text, 3, device=device)]
-        for stretch in lay_out(group.unit, group.stage):
-            places.append(
-                token_places(
-                    self.config.units.frames(stretch),
-                    self.config.grid(stretch.level),
-                    2 ** (group.stage - stretch.level),
-                    device,
-                )
+    def turns(self, group: Group) -> Turns:
+        """Rotary positions of the tokens of a clip."""
+        places = [
+            token_places(
+                self.config.units.frames(stretch),
+                self.config.grid(stretch.level),
+                2 ** (group.stage - stretch.level),
+                group.clock.device,
             )
+            for stretch in lay_out(group.unit, group.stage)
+        ]
         return rotary_turns(torch.cat(places), self.config.model.head_dim)
 
     def head(self, group: Group, sequence: Tokens, vector: Vector) -> Piece:
@@ -310,10 +310,3 @@ class PyramidFlow(Network):
 def heads(x: Tokens, head_dim: int) -> Tensor:
     """Queries, keys and values, stacked, of every head."""
     return rearrange(x, "b n (three h d) -> three b h n d", three=3, d=head_dim)
-
-
-def see(q: Tensor, k: Tensor, v: Tensor, turns: Turns, sight: Sight) -> Tokens:
-    """Attention of normed queries and keys, turned by their places."""
-    q, k = rotate(q, turns).to(v.dtype), rotate(k, turns).to(v.dtype)
-    attended = attend(q, k, v, ends=sight.ends, padding=sight.padding)
-    return rearrange(attended, "b h n d -> b n (h d)")
