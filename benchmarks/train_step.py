@@ -192,6 +192,8 @@ def noise_batch(config: RunConfig, size: int) -> Batch:
         ids=[str(number) for number in range(size)],
         patches=torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)),
         offsets=torch.from_numpy(np.stack([draw_offsets(pyramid, rng) for _ in range(size)])),
+        latents=None,
+        latent_frames=None,
         fps=torch.full((size,), 25.0),
         original_size=torch.full((size, 2), 240.0),
         text_tokens=None,
