@@ -177,15 +177,15 @@ def test_a_run_shows_what_real_clips_show_as_often(home):
         for clips in (20, 3000)
     )
     classes = tiny_config().conditioning
-    labels = request_for(many, dataset, classes, None).labels
-    assert request_for(few, dataset, classes, None).labels == labels[:20]
+    labels = request_for(many, dataset, classes).labels
+    assert request_for(few, dataset, classes).labels == labels[:20]
     # 3000 draws of three classes, each as often: within four deviations.
     assert abs(np.bincount(labels) - 1000).max() < 4 * (3000 * 2 / 9) ** 0.5
     text = TextConditioning(kind="text", encoder="tiny", width=8, max_tokens=8)
-    asked = request_for(few, dataset, text, "encoder")
+    asked = request_for(few, dataset, text)
     assert asked.prompts == tuple(f"scene {label}" for label in labels[:20])
     assert (asked.labels, asked.count, asked.seed, asked.levels) == ((), None, 3, False)
-    assert request_for(few, dataset, NoConditioning(kind="none"), None).count == 20
+    assert request_for(few, dataset, NoConditioning(kind="none")).count == 20
 
 
 def test_fewer_real_clips_are_the_first_of_more(home):

@@ -29,7 +29,7 @@ from data_pipeline.shards.tar import list_captions, write_index, write_tar
 from tests.latent_sets import MADE, noise, write_latents
 
 WHOLE = Pyramid(levels=1, patch_size=(8, 24, 32), clip_size=(8, 24, 32))
-LATENTS = CachedLatents(name="noise", channels=3)
+LATENTS = CachedLatents(name="noise", channels=3, stride=MADE.factors)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,12 @@ def other(path: Path, to: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"latents": CachedLatents(name="wan", channels=3)}, InputMissing,
+        ({"latents": LATENTS.model_copy(update={"name": "wan"})}, InputMissing,
          r"has no latents 'wan' because .* `t2v data encode \S+ --vae AUTOENCODER --name wan`"),
-        ({"latents": CachedLatents(name="noise", channels=16)}, ConfigError,
+        ({"latents": LATENTS.model_copy(update={"channels": 16})}, ConfigError,
          r"method\.latents\.channels: value 16 is wrong because \S+ has 3; set 3"),
+        ({"latents": LATENTS.model_copy(update={"stride": (8, 8, 8)})}, ConfigError,
+         r"method\.latents\.stride: value \(8, 8, 8\) is wrong because \S+ has \(4, 4, 8\)"),
         ({"pyramid": Pyramid(levels=1, patch_size=(5, 24, 32), clip_size=(5, 24, 32))}, ConfigError,
          r"data\.sources\.0: \S+: latents of clips of \(8, 24, 32\) .* --size 5x24x32 under"),
     ],

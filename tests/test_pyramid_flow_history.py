@@ -13,6 +13,8 @@ from t2v.recipe.recipe import load_config, method_of
 from tests.test_hpdm import CONFIGS
 from tests.tiny_flow import FULL, flow_config, noise_group
 
+LATENTS = {"name": "vae", "channels": 4, "stride": [8, 8, 8]}
+
 
 def listed(unit: int, stage: int) -> list[tuple[list[int], int]]:
     """The layout as the paper's code lists it: (units, level), step by step into the past."""
@@ -173,14 +175,14 @@ def test_one_unit_makes_one_kind_of_sample_per_stage():
          "it out"),
         ({"unit_frames": None}, "unit_frames: missing because temporal is 'pyramid'; give the "
          "frames of a unit"),
-        ({"space": "latents"}, "latents: missing because space is 'latents'; give name and "
-         "channels of the set"),
-        ({"latents": {"name": "vae", "channels": 4}}, "latents: is wrong because space is "
+        ({"space": "latents"}, "latents: missing because space is 'latents'; give the "
+         "set's name, channels and stride"),
+        ({"latents": LATENTS}, "latents: is wrong because space is "
          "'pixels'; leave it out, or use latents"),
-        ({"space": "latents", "latents": {"name": "vae", "channels": 4}, "clip_size": [8, 64, 64]},
+        ({"space": "latents", "latents": LATENTS, "clip_size": [8, 64, 64]},
          "clip_size: 8 (frames) is wrong because the autoencoder takes 1 frame and then 8 at a "
          "time; use 1 or 9"),
-        ({"space": "latents", "latents": {"name": "vae", "channels": 4}, "clip_size": [9, 60, 64]},
+        ({"space": "latents", "latents": LATENTS, "clip_size": [9, 60, 64]},
          "clip_size: 60 (height) is wrong because it is no multiple of latents.stride 8; use 56"),
         ({"stage_turns": [0, 1]}, "stage_turns: [0, 1] is wrong because the stages are 0 to 2; "
          "give each of them a turn, and no other"),

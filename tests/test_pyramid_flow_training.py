@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.feeding.loader import Batch
 from t2v.methods.method import Room, Team
 from t2v.methods.pyramid_flow.flow import clock, stage_ends
 from t2v.methods.pyramid_flow.history import history_pieces
 from t2v.methods.pyramid_flow.network import Group
-from t2v.methods.pyramid_flow.objective import Lesson, errors
+from t2v.methods.pyramid_flow.objective import Lesson, errors, training_turn
 from t2v.methods.pyramid_flow.sampling import Denoiser, generate
 from t2v.recipe.recipe import RunConfig, method_of
 from tests.tiny import class_condition
@@ -104,6 +105,46 @@ def test_losses_follow_from_seed_and_numbers():
     first = losses(config, echo, ROUND)
     assert torch.equal(first, losses(config, echo, ROUND))
     assert not torch.equal(first, losses(flow_config(seed=4), echo, ROUND))
+
+
+def latent_batch(config: RunConfig, frames: list[int]) -> Batch:
+    """Latents of noise, of clips and of images, whose latents are one frame."""
+    channels, size = config.method.channels, config.method.size
+    latents = torch.zeros(len(frames), channels, max(frames), *size[1:], dtype=torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    for row, count in enumerate(frames):
+        shape = (channels, count, *size[1:])
+        latents[row, :, :count] = torch.randn(shape, generator=draw).bfloat16()
+    batch = noise_batch(config, list(range(len(frames))))
+    return replace(batch, latents=latents, latent_frames=torch.tensor(frames))
+
+
+IN_LATENTS = {
+    "space": "latents",
+    "latents": {"name": "vae", "channels": 4, "stride": [4, 4, 4]},
+    "clip_size": [13, 32, 32],
+    "unit_frames": 1,
+}
+
+
+def test_images_among_latents_train_the_first_unit_alone():
+    config = flow_config(**IN_LATENTS)
+    for frames in ([4, 1, 1, 4], [1, 1, 1, 1]):
+        network, batch = Oracle(nothing), latent_batch(config, frames)
+        method_of(config).losses(network, batch, seed=config.seed, device=CPU)
+        [groups] = network.calls
+        images = sum(len(group.clock) for group in groups if group.unit == 0)
+        assert images >= frames.count(1)
+        assert sum(len(group.clock) for group in groups) == 4
+    numbers = [n for n in range(40) if training_turn(config.method, n, config.seed)[1] > 0]
+    assert numbers  # whose clips would have trained a later unit
+
+
+def test_images_do_not_go_with_all_frames_at_once():
+    config = flow_config(**IN_LATENTS | FULL)
+    batch = latent_batch(config, [4, 1, 4, 4])
+    with pytest.raises(ConfigError, match="images are wrong because method.temporal 'full' makes"):
+        method_of(config).losses(Oracle(nothing), batch, seed=config.seed, device=CPU)
 
 
 # The held-out loss.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.feeding.loader import Batch
+from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.network import Group, PyramidFlow
 from t2v.methods.pyramid_flow.objective import Lesson, prepare
 from t2v.network.conditioning import Condition
@@ -38,7 +39,7 @@ def flow_content(**changes: Any) -> dict[str, Any]:
     """The recipe as plain data with sections changed, those of its method by their own names."""
     content: dict[str, Any] = {**RECIPE, "method": dict(FLOW)}
     for section, change in changes.items():
-        home = content if section in RECIPE and section != "method" else content["method"]
+        home = content["method"] if section in PyramidFlowConfig.model_fields else content
         old = home.get(section)
         merge = isinstance(old, dict) and isinstance(change, dict) and section != "conditioning"
         home[section] = {**old, **change} if merge else change
@@ -80,6 +81,8 @@ def noise_batch(config: RunConfig, numbers: list[int]) -> Batch:
         numbers=torch.tensor(numbers),
         ids=[str(number) for number in numbers],
         patches=torch.from_numpy(patches),
+        latents=None,
+        latent_frames=None,
         offsets=torch.zeros(len(numbers), 1, 3, dtype=torch.long),
         fps=torch.full((len(numbers),), 24.0),
         original_size=torch.full((len(numbers), 2), 240.0),

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_pipeline.strict import Share, Strict
+from data_pipeline.strict import Share, Size, Strict
 
 
 class Source(Strict):
@@ -77,6 +77,14 @@ class CachedLatents(Strict):
         description="name of the set: dataset/latents/<name>",
     )
     channels: int = Field(ge=1, description="channels of a latent pixel")
+    stride: Size = Field(
+        description="pixels per latent: frames after the first, which stands alone, height, width"
+    )
+
+    def size(self, clip_size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(frames, height, width) of the latents of a clip."""
+        (frames, height, width), (by_frames, by_height, by_width) = clip_size, self.stride
+        return 1 + (frames - 1) // by_frames, height // by_height, width // by_width
 
 
 def null_label(conditioning: Conditioning) -> int:

@@ -112,6 +112,11 @@ def _open_latents(
             f"method.latents.channels: value {latents.channels} is wrong because {cached.folder} "
             f"has {made.channels}; set {made.channels}."
         )
+    if made.factors != latents.stride:
+        raise ConfigError(
+            f"method.latents.stride: value {latents.stride} is wrong because {cached.folder} has "
+            f"{made.factors}; set {list(made.factors)}."
+        )
     wanted = (1 if dataset.info.kind == "image" else frames, *sides)
     if made.clip != wanted:
         size = "x".join(map(str, wanted))

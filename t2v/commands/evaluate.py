@@ -21,6 +21,7 @@ def add_evaluate_verbs(verbs) -> None:
     verb.add_argument("--workers", type=int, default=default_workers(),
                       help="processes that decode clips, for each that measures")  # fmt: skip
     verb.add_argument("--encoder", help="of a run that reads text: its text encoder")
+    verb.add_argument("--vae", help="of a run that makes latents: their autoencoder")
     verb.add_argument("--set", action="append", metavar="dotted.key=value",
                       help="of the protocol, such as i3d.path=i3d.pt")  # fmt: skip
     verb.add_argument("--sampling", action="append", metavar="KEY=VALUE",
@@ -44,6 +45,7 @@ def evaluate(options: argparse.Namespace) -> int:
         cache=Path(cache).expanduser(),
         workers=max(1, options.workers),
         encoder=options.encoder,
+        vae=options.vae,
         settings=tuple(options.sampling or ()),
         means=Means(memory_gib=options.memory_gib),
     )

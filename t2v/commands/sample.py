@@ -26,6 +26,7 @@ def add_sample_verb(verbs) -> None:
     )
     verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
     verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")
+    verb.add_argument("--vae", help="folder or hub id of the autoencoder of its latents, if any")
     verb.add_argument("--seed", type=int, default=0, help="seed of the first clip; then one more")
     verb.add_argument(
         "--memory-gib",
@@ -60,6 +61,7 @@ def sample(options: argparse.Namespace) -> None:
             count=options.count,
             negative_prompt=options.negative_prompt,
             encoder=options.encoder,
+            vae=options.vae,
             seed=options.seed,
             levels=options.levels,
             given=tuple(options.given or []),

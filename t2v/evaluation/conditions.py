@@ -9,9 +9,7 @@ from t2v.evaluation.protocol import Protocol
 from t2v.sampling.subjects import Request
 
 
-def request_for(
-    protocol: Protocol, dataset: Dataset, conditioning: Conditioning, encoder: str | None
-) -> Request:
+def request_for(protocol: Protocol, dataset: Dataset, conditioning: Conditioning) -> Request:
     """Clips with classes or captions drawn from the real ones, so as often as there; every level
     that a view looks at."""
     wanted = protocol.generated
@@ -27,7 +25,6 @@ def request_for(
         prompts=prompts,
         labels=labels,
         count=None if labels or prompts else wanted.clips,
-        encoder=encoder,
         seed=wanted.seed,
         levels=any(view.level is not None for view in protocol.views),
     )

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Job:
     cache: Path
     workers: int = 1
     encoder: str | None = None
+    vae: str | None = None
     settings: tuple[str, ...] = ()
     means: Means = field(default_factory=Means)
 
@@ -117,8 +118,9 @@ def sample_for(protocol: Protocol, real: RealClips, job: Job, folder: Path, worl
     """Sample a run's clips for a protocol; those that are there already are kept."""
     source = open_source(job.target, world)
     request = world.on_first(
-        lambda: request_for(protocol, real.dataset, source.config.conditioning, job.encoder)
+        lambda: request_for(protocol, real.dataset, source.config.conditioning)
     )
+    request = replace(request, encoder=job.encoder, vae=job.vae)
     config = with_sampling(source.config, (*job.settings, f"fps={protocol.fps}"))
     sample_recipe(Recipe(source, config, request), folder, job.means, world)
 

@@ -90,6 +90,11 @@ class RunConfig(Strict):
             )
         if self.samples:
             refuse_other_subjects(self.samples, self.conditioning)
+            if self.samples.automatic and self.method.cached_latents and not self.samples.vae:
+                raise ValueError(
+                    "samples.vae: missing; give the autoencoder of the latents, or "
+                    "samples.automatic: false"
+                )
         return self
 
 

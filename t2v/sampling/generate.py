@@ -38,6 +38,7 @@ from t2v.engine.world import World, join_world
 from t2v.methods.method import Output, Room, Team
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
+from t2v.sampling.codec import Codec
 from t2v.sampling.given import stack_given
 from t2v.sampling.source import Source, open_source
 from t2v.sampling.subjects import Conditions, Request, Subject, subjects_of
@@ -134,6 +135,7 @@ def sample_pending(
     whole_rounds = len(pending) // world.world_size * world.world_size
     own, rest = pending[:whole_rounds][world.rank :: world.world_size], pending[whole_rounds:]
     team, shared = join_team(rest, world)
+    codec = Codec(config, recipe.request.vae, source.latents, world.device)
     conditions.read([*own, *shared])
     set_matmul_precision(config.engine)
     method = method_of(config)
@@ -142,6 +144,7 @@ def sample_pending(
     network.to(world.device).eval()
     # Whatever moves the budget: the program and its weights are in memory now.
     room = room_left(world.device, means)
+    codec.refuse_more_than(room)
     with Progress(console=Console(stderr=True), transient=True, disable=not world.is_first) as bars:
         total = (len(own) + len(shared)) * method.calls_per_clip
         bar = bars.add_task("sampling", total=total)
@@ -151,7 +154,8 @@ def sample_pending(
             for first in range(0, len(subjects), many):
                 chosen = subjects[first : first + many]
                 condition, null = conditions.of(chosen)
-                given = [subject.given for subject in chosen if subject.given]
+                first_frames = [subject.given for subject in chosen if subject.given]
+                given = stack_given(first_frames, world.device) if first_frames else None
                 with autocast(config.engine, world.device):
                     made = method.generate(
                         network,
@@ -161,12 +165,13 @@ def sample_pending(
                         room=room,
                         team=mates,
                         progress=lambda calls: bars.advance(bar, calls),
-                        given=stack_given(given, world.device) if given else None,
+                        given=None if given is None else codec.encode(given),
                     )
                 kept = 0 if recipe.request.levels else -1
                 if mates.rank == 0:
+                    finished = [codec.decode(clips, given) for clips in made[kept:]]
                     for row, subject in enumerate(chosen):
-                        clips = [to_bytes(clips[row]) for clips in made[kept:]]
+                        clips = [to_bytes(clips[row]) for clips in finished]
                         write_sample(out, recipe, subject, clips, method.outputs)
 
 

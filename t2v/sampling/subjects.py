@@ -33,6 +33,7 @@ class Request:
     count: int | None = None
     negative_prompt: str | None = None
     encoder: str | None = None
+    vae: str | None = None
     seed: int = 0
     levels: bool = False  # the clips of coarser levels too
     given: tuple[str, ...] = ()  # files that clips begin with: one for all, or one for each

@@ -44,6 +44,7 @@ class SamplesConfig(Strict):
     labels: list[Annotated[int, Field(ge=0)]] = Field(default=[], description="classes")
     count: int = Field(default=0, ge=0, description="clips of a recipe with neither")
     encoder: str | None = Field(default=None, description="text encoder: a folder or hub id")
+    vae: str | None = Field(default=None, description="autoencoder: a folder or hub id")
     seed: int = Field(default=0, ge=0)
     settings: list[str] = Field(default=[], description="KEY=VALUE as in `t2v sample --set`")
     automatic: bool = Field(
@@ -171,6 +172,7 @@ def sample_command(
     command += [f"--set={setting}" for setting in config.settings]
     encoder = encoder or config.encoder
     command += [f"--encoder={encoder}"] if encoder else []
+    command += [f"--vae={config.vae}"] if config.vae else []
     return [*command, f"--seed={config.seed}"]
 
 

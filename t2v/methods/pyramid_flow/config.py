@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from data_pipeline.feeding.config import CachedLatents
 from data_pipeline.pyramid import AXES, Pyramid
 from data_pipeline.strict import Share, Size, Strict
 from t2v.methods.method import MethodConfig, SamplingConfig
@@ -41,25 +42,6 @@ class ModelConfig(Strict):
         return self
 
 
-class LatentsConfig(Strict):
-    """Cached latents of a causal video autoencoder, which stand for a dataset's clips."""
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="name of the set of latents: dataset/latents/<name>",
-    )
-    channels: int = Field(ge=1)
-    stride: Size = Field(
-        default=(8, 8, 8), description="pixels per latent; of frames, the first stands alone"
-    )
-
-    def size(self, clip_size: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(frames, height, width) of a clip's latents."""
-        frames, height, width = clip_size
-        by_frames, by_height, by_width = self.stride
-        return 1 + (frames - 1) // by_frames, height // by_height, width // by_width
-
-
 class PyramidFlowSamplingConfig(SamplingConfig):
     """How a checkpoint turns prompts into clips, unit by unit."""
 
@@ -73,6 +55,11 @@ class PyramidFlowSamplingConfig(SamplingConfig):
     )
     reference_grid: bool = Field(
         default=False, description="steps as the authors' code has them: the last is 1/1000"
+    )
+    decode_tile: int | None = Field(
+        default=None,
+        ge=32,
+        description="pixels a side that latents are decoded at a time; none: all",
     )
 
     def steps_of(self, unit: int) -> tuple[int, ...]:
@@ -90,7 +77,7 @@ class PyramidFlowConfig(MethodConfig):
 
     kind: Literal["pyramid-flow"]
     space: Literal["pixels", "latents"] = Field(description="what the flow is of")
-    latents: LatentsConfig | None = None
+    latents: CachedLatents | None = None
     temporal: Literal["pyramid", "full"] = Field(
         description="pyramid: unit after unit, each seeing those before; full: all at once"
     )
@@ -115,6 +102,10 @@ class PyramidFlowConfig(MethodConfig):
     def view(self) -> Pyramid:
         """A batch shows the whole clip."""
         return Pyramid(levels=1, patch_size=self.clip_size, clip_size=self.clip_size)
+
+    @property
+    def cached_latents(self) -> CachedLatents | None:
+        return self.latents
 
     @property
     def values_per_sample(self) -> int:
@@ -180,7 +171,7 @@ def problem_with_space(config: PyramidFlowConfig) -> str | None:
     """Why the space and the clip do not fit together."""
     if (config.space == "latents") != (config.latents is not None):
         return (
-            "latents: missing because space is 'latents'; give name and channels of the set"
+            "latents: missing because space is 'latents'; give the set's name, channels and stride"
             if config.latents is None
             else "latents: is wrong because space is 'pixels'; leave it out, or use latents"
         )

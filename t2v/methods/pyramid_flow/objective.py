@@ -1,7 +1,7 @@
 """The training loss: each sample's velocity at one stage of one unit, its history given."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.loader import Batch
 from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.flow import clock, training_pair
@@ -112,6 +113,8 @@ def errors(
 ) -> Float[Tensor, " lessons"]:
     """Mean squared error of each lesson's velocity, from one call of the network."""
     clean = clean_clips(batch, config, device)
+    units = units_there(batch, config)
+    lessons = [replace(one, unit=min(one.unit, units[one.row] - 1)) for one in lessons]
     condition = Condition.of(batch, device)
     # Counted where the loader left it: to ask a GPU would be to wait for it.
     lengths = None if batch.text_mask is None else batch.text_mask.sum(1).tolist()
@@ -179,7 +182,23 @@ def draw(lesson: Lesson, like: Iterable[Piece], config: PyramidFlowConfig) -> Dr
     return Draw((lesson.bin + 1 - place) / lesson.bins, config.history_noise * share, noise)
 
 
+def units_there(batch: Batch, config: PyramidFlowConfig) -> list[int]:
+    """How many units each sample has: all of them, but images, whose latents are one frame."""
+    ends = config.units.ends
+    if batch.latent_frames is None:
+        return [len(ends)] * len(batch.numbers)
+    there = [sum(end <= frames for end in ends) for frames in batch.latent_frames.tolist()]
+    if not all(there):
+        raise ConfigError(
+            "data.sources: images are wrong because method.temporal 'full' makes all frames of a "
+            "clip at once, and their latents are one frame; leave them out."
+        )
+    return there
+
+
 def clean_clips(batch: Batch, config: PyramidFlowConfig, device: torch.device) -> Piece:
-    """A batch's clips in the space of the flow: pixels in [-1, 1]."""
+    """A batch's clips in the space of the flow: latents, or pixels in [-1, 1]."""
+    if batch.latents is not None:
+        return batch.latents.to(device).float()
     pixels = batch.patches[:, 0].to(device)
     return rearrange(pixels, "b t h w c -> b c t h w").float() / 127.5 - 1
