@@ -7,6 +7,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from data_pipeline.latents.autoencoder import Autoencoder
 from data_pipeline.latents.latents import Provenance
+from data_pipeline.latents.tiles import tile_within
 from t2v.methods.method import Room
 from t2v.recipe.recipe import RunConfig
 
@@ -53,8 +54,8 @@ class Codec:
         if self.autoencoder is None:
             return
         weights = sum(part.nbytes for part in self.autoencoder.model.state_dict().values())
-        most = self.autoencoder.tile_within(
-            weights + room.device_bytes, self.clip_size, decoding=True
+        most = tile_within(
+            self.autoencoder, weights + room.device_bytes, self.clip_size, decoding=True
         )
         if most is not None and (self.tile is None or self.tile > most):
             how = "whole" if self.tile is None else f"in tiles of {self.tile}"
