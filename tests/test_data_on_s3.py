@@ -12,6 +12,7 @@ from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.store import storage
 from data_pipeline.text.embed import embed
 from data_pipeline.text.embeddings import open_embeddings
+from tests.latent_sets import MADE, noise, write_latents
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
 
@@ -36,6 +37,8 @@ def test_a_dataset_built_from_and_on_a_store_is_the_one_on_disk(media, datasets,
     theirs = open_embeddings(open_dataset(datasets / "videos"), "tiny")
     assert ours.info == theirs.info
     assert torch.equal(ours.read(2, 3), theirs.read(2, 3))
+    latents, here = write_latents(out), noise(MADE, 1, 4)
+    assert torch.equal(latents.read(1, 4)[0], here)
     assert verify(out) == []
     storage.write_atomic(f"{out}/embeddings/other/provenance.json", b"{}")
     (fault,) = verify(out, decode=False)

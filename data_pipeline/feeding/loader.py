@@ -63,8 +63,9 @@ class Batch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a device needs of it; numbers are the host's, which draws seeds from them."""
-        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k != "numbers"}
+        """What a device needs of it; the host draws seeds from numbers, and counts frames."""
+        host = ("numbers", "latent_frames")
+        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and k not in host}
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a GPU, by copies from pinned memory that the host does not wait for."""

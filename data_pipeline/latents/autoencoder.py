@@ -59,8 +59,6 @@ class Autoencoder:
                 self.outline = type(self.model).from_config(config).eval()
             self.channels, self.factors, self.unit_frames = _measure(self.outline)
             own = _own_normalisation(self.model, self.channels)
-        except ConfigError:
-            raise
         except Exception as error:  # whatever a stranger's configuration makes diffusers raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
@@ -161,10 +159,9 @@ def _fetch(vae: str) -> Path:
     parts = vae.split("/")
     is_part = not Path(vae).is_dir() and len(parts) == 3 and all(parts)
     model, part = ("/".join(parts[:2]), parts[2]) if is_part else (vae, SUBFOLDER)
-    files = [CONFIG, WEIGHTS, f"{part}/{CONFIG}", f"{part}/{WEIGHTS}", f"{part}/*.index.json"]
-    folder = fetch_model(model, [*files, "*.index.json"], what="autoencoder")
-    inner = folder / part
-    return inner if (inner / CONFIG).is_file() else folder
+    files = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json"]
+    folder = fetch_model(model, [*files, *(f"{part}/{file}" for file in files)], what="autoencoder")
+    return folder / part if (folder / part / CONFIG).is_file() else folder
 
 
 def _load(folder: Path, class_name: str) -> Any:
