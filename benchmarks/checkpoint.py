@@ -159,18 +159,9 @@ def run(folder: str, repeats: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    processes = [
-        context.Process(target=run_rank, args=(rank, port, folder, repeats, answers))
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        process.start()
-    result = answers.get()
-    for process in processes:
-        process.join()
-    return result
+    answers = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(run_rank, (port, folder, repeats, answers), nprocs=RANKS)
+    return answers.get()
 
 
 def main() -> None:

@@ -83,6 +83,21 @@ def test_what_the_steps_took_is_known_after_a_restart(tmp_path):
     assert metrics.measured == (2 * 1.0 + 4 * 0.5, 6)
 
 
+@pytest.mark.parametrize("last", [3, 5])
+def test_an_attempt_that_was_taken_for_dead_writes_no_line_into_its_heirs(tmp_path, last):
+    zombie = Metrics(tmp_path, MetricsConfig(), name="x", step=0)
+    for step in range(1, last + 1):
+        zombie.write({"step": step})
+    heir = Metrics(tmp_path, MetricsConfig(), name="x", step=3)
+    for step in (4, 5, 6):
+        zombie.write({"step": step, "of": "zombie"})
+        heir.write({"step": step, "of": "heir"})
+    zombie.close()
+    heir.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["of"] for line in lines(tmp_path)[3:]] == ["heir"] * 3
+
+
 def test_dropping_nothing_changes_nothing(tmp_path):
     write_steps(tmp_path, 1, 3)
     before = (tmp_path / "metrics.jsonl").read_bytes()

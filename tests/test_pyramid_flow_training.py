@@ -143,7 +143,9 @@ def test_images_among_latents_train_the_first_unit_alone():
 def test_images_do_not_go_with_all_frames_at_once():
     config = flow_config(**IN_LATENTS | FULL)
     batch = latent_batch(config, [4, 1, 4, 4])
-    with pytest.raises(ConfigError, match=r"images are wrong because method.temporal 'full' makes"):
+    with pytest.raises(
+        ConfigError, match=r"images are wrong because method\.temporal 'full' makes"
+    ):
         method_of(config).losses(Oracle(nothing), batch, seed=config.seed, device=CPU)
 
 

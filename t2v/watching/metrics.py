@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
 from t2v.watching.views import Guarded, TensorBoardView, WandbView, say
@@ -150,8 +151,7 @@ def drop_after(path: Path, step: int) -> tuple[float, int]:
         if "productive_seconds" in values:
             found = values["productive_seconds"], values["step"]
             break
-    _cut(path, end)
-    _name_damaged(path)
+    _renew(path, end)
     return found or measured(read_lines(path))
 
 
@@ -172,17 +172,14 @@ def lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
             yield 0, rest
 
 
-def _cut(path: Path, end: int) -> None:
-    """Keep a file up to `end`."""
-    if end < path.stat().st_size:
-        with path.open("r+b") as file:
-            file.truncate(end)
-            os.fsync(file.fileno())
-
-
-def _name_damaged(path: Path) -> None:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+def _renew(path: Path, end: int) -> None:
+    """Put a copy of a file up to `end` in its place, its damaged lines named: an attempt that was
+    taken for dead and wakes up writes into the old file, which nobody reads."""
+    with path.open("rb") as old, storage.open_atomic(str(path)) as new:
+        for number, line in enumerate(old, start=1):
+            if new.tell() == end:
+                break
+            new.write(line)
             if not (line.startswith(b"{") and line.endswith(b"}\n")):
                 say(f"{path}: line {number} is damaged and is passed over; look at it.")
 

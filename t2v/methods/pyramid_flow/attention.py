@@ -1,7 +1,7 @@
 """Attention over units: full inside one, causal from one to the next; and where tokens are."""
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ Turns = Float[Tensor, "2 tokens half_channels"]
 @dataclass(frozen=True)
 class Sight:
     """Which tokens of a sequence see which: the first `padding` of each row are seen by none, and
-    a unit, which stops at its end, sees all up to there."""
+    a unit, which stops at its end, sees all up to there. Neighbours of one padding go together."""
 
     padding: tuple[int, ...]
     ends: tuple[int, ...]
@@ -36,11 +36,12 @@ def attend(q: Heads, k: Heads, v: Heads, sight: Sight) -> Float[Tensor, "batch t
     every number of units.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if any(sight.padding):
-        rows = zip(q.split(1), k.split(1), v.split(1), sight.padding, strict=True)
-        attended = torch.cat([_attend(*row, sight.ends) for row in rows])
-    else:
-        attended = _attend(q, k, v, 0, sight.ends)
+    parts, first = [], 0
+    for padding, alike in groupby(sight.padding):
+        rows = slice(first, first + len(list(alike)))
+        parts.append(_attend(q[rows], k[rows], v[rows], padding, sight.ends))
+        first = rows.stop
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rearrange(attended, "b h n d -> b n (h d)")
 
 

@@ -118,8 +118,9 @@ def errors(
     condition = Condition.of(batch, device)
     # Counted where the loader left it: to ask a GPU would be to wait for it.
     lengths = None if batch.text_mask is None else batch.text_mask.sum(1).tolist()
+    by_length = sorted(range(len(lessons)), key=lambda n: lengths[lessons[n].row] if lengths else 0)
     kinds = sorted({lesson.kind for lesson in lessons})
-    alike = [[n for n, lesson in enumerate(lessons) if lesson.kind == kind] for kind in kinds]
+    alike = [[n for n in by_length if lessons[n].kind == kind] for kind in kinds]
     prepared = [
         prepare(config, clean, condition, lengths, [lessons[n] for n in members])
         for members in alike
