@@ -10,6 +10,7 @@ from test_loader import NONE, config, make
 
 from data_pipeline.errors import DataError
 from data_pipeline.feeding import sample
+from data_pipeline.shards import pixels
 from data_pipeline.store.deadline import within
 
 
@@ -36,7 +37,7 @@ def test_work_stuck_in_c_is_given_up_in_time():
 def test_a_sample_that_sticks_its_decoder_is_replaced(datasets, monkeypatch):
     data = config(datasets / "videos", decode_deadline_seconds=0.5)
     (expected,) = next(make(data, conditioning=NONE, micro=12).steps(0, 1))
-    decode = sample.decode_patches
+    decode = pixels.decode_patches
     poisoned = []
 
     def sticky(media: bytes, *arguments, **options) -> np.ndarray:
@@ -45,7 +46,7 @@ def test_a_sample_that_sticks_its_decoder_is_replaced(datasets, monkeypatch):
             stuck()
         return decode(media, *arguments, **options)
 
-    monkeypatch.setattr(sample, "decode_patches", sticky)
+    monkeypatch.setattr(pixels, "decode_patches", sticky)
     monkeypatch.setattr(sample, "GRACE_SECONDS", 0.5)
     (batch,) = next(make(data, conditioning=NONE, micro=12).steps(0, 1))
     (record,) = batch.quarantined
