@@ -26,6 +26,10 @@ class DataError(UserError):
     exit_code = 65
 
 
+class NotWanted(DataError):
+    """Media that is whole, but of a kind that is not taken: its rate, brightness, length, ..."""
+
+
 class StorageError(UserError):
     """A disk or object store that does not do its part."""
 
