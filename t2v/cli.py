@@ -61,7 +61,7 @@ def is_mine(error: UserError) -> bool:
 def quickstart(options: argparse.Namespace) -> int:
     from t2v.quickstart import run_quickstart
 
-    return run_quickstart(Path(options.workdir))
+    return run_quickstart(Path(options.workdir), options.method)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -107,8 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     verb = add_verb(verbs, "quickstart", quickstart, "the whole story on a CPU in minutes",
-                    "t2v quickstart --workdir quickstart")  # fmt: skip
+                    "t2v quickstart --method pyramid-flow --workdir quickstart")  # fmt: skip
     verb.add_argument("--workdir", default="quickstart", help="where everything is written")
+    verb.add_argument("--method", choices=("hpdm", "pyramid-flow"), default="hpdm")
 
     add_data_verbs(verbs)
 

@@ -1,5 +1,5 @@
-"""The whole story on a CPU in minutes: toy clips in, a two-level HPDM trained, stopped, resumed,
-and its samples scored from their pixels."""
+"""The whole story on a CPU in minutes: toy clips in, a model of either method trained, stopped,
+resumed, and its samples scored from their pixels."""
 
 import json
 import os
@@ -24,12 +24,17 @@ from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.recipe.recipe import RunConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Recipes in the order of training: each starts from the one before; the last makes the samples.
+STORIES = {
+    "hpdm": ("quickstart_base", "quickstart_pyramid"),
+    "pyramid-flow": ("quickstart_pyramid_flow",),
+}
 PROCESSES = 2
 # (what is measured, the least that counts as working)
 BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
 
 
-def run_quickstart(workdir: Path) -> int:
+def run_quickstart(workdir: Path, method: str) -> int:
     """Run every part in `workdir`; prints what was measured and where everything is."""
     console, started = Console(), time.monotonic()
     if not storage.is_empty(str(workdir)):
@@ -40,36 +45,40 @@ def run_quickstart(workdir: Path) -> int:
     def part(text: str) -> None:
         console.print(f"[bold]{time.monotonic() - started:5.0f} s[/]  {text}", highlight=False)
 
-    base = load_config(CONFIGS / "quickstart_base.yaml")
-    pyramid = load_config(CONFIGS / "quickstart_pyramid.yaml")
+    *earlier, last = recipes = STORIES[method]
+    configs = {recipe: load_config(CONFIGS / f"{recipe}.yaml") for recipe in recipes}
+    steps = configs[last].total_steps
     part("toy clips and images, captioned")
-    write_toy(
-        workdir / "media", videos=640, images=320, size=(pyramid.method.view.clip_size[0], 96, 128)
-    )
+    frames = configs[last].method.view.clip_size[0]
+    write_toy(workdir / "media", videos=640, images=320, size=(frames, 96, 128))
     part("media -> WebDataset shards")
-    prepare_data(workdir, pyramid)
-    part(f"base: {base.total_steps} steps on {PROCESSES} FSDP2 processes")
-    train(workdir, "quickstart_base", base.total_steps)
-    half = pyramid.total_steps // 2
-    part(f"pyramid: warm-started from the base, stopped around step {half}")
-    warm = f"warm_start.checkpoint={workdir / 'runs' / 'quickstart_base'}"
-    train(workdir, "quickstart_pyramid", pyramid.total_steps, warm, preempt_at=half)
-    stopped = resolve_checkpoint(workdir / "runs" / "quickstart_pyramid")
-    part(f"pyramid: resumed from {stopped.name}")
-    train(workdir, "quickstart_pyramid", pyramid.total_steps, warm)
+    prepare_data(workdir, configs[last])
+    warm: list[str] = []
+    for recipe in earlier:
+        part(f"{recipe}: {configs[recipe].total_steps} steps on {PROCESSES} FSDP2 processes")
+        train(workdir, recipe, *warm)
+        warm = [f"warm_start.checkpoint={workdir / 'runs' / recipe}"]
+    started_from = f", warm-started from {earlier[-1]}" if earlier else ""
+    part(f"{last}: {steps} steps{started_from}, stopped around step {steps // 2}")
+    train(workdir, last, *warm, preempt_at=steps // 2)
+    part(f"{last}: resumed from {resolve_checkpoint(workdir / 'runs' / last).name}")
+    train(workdir, last, *warm)
     toys = [toy for number, toy in enumerate(all_toys()) if (number + number // 4) % 2 == 0]
     part(f"sampling {len(toys)} prompts")
-    samples = sample(workdir, toys)
-    scores = score(samples, toys)
+    scores = score(sample(workdir, last, toys), toys)
     seconds = time.monotonic() - started
-    missed = report(console, workdir, scores, seconds)
+    missed = report(console, workdir, method, scores, seconds)
     return NumericError.exit_code if missed else 0
 
 
 def prepare_data(workdir: Path, config: RunConfig) -> None:
-    """Shards of videos and images at the pyramid's clip size, and their caption embeddings."""
+    """Shards of what a recipe reads, at its clip size, and their caption embeddings."""
     frames, height, width = config.method.view.clip_size
-    for kind in ("videos", "images"):
+    captions = sorted({toy.caption for toy in all_toys()} | {still_caption(t) for t in all_toys()})
+    conditioning = config.conditioning
+    assert isinstance(conditioning, TextConditioning)
+    make_tiny_encoder(workdir / "encoder", captions, width=conditioning.width, seed=0)
+    for kind in kinds(config):
         build(
             workdir / "media" / kind,
             workdir / "data" / kind,
@@ -79,11 +88,6 @@ def prepare_data(workdir: Path, config: RunConfig) -> None:
             fps=config.method.sampling.fps,
             shard_samples=160,
         )
-    captions = sorted({toy.caption for toy in all_toys()} | {still_caption(t) for t in all_toys()})
-    conditioning = config.conditioning
-    assert isinstance(conditioning, TextConditioning)
-    make_tiny_encoder(workdir / "encoder", captions, width=conditioning.width, seed=0)
-    for kind in ("videos", "images"):
         embed(
             workdir / "data" / kind,
             str(workdir / "encoder"),
@@ -92,23 +96,25 @@ def prepare_data(workdir: Path, config: RunConfig) -> None:
         )
 
 
+def kinds(config: RunConfig) -> list[str]:
+    """What a recipe's sources are of, in their order: videos, images."""
+    return [Path(source.path).name for source in config.data.sources]
+
+
 def still_caption(toy: Toy) -> str:
     """What the caption of a still image of the object says."""
     return Toy(toy.color, toy.shape, None).caption
 
 
-def train(
-    workdir: Path, recipe: str, total_steps: int, *overrides: str, preempt_at: int | None = None
-) -> None:
+def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = None) -> None:
     """One training job under torchrun; with `preempt_at`, asked to stop there by the flag file."""
-    run_dir = workdir / "runs" / recipe
+    run_dir, path = workdir / "runs" / recipe, CONFIGS / f"{recipe}.yaml"
+    config = load_config(path, list(overrides))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli", "train"),
-        str(CONFIGS / f"{recipe}.yaml"),
+        *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli", "train", str(path)),
         f"run_dir={run_dir}",
-        f"data.sources.0.path={workdir / 'data' / 'videos'}",
-        f"data.sources.1.path={workdir / 'data' / 'images'}",
+        *(f"data.sources.{n}.path={workdir / 'data' / k}" for n, k in enumerate(kinds(config))),
         *overrides,
     ]
     log = workdir / "runs" / f"{recipe}.log"
@@ -118,7 +124,7 @@ def train(
         job = subprocess.Popen(
             command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": threads}
         )
-        follow(job, run_dir, total_steps, preempt_at)
+        follow(job, run_dir, config.total_steps, preempt_at)
     state = read_status(run_dir).get("state")
     wanted = "preempted" if preempt_at else "done"
     if state != wanted:
@@ -147,14 +153,14 @@ def read_status(run_dir: Path) -> dict:
         return {}
 
 
-def sample(workdir: Path, toys: list[Toy]) -> Path:
-    """Samples of the trained pyramid, one per toy, by the command a user would give."""
+def sample(workdir: Path, recipe: str, toys: list[Toy]) -> Path:
+    """Samples of a trained run, one per toy, by the command a user would give."""
     out = workdir / "samples"
     prompts = workdir / "prompts.txt"
     prompts.write_text("\n".join(toy.caption for toy in toys) + "\n")
     command = [
         *(sys.executable, "-m", "t2v.cli", "sample"),
-        str(workdir / "runs" / "quickstart_pyramid"),
+        str(workdir / "runs" / recipe),
         *("--prompts", str(prompts), "--out", str(out), "--encoder", str(workdir / "encoder")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -178,9 +184,11 @@ def score(samples: Path, toys: list[Toy]) -> dict[str, float]:
     }
 
 
-def report(console: Console, workdir: Path, scores: dict[str, float], seconds: float) -> list[str]:
+def report(
+    console: Console, workdir: Path, method: str, scores: dict[str, float], seconds: float
+) -> list[str]:
     """Print and write measurements, losses and places; returns what missed its bound."""
-    table = Table(title="40 sampled clips at the finest level, read from their pixels")
+    table = Table(title="40 sampled clips, read from their pixels")
     for column in ("right", "share", "bound", "chance"):
         table.add_column(column)
     chance = {"colour": "20 %", "direction": "25 %", "in one piece": "-", "shape": "25 %"}
@@ -189,14 +197,20 @@ def report(console: Console, workdir: Path, scores: dict[str, float], seconds: f
         table.add_row(name, f"{value:.0%}", bound, chance[name])
     console.print(table)
     losses = {}
-    for run in ("quickstart_base", "quickstart_pyramid"):
+    for run in STORIES[method]:
         lines = (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()
         tail = [json.loads(line)["loss"] for line in lines[-50:]]
         losses[run] = {"first": json.loads(lines[0])["loss"], "last": float(np.mean(tail))}
         console.print(
             f"{run}: loss {losses[run]['first']:.3f} -> {losses[run]['last']:.3f}", highlight=False
         )
-    result = {"seconds": seconds, "scores": scores, "bounds": BOUNDS, "losses": losses}
+    result = {
+        "method": method,
+        "seconds": seconds,
+        "scores": scores,
+        "bounds": BOUNDS,
+        "losses": losses,
+    }
     (workdir / "quickstart.json").write_text(json.dumps(result, indent=1))
     console.print(
         f"text encoder: a T5 with random weights, made here; it has learned nothing\n"
