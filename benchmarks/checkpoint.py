@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import noise_batch
+from data_pipeline.feeding.mixture import Mixture
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.engine.world import World, join_world
 from t2v.loop import open_engine
@@ -46,7 +47,8 @@ OVERRIDES = [
 
 def fresh_state(config: RunConfig, world: World) -> TrainState:
     engine = open_engine(config, method_of(config), world)
-    return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
+    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    return TrainState(engine, averages, config.global_batch_size)
 
 
 def timed(world: World, function: Callable[[], Any]) -> float:
@@ -90,7 +92,9 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
             "updates": 1,
             "engine": state.engine.name,
             "config": json.loads(config.model_dump_json()),
+            "samples": 0,
             "data_fingerprint": "none",
+            "mixture": Mixture(parts=()),
             "text_encoder": None,
         }
         ways = {

@@ -67,12 +67,12 @@ def train(
         state = begin(config, method, world, checkpoints, loader)
         recipe = dump_config(config).encode()
         world.on_first(lambda: storage.write_atomic(run_dir / "config.yaml", recipe))
-        report = Report(run_dir, watched(config, method), world, attempt.status, step=state.step)
+        report = Report(run_dir, watched(config, method), world, attempt.status, state=state)
         exits.enter_context(contextlib.closing(report))
         # Where training ends on an error: say so before anything is closed.
         exits.push(lambda kind, error, trace: attempt.fail(error) if error else None)
         wait = Waiting()
-        steps = wait(loader.steps(state.step, config.total_steps))
+        steps = wait(loader.steps(state.step, config.total_steps, samples=state.samples))
         stop = world.any(preemption.requested(run_dir))
         while state.step < config.total_steps and not stop:
             started = time.perf_counter()
@@ -128,18 +128,24 @@ def begin(
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     fault("setup")
     engine = open_engine(config, method, world)
-    state = TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
+    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    state = TrainState(engine, averages, config.global_batch_size)
     checkpoints.clean()
     found = checkpoints.newest()
     if found is not None:
         folder, manifest = found
-        told = config.checkpoint.accept_data_change
-        refuse_other_run(folder, manifest, facts(state, config, loader), told=told)
+        sources = loader.follow(manifest.mixture, manifest.samples)
+        changes = refuse_other_run(
+            folder, manifest, facts(state, config, loader),
+            told=config.checkpoint.accept_data_change, sources=sources,
+        )  # fmt: skip
         state.restore(folder, manifest)
         if world.is_first:
             past = ", which is past total_steps: nothing is left to do"
             is_past = state.step > config.total_steps
             print(f"resumed from {folder}{past if is_past else ''}", flush=True)
+            for line in [*changes, *sources]:
+                print(f"  from sample {state.samples} on: {line}", flush=True)
     elif config.warm_start is not None:
         warm_start(config.warm_start, method, engine)
         state.ema.restart()
@@ -197,10 +203,12 @@ def facts(state: TrainState, config: RunConfig, loader: Loader) -> dict[str, Any
     """What a manifest tells of a run besides its files."""
     return {
         "step": state.step,
+        "samples": state.samples,
         "updates": state.engine.updates,
         "engine": state.engine.name,
         "config": json.loads(config.model_dump_json()),
         "data_fingerprint": loader.fingerprint,
+        "mixture": loader.mixture,
         "text_encoder": loader.text_encoder,
         "latents": loader.autoencoder,
     }

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked, StorageError
+from data_pipeline.feeding.mixture import Mixture
 from t2v.checkpoint import host_copy
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.config import CheckpointConfig
@@ -41,7 +42,8 @@ TENSORS = file_of(0)
 
 def fresh_state(config: RunConfig) -> TrainState:
     engine = engine_of(config, ALONE)
-    return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
+    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    return TrainState(engine, averages, config.global_batch_size)
 
 
 def shuffled_state(config: RunConfig, seed: int = 0) -> TrainState:
@@ -65,7 +67,9 @@ def facts(config: RunConfig, step: int) -> dict:
         "updates": 7,
         "engine": "single",
         "config": json.loads(config.model_dump_json()),
+        "samples": 4 * step,
         "data_fingerprint": "data",
+        "mixture": Mixture(parts=()),
         "text_encoder": None,
     }
 

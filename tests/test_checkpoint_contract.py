@@ -76,13 +76,13 @@ def test_manifest_from_before_there_were_methods_is_refused_by_name(state, tmp_p
     manifest = json.loads(path.read_text())
     old = manifest["config"] | manifest["config"].pop("method")
     path.write_text(json.dumps(manifest | {"format": 1, "config": old}))
-    told = f"{path}: is wrong because it was written before recipes had methods; read it with"
+    told = f"{path}: is wrong because it was written by an earlier t2v; read it with"
     for read in (verify_checkpoint, resolve_checkpoint):
         with pytest.raises(StorageError) as caught:
             read(folder)
         assert str(caught.value).startswith(told)
     # A run does not begin anew beside it either.
-    with pytest.raises(StorageError, match="written before recipes had methods"):
+    with pytest.raises(StorageError, match="written by an earlier t2v"):
         made.newest()
 
 
@@ -137,7 +137,7 @@ def test_missing_and_extra_tensors_are_refused_by_name(state, tmp_path):
     ("change", "named"),
     [
         ({"seed": 4}, "seed: 3 -> 4"),
-        ({"global_batch_size": 8}, "global_batch_size: 4 -> 8"),
+        ({"ema_half_life_steps": 9.0}, "ema_half_life_steps: 3.0 -> 9.0"),
         ({"model": {"detach_context": True}}, "\n  method.model.detach_context: false -> true"),
         ({"optimizer": {"name": "lamb"}}, 'optimizer.name: "adamw" -> "lamb"'),
     ],
@@ -156,11 +156,20 @@ def test_resume_on_other_data_is_refused_unless_told(state, tmp_path):
     other = facts(tiny_config(), 1) | {"data_fingerprint": "other"}
     with pytest.raises(ConfigError, match="accept_data_change=true"):
         refuse_other_run(*made.newest(), other, told=False)
-    refuse_other_run(*made.newest(), other, told=True)
+    with pytest.raises(ConfigError, match=r"goes on so:\n  a: is new"):
+        refuse_other_run(*made.newest(), other, told=False, sources=["a: is new"])
+    assert refuse_other_run(*made.newest(), other, told=True) == []
 
 
-def test_engine_and_length_of_a_run_may_change(state, tmp_path):
+def test_engine_batches_and_length_of_a_run_may_change_and_are_told(state, tmp_path):
     made = checkpoints(tmp_path)
     save(state, made, 1)
-    other = tiny_config(total_steps=99, engine={"kind": "fsdp"}, micro_batch_size=2)
-    refuse_other_run(*made.newest(), facts(other, 1), told=False)
+    sizes = {"total_steps": 99, "micro_batch_size": 2, "global_batch_size": 8}
+    other = tiny_config(engine={"kind": "fsdp"}, run_dir="moved", **sizes)
+    told = refuse_other_run(*made.newest(), facts(other, 1), told=False)
+    assert told == [
+        "total_steps: 20 -> 99",
+        "global_batch_size: 4 -> 8",
+        "micro_batch_size: 1 -> 2",
+        'engine.kind: "single" -> "fsdp"',
+    ]

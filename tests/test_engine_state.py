@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.feeding.mixture import Mixture
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.config import CheckpointConfig
 from t2v.engine.engine import Engine
@@ -41,7 +42,8 @@ def recipe(engine: dict[str, Any], **changes: Any) -> RunConfig:
 
 def state_of(config: RunConfig, world: World) -> TrainState:
     engine = engine_of(config, world)
-    return TrainState(engine, Ema(engine.parameters(), config.ema_half_life_steps))
+    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    return TrainState(engine, averages, config.global_batch_size)
 
 
 def everything(state: TrainState) -> dict[str, np.ndarray]:
@@ -71,7 +73,9 @@ def save(state: TrainState, config: RunConfig, made: Checkpoints) -> None:
         "updates": state.engine.updates,
         "engine": state.engine.name,
         "config": json.loads(config.model_dump_json()),
+        "samples": 0,
         "data_fingerprint": "data",
+        "mixture": Mixture(parts=()),
         "text_encoder": None,
     }
     made.save(state.slices(), facts)

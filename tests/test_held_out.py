@@ -9,8 +9,8 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.held_out import held_out_reader
-from data_pipeline.feeding.loader import Loader, global_order
-from data_pipeline.feeding.order import held_out_rows
+from data_pipeline.feeding.loader import Loader, sequences_of
+from data_pipeline.feeding.order import GlobalOrder, held_out_rows
 from data_pipeline.feeding.sources import open_sources
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.loop import train
@@ -71,7 +71,7 @@ def test_training_and_held_out_samples_share_the_dataset_between_them(dataset):
     config = tiny_config(data={"sources": [{"path": str(dataset)}], "held_out_share": 0.4})
     (source,) = open_sources(config.data, config.method.pyramid, config.conditioning)
     count = int(source.dataset.shard_sizes.sum())
-    training = global_order([source], config.data, seed=3)
+    training = GlobalOrder(3, sequences_of([source], config.data, seed=3), [1])
     held_out = round(0.4 * count)
     reader = held_out_reader(
         config.data, None, config.method.pyramid, config.conditioning,

@@ -28,7 +28,8 @@ from data_pipeline.feeding.config import (
     NoConditioning,
     TextConditioning,
 )
-from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
+from data_pipeline.feeding.mixture import Mixture, Part, told_changes
+from data_pipeline.feeding.order import SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.feeding.sources import OpenSource, makers_of, open_sources
 from data_pipeline.pyramid import Pyramid
@@ -77,10 +78,10 @@ class Batch:
 
 
 class Loader:
-    """Micro-batches of one rank, in the global order; its only state is the step.
+    """Micro-batches of one rank, in the global order; its only state is how many samples were read.
 
-    Step k covers samples k*B to (k+1)*B - 1; micro-batch q covers the m samples from q*m, and
-    belongs to rank q modulo world_size.
+    A step covers the next B samples, its micro-batch q the m samples from the q-th m of these;
+    micro-batch q belongs to rank q modulo world_size.
     """
 
     def __init__(
@@ -105,20 +106,23 @@ class Loader:
             )
         sources = open_sources(config, pyramid, conditioning, latents)
         weights = [source.weight for source in config.sources]
-        self.order = global_order(sources, config, seed=seed)
+        self._sequences = sequences_of(sources, config, seed=seed)
+        self.mixture = mixture_of(config, self._sequences)
+        self.order = self.mixture.order(seed, self._sequences)
         if global_batch_size % len(self.order.pattern):
             raise ConfigError(
                 f"data.sources: weights {weights} are wrong because a batch of "
                 f"{global_batch_size} is no multiple of their sum {len(self.order.pattern)}; "
                 "then no batch holds the exact mixture."
             )
+        self.global_batch_size = global_batch_size
         self.accumulation_steps = global_batch_size // per_pass
         self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
         self.sources = sources
         self.text_encoder, self.autoencoder = makers_of(sources)
         self.config, self.rank, self.world_size = config, rank, world_size
         has_classes = isinstance(conditioning, ClassConditioning)
-        reader = SampleReader(
+        self._reader = SampleReader(
             order=self.order,
             sources=sources,
             pyramid=pyramid,
@@ -128,14 +132,26 @@ class Loader:
         )
         has_text = isinstance(conditioning, TextConditioning)
         self._text = (conditioning.max_tokens, conditioning.width) if has_text else None
-        self._micro_batches = _MicroBatches(reader, micro_batch_size)
+        self._size = micro_batch_size
         self._workers: list[BaseProcess] = []
 
-    def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step, from `start_step` to the last."""
-        per_step = self.accumulation_steps * self.world_size
-        numbers = range(start_step * per_step + self.rank, total_steps * per_step, self.world_size)
-        with closing(self._batches(numbers)) as batches:
+    def follow(self, before: Mixture, samples: int) -> list[str]:
+        """Go on after `samples` samples of another mixture, or of the same; tells, a line for each
+        source, what changes."""
+        self.mixture = self.mixture.after(before, samples)
+        self.order = self.mixture.order(self._reader.order.seed, self._sequences)
+        self._reader = replace(self._reader, order=self.order)
+        return told_changes(before, self.mixture)
+
+    def steps(
+        self, start_step: int, total_steps: int, *, samples: int | None = None
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, from `start_step` to the last. Before it, `samples` were
+        read: by default what steps of this size read."""
+        first = start_step * self.global_batch_size if samples is None else samples
+        end = first + (total_steps - start_step) * self.global_batch_size
+        starts = range(first + self.rank * self._size, end, self.world_size * self._size)
+        with closing(self._batches(starts)) as batches:
             for _ in range(start_step, total_steps):
                 yield [self._collate(next(batches)) for _ in range(self.accumulation_steps)]
 
@@ -158,15 +174,16 @@ class Loader:
         with stage("collate"):
             return collate(*read, self._text)
 
-    def _batches(self, numbers: Sequence[int]) -> Generator[Read | UserError, None, None]:
+    def _batches(self, starts: Sequence[int]) -> Generator[Read | UserError, None, None]:
+        micro_batches = _MicroBatches(self._reader, self._size)
         if not self.config.num_workers:
-            yield from (self._micro_batches[number] for number in numbers)
+            yield from (micro_batches[start] for start in starts)
             return
-        patience = self.config.decode_deadline_seconds * self._micro_batches.size + START_SECONDS
+        patience = self.config.decode_deadline_seconds * self._size + START_SECONDS
         loader = DataLoader(
-            self._micro_batches,
+            micro_batches,
             batch_size=None,
-            sampler=numbers,
+            sampler=starts,
             collate_fn=_as_is,
             num_workers=self.config.num_workers,
             prefetch_factor=self.config.prefetch_batches,
@@ -194,7 +211,7 @@ class Loader:
 
 
 class _MicroBatches(TorchDataset):
-    """Micro-batch q by its number."""
+    """A micro-batch by the number of its first sample."""
 
     def __init__(self, reader: SampleReader, size: int):
         self.reader, self.size = reader, size
@@ -202,8 +219,7 @@ class _MicroBatches(TorchDataset):
     def __getitem__(self, index: int) -> Read | UserError:
         """The samples, or the error that ends the run: returned, it arrives as what it is."""
         try:
-            numbers = range(index * self.size, (index + 1) * self.size)
-            read = [self.reader.read(n) for n in numbers]
+            read = [self.reader.read(n) for n in range(index, index + self.size)]
         except UserError as error:
             return error
         return [sample for sample, _ in read], [record for _, bad in read for record in bad]
@@ -266,8 +282,10 @@ def _arrivals(batches: Iterator[Read | UserError], patience: float) -> Iterator[
         since = time.monotonic()
 
 
-def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int) -> GlobalOrder:
-    """The order of a mixture of datasets; held-out samples have no place in it."""
+def sequences_of(
+    sources: Sequence[OpenSource], config: DataConfig, *, seed: int
+) -> list[SourceOrder]:
+    """Each dataset's own sequence; held-out samples have no place in it."""
     orders = []
     for source in sources:
         sizes = source.dataset.shard_sizes
@@ -281,7 +299,22 @@ def global_order(sources: Sequence[OpenSource], config: DataConfig, *, seed: int
         orders.append(
             SourceOrder(fingerprint, trained.tolist(), seed=seed, block_shards=config.block_shards)
         )
-    return GlobalOrder(seed, orders, [source.weight for source in config.sources])
+    return orders
+
+
+def mixture_of(config: DataConfig, sequences: Sequence[SourceOrder]) -> Mixture:
+    """What a recipe mixes, as a run that begins with it does."""
+    parts = (
+        Part(
+            path=source.path,
+            sequence=sequence.digest,
+            samples=sequence.samples,
+            weight=source.weight,
+            start=0,
+        )
+        for source, sequence in zip(config.sources, sequences, strict=True)
+    )
+    return Mixture(parts=tuple(parts))
 
 
 def _fingerprint(

@@ -44,6 +44,12 @@ class SourceOrder:
         self.samples = int(self.shard_sizes.sum())
         self._epochs: dict[int, _Epoch] = {}
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides the sequence."""
+        told = f"{self.seed}/{self.fingerprint}/{self.block_shards}/{self.samples}"
+        return sha256(f"{told}/{self.first_rows}".encode()).hexdigest()[:16]
+
     def place(self, index: int) -> tuple[int, int]:
         """(shard, row) of the sample at an index of the sequence."""
         number, position = divmod(index, self.samples)
@@ -56,10 +62,20 @@ class SourceOrder:
 
 
 class GlobalOrder:
-    """The sequence of samples over all sources, mixed by their weights."""
+    """The sequence of samples over all sources, mixed by their weights from sample number `since`
+    on, at which each source is at index `starts` of its own sequence."""
 
-    def __init__(self, seed: int, sources: Sequence[SourceOrder], weights: Sequence[int]):
-        self.seed, self.sources = seed, sources
+    def __init__(
+        self,
+        seed: int,
+        sources: Sequence[SourceOrder],
+        weights: Sequence[int],
+        *,
+        since: int = 0,
+        starts: Sequence[int] | None = None,
+    ):
+        self.seed, self.sources, self.since = seed, sources, since
+        self.starts = [0] * len(sources) if starts is None else list(starts)
         self.pattern = mixture_pattern(weights)
         self._turns = [self.pattern[:slot].count(s) for slot, s in enumerate(self.pattern)]
         self._shares = [self.pattern.count(source) for source in range(len(sources))]
@@ -79,9 +95,9 @@ class GlobalOrder:
 
     def turn(self, n: int) -> tuple[int, int]:
         """(source, index in that source's own sequence) of sample n."""
-        period, slot = divmod(n, len(self.pattern))
+        period, slot = divmod(n - self.since, len(self.pattern))
         source = self.pattern[slot]
-        return source, period * self._shares[source] + self._turns[slot]
+        return source, self.starts[source] + period * self._shares[source] + self._turns[slot]
 
 
 class _Epoch:

@@ -1,6 +1,7 @@
 """What must agree before a checkpoint goes into a model; nothing is cast, nothing is left out."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,25 @@ from t2v.checkpoint.tensor_files import Slice, TensorKind
 
 # Names in a checkpoint begin with these.
 WEIGHTS = {"ema": "ema.", "raw": "model."}
-# A run that goes on with one of these changed would not be the same run.
+# A run that goes on with one of these changed would not be the same run. Moments and averages stay
+# what they are under all others; samples go on at their number.
 FIXED = (
-    *("seed", "global_batch_size", "ema_half_life_steps"),
+    *("seed", "ema_half_life_steps"),
     *("method", "conditioning"),
 )
 
 
 def refuse_other_run(
-    folder: Path, manifest: Manifest, facts: dict[str, Any], *, told: bool
-) -> None:
-    """ConfigError where a checkpoint is of another run; `told` accepts other datasets."""
+    folder: Path,
+    manifest: Manifest,
+    facts: dict[str, Any],
+    *,
+    told: bool,
+    sources: Sequence[str] = (),
+) -> list[str]:
+    """The settings that have changed since a checkpoint, `dotted.path: old -> new`; ConfigError
+    where it is of another run. `told` accepts other datasets; `sources` says what becomes of each.
+    """
     old, new = _trained(manifest.config), _trained(json.loads(json.dumps(facts["config"])))
     changed = [line for name in FIXED for line in _changes(name, old.get(name), new.get(name))]
     before = (old.get("optimizer") or {}).get("name")
@@ -31,10 +40,17 @@ def refuse_other_run(
             "run folder with warm_start.\n  " + "\n  ".join(changed)
         )
     if manifest.data_fingerprint != facts["data_fingerprint"] and not told:
+        lines = [f"\n  {line}" for line in sources or ("their embeddings or latents are others",)]
         raise ConfigError(
             f"{folder}: was trained on other datasets than data.sources; name the old ones, or set "
-            "checkpoint.accept_data_change=true."
+            f"checkpoint.accept_data_change=true, and it goes on so:{''.join(lines)}"
         )
+    return [
+        line
+        for name in new
+        if name not in ("name", "run_dir", "data", *FIXED)
+        for line in _changes(name, old.get(name), new[name])
+    ]
 
 
 def refuse_differences(

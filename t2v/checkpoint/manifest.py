@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from data_pipeline.errors import StorageError
+from data_pipeline.feeding.mixture import Mixture
 from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance as TextEncoder
@@ -30,8 +31,9 @@ class FileRecord(Strict):
 class Manifest(Strict):
     """A folder is a checkpoint if it has a manifest whose files are all there and right."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     step: int = Field(ge=0)
+    samples: int = Field(ge=0, description="read so far; the next step begins at this number")
     updates: int = Field(
         ge=0, description="optimizer steps; steps without finite gradients are none"
     )
@@ -39,6 +41,7 @@ class Manifest(Strict):
     world_size: int = Field(ge=1)
     config: dict[str, Any] = Field(description="the resolved recipe")
     data_fingerprint: str
+    mixture: Mixture = Field(description="what is read, and since when")
     text_encoder: TextEncoder | None = Field(description="what made the captions' embeddings")
     latents: Autoencoder | None = Field(default=None, description="what made the clips' latents")
     model_signature: str = Field(description="digest of the model's names, shapes and dtypes")
@@ -155,8 +158,8 @@ def present_versions() -> dict[str, str]:
 def _fault(path: Path) -> str:
     """Why a manifest cannot be read, and what to do."""
     try:
-        if json.loads(path.read_bytes())["format"] == 1:
-            return "it was written before recipes had methods; read it with the code of that time"
+        if json.loads(path.read_bytes())["format"] in (1, 2):
+            return "it was written by an earlier t2v; read it with the code of that time"
     except (ValueError, TypeError, KeyError, OSError):
         pass
     return "it is damaged or of another format; use another checkpoint"

@@ -5,10 +5,11 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from t2v.commands.parser import add_config, add_verb, count, positive
 
 if TYPE_CHECKING:
+    from data_pipeline.feeding.mixture import Mixture
     from data_pipeline.shards.dataset import Dataset
 
 FILTERS = {
@@ -167,18 +168,34 @@ def data_order(options: argparse.Namespace) -> None:
     from t2v.recipe.recipe import load_config
 
     config = load_config(options.config, options.set or [])
+    start = _start_of(options.checkpoint, options.step) if options.checkpoint else None
     samples = planned_samples(
         config.data,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         step=options.step,
         count=options.count,
+        start=start,
     )
     if options.json:
         print(json.dumps(list(samples)))
         return
     for sample in samples:
         print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
+
+
+def _start_of(checkpoint: str, step: int) -> "tuple[int, int, Mixture]":
+    """(steps, samples, mixture) of a checkpoint before a step."""
+    from t2v.checkpoint.finding import step_of
+    from t2v.checkpoint.manifest import read_manifest
+
+    manifest = read_manifest(step_of(checkpoint))
+    if manifest.step >= step:
+        raise ConfigError(
+            f"--checkpoint: {checkpoint} is wrong because it is of step {manifest.step}, and what "
+            f"it had read says nothing of step {step}; give an earlier one."
+        )
+    return manifest.step, manifest.samples, manifest.mixture
 
 
 def data_bench(options: argparse.Namespace) -> None:
@@ -299,6 +316,8 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("config", help="a recipe, or the config.yaml of a run folder")
     verb.add_argument("--set", action="append", metavar="dotted.key=value")
     verb.add_argument("--step", type=positive, required=True, help="as in metrics.jsonl")
+    verb.add_argument("--checkpoint", metavar="STEP", help="a step folder from before it, where the"
+                      " run's batch size or sources have changed since its start")  # fmt: skip
     verb.add_argument("--count", type=count, default=1, help="how many steps")
     verb.add_argument("--json", action="store_true", help="print JSON instead of lines")
 

@@ -12,25 +12,31 @@ from t2v.train.ema import Ema
 
 @dataclass
 class TrainState:
-    """A run after `step` steps."""
+    """A run after `step` steps, which have read `samples` samples; the next reads `batch_size`."""
 
     engine: Engine
     ema: Ema
+    batch_size: int
     step: int = 0
+    samples: int = 0
     skips_in_a_row: int = 0
 
     def update(self, rates: dict[str, float], grad_norm: float) -> None:
         """One optimizer step."""
         self.engine.update(rates, grad_norm)
         self.ema.update(self.engine.updates)
-        self.step += 1
+        self._count()
         self.skips_in_a_row = 0
 
     def skip(self) -> None:
         """A step without a finite gradient changes no tensor; the sequence of samples moves on."""
         self.engine.forget_gradients()
-        self.step += 1
+        self._count()
         self.skips_in_a_row += 1
+
+    def _count(self) -> None:
+        self.step += 1
+        self.samples += self.batch_size
 
     def slices(self) -> dict[str, Slice]:
         """This rank's weights, averages and moments by name; memory is shared."""
@@ -54,4 +60,4 @@ class TrainState:
         self.engine.world.on_all(read, self.engine.world.storage)
         self.engine.refresh()
         self.engine.updates = manifest.updates
-        self.step = manifest.step
+        self.step, self.samples = manifest.step, manifest.samples

@@ -46,8 +46,9 @@ class Report:
         world: World,
         status: StatusFile | None,
         *,
-        step: int,
+        state: TrainState,
     ) -> None:
+        """`state` is what the run begins with."""
         self.run, self.world, self.status = run, world, status
         self.sums = StepSums(run.parts, world)
         self.ids: list[str] = []
@@ -58,13 +59,13 @@ class Report:
                 run_dir / "quarantine.jsonl",
                 max_drop_rate=run.data.max_drop_rate,
                 max_drops_in_a_row=run.data.max_drops_in_a_row,
-                first_sample=step * run.global_batch_size,
+                first_sample=state.samples,
             )
             ranks = f"{world.world_size} x {device_name(world.device)}"
             # A node that lost its GPUs would train on its CPU, slowly, and look as if all was well.
             say(f"{run.name}: {ranks}, engine {run.engine}, {run.precision}")
-            self.lines = Lines(run_dir, run, world, step)
-            status.write("running", step=step, last_checkpoint=step)
+            self.lines = Lines(run_dir, run, world, state.step)
+            status.write("running", step=state.step, last_checkpoint=state.step)
 
     def samples(self, batch: Batch) -> None:
         """Account for the samples of a micro-batch."""
@@ -91,11 +92,16 @@ class Report:
             ids = self.world.gather(self.ids)
             facts["skipped_samples"] = [name for part in ids for name in part]
         self.ids = []
-        self._account_for_dropped(step)
+        self._account_for_dropped(state.samples)
         last = step == self.run.total_steps
         if step % self.run.metrics.every_steps and not last and not skipped:
             return
-        values = {"step": step, **self.sums.summary(self.run.global_batch_size), **facts}
+        values = {
+            "step": step,
+            "samples": state.samples,
+            **self.sums.summary(self.run.global_batch_size),
+            **facts,
+        }
         if self.lines is not None and self.status is not None:
             self.lines.step(values)
             rate = values["samples_per_second"]
@@ -107,12 +113,11 @@ class Report:
         if self.lines is not None:
             self.lines.write(values)
 
-    def _account_for_dropped(self, step: int) -> None:
-        """Write down the samples that were replaced in a step; DataError when they are too many."""
+    def _account_for_dropped(self, samples: int) -> None:
+        """Write down those of the samples so far that were replaced; DataError for too many."""
         if self.world.any(bool(self.dropped)):
             parts = self.world.gather(self.dropped)
             records = [record for part in parts for record in part]
-            samples = step * self.run.global_batch_size
             self.world.on_first(lambda: self._record(records, samples))
         self.dropped = []
 
