@@ -22,6 +22,7 @@ from t2v.attempt.attempt import begin_attempt
 from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
+from t2v.engine.compile_cache import sound_compile_cache
 from t2v.engine.compute import make_deterministic
 from t2v.engine.device import Pace, on_device
 from t2v.engine.engine import Engine, build_engine
@@ -59,6 +60,8 @@ def train(
                 clear_failures=clear_failures,
             )
         )  # fmt: skip
+        if config.engine.compile:
+            exits.enter_context(sound_compile_cache())
         method = method_of(config)
         loader = exits.enter_context(contextlib.closing(open_loader(config, world)))
         held_out = open_held_out(config, method, loader, world)

@@ -97,26 +97,19 @@ class Loader:
         world_size: int,
         latents: CachedLatents | None = None,
     ):
-        per_pass = micro_batch_size * world_size
-        if global_batch_size % per_pass:
-            raise ConfigError(
-                f"global_batch_size: value {global_batch_size} is wrong because {world_size} "
-                f"processes of micro_batch_size {micro_batch_size} read {per_pass} samples at a "
-                "time; make it a multiple."
-            )
+        self.accumulation_steps = passes(global_batch_size, micro_batch_size, world_size)
         sources = open_sources(config, pyramid, conditioning, latents)
-        weights = [source.weight for source in config.sources]
         self._sequences = sequences_of(sources, config, seed=seed)
         self.mixture = mixture_of(config, self._sequences)
         self.order = self.mixture.order(seed, self._sequences)
         if global_batch_size % len(self.order.pattern):
+            weights = [source.weight for source in config.sources]
             raise ConfigError(
                 f"data.sources: weights {weights} are wrong because a batch of "
                 f"{global_batch_size} is no multiple of their sum {len(self.order.pattern)}; "
                 "then no batch holds the exact mixture."
             )
         self.global_batch_size = global_batch_size
-        self.accumulation_steps = global_batch_size // per_pass
         self.fingerprint = _fingerprint(config, sources, pyramid, conditioning, seed)
         self.sources = sources
         self.text_encoder, self.autoencoder = makers_of(sources)
@@ -153,7 +146,7 @@ class Loader:
         starts = range(first + self.rank * self._size, end, self.world_size * self._size)
         with closing(self._batches(starts)) as batches:
             for _ in range(start_step, total_steps):
-                yield [self._collate(next(batches)) for _ in range(self.accumulation_steps)]
+                yield [_batch(next(batches), self._text) for _ in range(self.accumulation_steps)]
 
     @property
     def worker_pids(self) -> list[int]:
@@ -167,12 +160,6 @@ class Loader:
                 worker.kill()
                 worker.join()
         self._workers = []
-
-    def _collate(self, read: Read | UserError) -> Batch:
-        if isinstance(read, UserError):
-            raise read
-        with stage("collate"):
-            return collate(*read, self._text)
 
     def _batches(self, starts: Sequence[int]) -> Generator[Read | UserError, None, None]:
         micro_batches = _MicroBatches(self._reader, self._size)
@@ -210,6 +197,18 @@ class Loader:
             self.close()
 
 
+def passes(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches of each process per step; ConfigError where they do not share it evenly."""
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        raise ConfigError(
+            f"global_batch_size: value {global_batch_size} is wrong because {world_size} "
+            f"processes of micro_batch_size {micro_batch_size} read {per_pass} samples at a "
+            "time; make it a multiple."
+        )
+    return global_batch_size // per_pass
+
+
 class _MicroBatches(TorchDataset):
     """A micro-batch by the number of its first sample."""
 
@@ -223,6 +222,13 @@ class _MicroBatches(TorchDataset):
         except UserError as error:
             return error
         return [sample for sample, _ in read], [record for _, bad in read for record in bad]
+
+
+def _batch(read: Read | UserError, text: tuple[int, int] | None) -> Batch:
+    if isinstance(read, UserError):
+        raise read
+    with stage("collate"):
+        return collate(*read, text)
 
 
 def collate(samples: Sequence[Sample], bad: list[dict], text: tuple[int, int] | None) -> Batch:

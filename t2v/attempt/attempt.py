@@ -104,6 +104,7 @@ class Attempt:
         if self._failed:
             return
         self._failed = True
+        leave_where_compilers_were_stopped(self, error)
         exit_code = exit_code_of(error)
         rank = getattr(error, "rank", None)
         at, reason = timestamp(), reason_of(error)
@@ -185,6 +186,12 @@ def end_line(
     }
 
 
+class Preempted(UserError):
+    """A request to stop was answered without a save."""
+
+    exit_code = preemption.EXIT_CODE
+
+
 class OtherRank(UserError):
     """Another rank's failure, which that rank has told."""
 
@@ -214,6 +221,22 @@ def from_a_collective(error: BaseException) -> bool:
     """Whether an error came out of waiting for another rank."""
     frames = traceback.extract_tb(error.__traceback__)
     return any("torch/distributed/" in frame.filename for frame in frames[-6:])
+
+
+def came_of_compiling(error: BaseException) -> bool:
+    """Whether torch's compilers failed."""
+    kinds = (kind.__module__ for kind in type(error).__mro__)
+    return any(module.startswith(("torch._dynamo", "torch._inductor")) for module in kinds)
+
+
+def leave_where_compilers_were_stopped(attempt: Attempt, error: BaseException) -> None:
+    """Preempted where that is what failed: a scheduler's signal reaches compilers, too, and nothing
+    was computed that could be saved."""
+    if preemption.requested(attempt.run_dir) and came_of_compiling(error):
+        attempt.leave()
+        raise Preempted(
+            f"{attempt.run_dir}: was told to stop while it compiled; start it again."
+        ) from error
 
 
 @contextlib.contextmanager
