@@ -24,14 +24,20 @@ from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compile_cache import sound_compile_cache
 from t2v.engine.compute import make_deterministic
-from t2v.engine.device import Pace, on_device
+from t2v.engine.device import Pace, on_device, to_host
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.faults import arm_faults, fault
 from t2v.engine.optimizer import BASE, Groups
 from t2v.engine.world import World, join_world
 from t2v.methods.method import Method
 from t2v.plan.footprint import training_tflop
-from t2v.recipe.recipe import RunConfig, accumulation_steps, dump_config, method_of
+from t2v.recipe.recipe import (
+    RunConfig,
+    accumulation_steps,
+    dump_config,
+    longest_section_seconds,
+    method_of,
+)
 from t2v.train.ema import Ema
 from t2v.train.held_out import HeldOut
 from t2v.train.schedule import learning_rates
@@ -51,7 +57,8 @@ def train(
     make_deterministic()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as exits:
-        watchdog = exits.enter_context(Watchdog(config.watchdog))
+        longest = longest_section_seconds(config)
+        watchdog = exits.enter_context(Watchdog(config.watchdog, longest=longest))
         world = exits.enter_context(join_world(config.engine))
         attempt = exits.enter_context(
             begin_attempt(
@@ -91,7 +98,8 @@ def train(
                 config.optimizer, config.warm_start, step=state.step,
                 total_steps=config.total_steps, updates=state.engine.updates,
             )  # fmt: skip
-            grad_norm, *losses = torch.cat([state.engine.gradient_norm()[None], losses]).tolist()
+            computed = torch.cat([state.engine.gradient_norm()[None], losses])
+            grad_norm, *losses = to_host(computed).tolist()
             watchdog.enter("checkpoint", state.step)
             checkpoints.wait_for_copy()
             watchdog.enter("step", state.step, samples)
@@ -106,7 +114,8 @@ def train(
             refuse_endless_skips(state, config)
             if held_out.due(state.step):
                 watchdog.enter("step", state.step)
-                report.held_out(held_out.measure(state))
+                tell = partial(watchdog.enter, "step", state.step)
+                report.held_out(held_out.measure(state, tell=tell))
             fault("step", state.step)
             preemption.wait_for_save()
             told = preemption.requested(run_dir) or attempt.is_lost

@@ -39,7 +39,9 @@ FOLLOW_SECONDS = 4.0
 LONGEST_REASON = 4000  # characters; some libraries put whole files into their errors
 RECORDS = ("status.json", "failure.md")
 # What ranks leave in an attempt's folder.
-OF_RANKS = re.compile(r"\.?alarm\.json(\.\d+)?|(failure|position)-rank-\d{5}\.(json|part)")
+OF_RANKS = re.compile(
+    r"\.?alarm\.json(\.\d+)?|(failure|position|collectives)-rank-\d{5}\.(json|part)"
+)
 
 
 class Attempt:

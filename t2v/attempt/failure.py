@@ -18,7 +18,9 @@ from pydantic import ValidationError
 
 from data_pipeline.strict import Strict
 from t2v.attempt.run_folder import timestamp
+from t2v.engine.device import Pace, to_host
 
+WAITS = {to_host.__code__, Pace.wait.__code__}  # where a host waits for its device
 HANG = 71
 SIGNALLED = 75
 RECORD = "failure-rank-{:05d}.json"
@@ -128,17 +130,18 @@ def all_stacks() -> dict[str, str]:
 
 
 def waits_for_others() -> bool:
-    """Whether any thread of this process is waiting for another rank."""
+    """Whether any thread of this process is waiting for another rank: in a collective, or, where
+    these are launched and not waited for, for its device."""
     frames = sys._current_frames()
-    return any(_is_collective(frame) for frame in frames.values())
+    return any(_is_waiting(frame) for frame in frames.values())
 
 
-def _is_collective(frame: FrameType) -> bool:
+def _is_waiting(frame: FrameType) -> bool:
     innermost: FrameType | None = frame
     for _ in range(6):
         if innermost is None:
             return False
-        if "torch/distributed/" in innermost.f_code.co_filename:
+        if "torch/distributed/" in innermost.f_code.co_filename or innermost.f_code in WAITS:
             return True
         innermost = innermost.f_back
     return False

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from data_pipeline.strict import Strict
 from t2v.attempt.failure import HANG, Failure, record_failure
@@ -27,22 +27,38 @@ class Position(Strict):
     entered: int  # sections so far: all ranks pass the same ones in the same order
     seconds: float
     waits: bool
+    collectives: dict[str, tuple[int, int, int]] = Field(
+        default={}, strict=False, description="by group: launched, begun, ended"
+    )
     memory_gib: float
     samples: tuple[str, ...]
     stack: str
 
 
 def culprit(positions: Iterable[Position], world_size: int) -> int:
-    """The rank that hangs: one that does not answer; else the one that is behind; of those that
-    are equally far, one that does not wait for others, and the longest there."""
+    """The rank that hangs: one that does not answer; else the one that is behind: in sections, then
+    in what it has launched of the collectives that somebody waits for, then in what its device has
+    begun of them; of those that are equally far, one that does not wait for others, and the longest
+    there."""
     found = {position.rank: position for position in positions}
+    awaited = {
+        group
+        for position in found.values()
+        for group, (launched, _, ended) in position.collectives.items()
+        if ended < launched
+    }
+
+    def done(position: Position) -> tuple[int, int]:
+        counts = [position.collectives.get(group, (0, 0, 0)) for group in awaited]
+        return sum(launched for launched, *_ in counts), sum(begun for _, begun, _ in counts)
+
     silent = [rank for rank in range(world_size) if rank not in found]
     if silent:
         return silent[0]
 
     def order(rank: int) -> tuple:
         at = found[rank]
-        return at.entered, at.waits, -at.seconds
+        return at.entered, done(at), at.waits, -at.seconds
 
     return min(found, key=order)
 

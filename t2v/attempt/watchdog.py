@@ -9,12 +9,14 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pydantic import Field
 
 from data_pipeline.strict import Strict
+from t2v.attempt.collectives import leave_record, progress, recorded
 from t2v.attempt.failure import (
     HANG,
     Failure,
@@ -36,6 +38,8 @@ CLOSING_SECONDS = 90.0
 FOLLOW_SECONDS = 6.0
 # Longer than any answer takes: only a thread that never lets go of the interpreter comes this far.
 STUCK_SECONDS = 90.0
+# A section is no hang before it took so many times the longest of the last ones.
+TIMES, LAST = 10, 64
 
 
 class WatchdogConfig(Strict):
@@ -66,11 +70,30 @@ class WatchdogConfig(Strict):
         return getattr(self, f"{section}_seconds")
 
 
-class Watchdog:
-    """A thread beside training; `enter` tells it where training is."""
+class Measured:
+    """How long the sections of a run have taken lately."""
 
-    def __init__(self, config: WatchdogConfig) -> None:
-        self.config = config
+    def __init__(self) -> None:
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=LAST))
+
+    def add(self, section: str, seconds: float, *, is_first_step: bool) -> None:
+        """Note a section that has ended. The first one of a run compiles: it counts once, and not
+        many times."""
+        known = self._seconds[section]
+        known.append(seconds / TIMES if is_first_step and not known else seconds)
+
+    def deadline(self, section: str) -> float:
+        """Seconds that a section surely does not take; 0 where nothing is known."""
+        return TIMES * max(self._seconds[section], default=0.0)
+
+
+class Watchdog:
+    """A thread beside training; `enter` tells it where training is. No measured deadline is longer
+    than `longest`, after which ranks no longer wait for each other."""
+
+    def __init__(self, config: WatchdogConfig, *, longest: float = LONGEST_SECONDS) -> None:
+        self.config, self.longest = config, longest
+        self.measured = Measured()
         self.section, self.step, self.entered = "setup", 0, 0
         self.samples: tuple[str, ...] = ()
         self.since = time.monotonic()
@@ -104,10 +127,14 @@ class Watchdog:
 
     def enter(self, section: str, step: int, samples: Iterable[str] = ()) -> None:
         """Training is now in a section of the step after `step`."""
+        now = time.monotonic()
         if self._first_step is None:
             self._first_step = step
+        elif self.section != "setup":
+            is_first = self.step == self._first_step
+            self.measured.add(self.section, now - self.since, is_first_step=is_first)
         self.samples = tuple(samples)
-        self.section, self.step, self.since = section, step, time.monotonic()
+        self.section, self.step, self.since = section, step, now
         self.entered += 1
 
     def close(self, exit_code: int, seconds: float = CLOSING_SECONDS) -> None:
@@ -116,7 +143,8 @@ class Watchdog:
             self._closing = (time.monotonic() + seconds, exit_code)
 
     def _deadline(self) -> float:
-        seconds = self.config.deadline(self.section)
+        measured = min(self.measured.deadline(self.section), self.longest)
+        seconds = max(self.config.deadline(self.section), measured)
         if self._first_step in (None, self.step):  # compiles, and fills the loader's queues
             return max(seconds, self.config.setup_seconds)
         return seconds
@@ -147,11 +175,13 @@ class Watchdog:
 
     def _end_hang(self) -> None:
         """Find out with the other ranks who hangs; that one speaks; all end."""
-        position = self._position()
+        dumps = recorded()
+        position = position_of(self, progress(dumps))
         if self.folder is None:
             tell_hang(None, position)
             os._exit(HANG)
         at = ring(self.folder, rank=self.rank, is_hang=True, exit_code=HANG)
+        leave_record(self.folder, self.rank, dumps)
         positions = exchange(self.folder, position, self.world_size)
         rank = culprit(positions, self.world_size)
         speaker = min((p.rank for p in positions), key=lambda r: (r != rank, r))
@@ -166,22 +196,25 @@ class Watchdog:
         self.on_end(first_failure(self.folder), HANG)
         os._exit(HANG)
 
-    def _position(self) -> Position:
-        stacks = all_stacks()
-        main = stacks.pop("MainThread", "")
-        others = "".join(f"\nThread {name}:\n{stack}" for name, stack in stacks.items())
-        return Position(
-            rank=self.rank,
-            host=hostname(),
-            section=self.section,
-            step=self.step,
-            entered=self.entered,
-            seconds=time.monotonic() - self.since,
-            waits=waits_for_others(),
-            memory_gib=peak_memory_gib(),
-            samples=self.samples,
-            stack=f"Thread MainThread:\n{main}{others}",
-        )
+
+def position_of(watchdog: Watchdog, collectives: Mapping[str, tuple[int, int, int]]) -> Position:
+    """Where this rank is."""
+    stacks = all_stacks()
+    main = stacks.pop("MainThread", "")
+    others = "".join(f"\nThread {name}:\n{stack}" for name, stack in stacks.items())
+    return Position(
+        rank=watchdog.rank,
+        host=hostname(),
+        section=watchdog.section,
+        step=watchdog.step,
+        entered=watchdog.entered,
+        seconds=time.monotonic() - watchdog.since,
+        waits=waits_for_others(),
+        collectives=dict(collectives),
+        memory_gib=peak_memory_gib(),
+        samples=watchdog.samples,
+        stack=f"Thread MainThread:\n{main}{others}",
+    )
 
 
 def failure_here(watchdog: Watchdog, exit_code: int, reason: str, stack: str, at: str) -> Failure:

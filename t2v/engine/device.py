@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from data_pipeline.feeding.loader import Batch
 
@@ -31,6 +32,11 @@ def _received(batch: Batch, copied: torch.Event) -> Batch:
     for tensor in batch.tensors.values():
         tensor.record_stream(current)
     return batch
+
+
+def to_host(values: Tensor) -> Tensor:
+    """Values on the host, once the device has computed them; a CPU's as they are."""
+    return values.cpu()
 
 
 class Pace:

@@ -15,6 +15,8 @@ from data_pipeline.errors import ConfigError, StorageError, UserError
 from t2v.engine.config import EngineConfig
 
 T = TypeVar("T")
+# The last collectives are remembered, and when a device began each.
+RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_ENABLE_TIMING": "1"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,9 @@ def _gloo_group(deadline: timedelta) -> dist.ProcessGroup:
 def _start_process_group(
     device: torch.device, rank: int, world_size: int, deadline: timedelta
 ) -> None:
+    # What a hang is found out by (t2v/attempt/collectives.py).
+    for name, value in RECORDER.items():
+        os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if world_size == 1:

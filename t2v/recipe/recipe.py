@@ -26,6 +26,8 @@ from t2v.train.warm_start import WarmStartConfig
 from t2v.watching.metrics import MetricsConfig
 from t2v.watching.side_job import SamplesConfig
 
+# Of the time that ranks wait for each other: the rest is for finding out which one hangs.
+LEFT_TO_VOTE = 0.9
 # Sections that stood at the top before there was a second method.
 MOVED = ("pyramid", "model", "diffusion", "sampling")
 
@@ -147,6 +149,12 @@ def dump_config(config: RunConfig) -> str:
 def method_of(config: RunConfig) -> Method:
     """The recipe's method."""
     return METHODS[config.method.kind](config.method, config.conditioning)
+
+
+def longest_section_seconds(config: RunConfig) -> float:
+    """How long a part of a run may take at most before other ranks give up waiting for it."""
+    alone = config.engine.kind == "single"
+    return math.inf if alone else LEFT_TO_VOTE * config.engine.collective_timeout_seconds
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

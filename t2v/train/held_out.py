@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from data_pipeline.feeding.config import Source, text_shape
 from data_pipeline.feeding.loader import collate
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.strict import Strict
+from t2v.engine.device import to_host
 from t2v.engine.world import World
 from t2v.methods.method import Method
 from t2v.train.state import TrainState
@@ -70,8 +71,11 @@ class HeldOut:
             return None
         return self.latest[1]
 
-    def measure(self, state: TrainState) -> dict[str, Any]:
-        """The line of metrics.jsonl on the present weights, which are left bit by bit as they were.
+    def measure(
+        self, state: TrainState, *, tell: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """The line of metrics.jsonl on the present weights, which are left bit by bit as they were;
+        `tell` is called after each pass.
 
         A part's mean over bins estimates its training loss, conditions never dropped.
         """
@@ -82,7 +86,7 @@ class HeldOut:
             self.world.on_all(self._read)
         weights = averaged_weights(state) if settings.weights == "ema" else nullcontext()
         with weights, torch.no_grad():
-            table = self._errors(state, settings.samples, settings.bins)
+            table = self._errors(state, settings.samples, settings.bins, tell)
             state.engine.refresh()
         losses = self.world.total(table).mean(0)
         of_parts = losses.mean(1).tolist()
@@ -104,7 +108,7 @@ class HeldOut:
         self.read = [self.reader.read(number)[0] for number in self.mine]
 
     def _errors(
-        self, state: TrainState, samples: int, bins: int
+        self, state: TrainState, samples: int, bins: int, tell: Callable[[], None]
     ) -> Float[Tensor, "samples parts bins"]:
         """This rank's errors at their places, zeros elsewhere."""
         count = len(self.method.parts)
@@ -127,9 +131,10 @@ class HeldOut:
             if has_own:
                 numbers = batch.numbers.tolist()
                 for number, of_parts, values in zip(
-                    numbers, places, errors.double().cpu(), strict=True
+                    numbers, places, to_host(errors.double()), strict=True
                 ):
                     table[number, range(count), of_parts] = values
+            tell()
         return table
 
 
