@@ -206,8 +206,16 @@ def test_clips_of_latents_are_what_the_autoencoder_makes_of_them(home):
 
 
 def test_joints_and_gamma_are_those_of_training(home, capsys):
-    assert sample(home, "pixels", "none", "--set=flow.gamma=0.2") == 78
-    assert "unknown field" in capsys.readouterr().err
+    for change, told in (
+        ("flow.gamma=0.2", "flow.gamma: unknown field"),
+        ("flow.joints=[0.4]", "flow.joints: unknown field"),
+        ("steps=[2, 2, 2]", "steps: [2, 2, 2] has 3 entries for 2 stages; give one per stage"),
+    ):
+        capsys.readouterr()
+        assert sample(home, "pixels", "none", f"--set={change}") == 78
+        [line] = capsys.readouterr().err.splitlines()
+        assert told in line
+        assert not (home / "none").exists()
     for change in ("flow.gamma=0.2", "flow.joints=[0.4]", "flow.shift=2.0"):
         assert main(["train", str(home / "pixels.yaml"), f"method.{change}", "total_steps=3"]) == 78
         told = capsys.readouterr().err
