@@ -23,7 +23,8 @@ from data_pipeline.latents.memory import LiveBytes
 from data_pipeline.latents.tiles import WORKSPACE, refuse_misfit, tile_within, working_bytes
 from data_pipeline.making.build import build, index
 from data_pipeline.making.verify import verify
-from data_pipeline.media.video import decode_clip, decode_image, read_clip
+from data_pipeline.media.clips import read_clip
+from data_pipeline.media.video import decode_clip, decode_image
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_index, write_tar
 from t2v.cli import main

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, NotWanted
 from data_pipeline.making.build import build
-from data_pipeline.making.cutting import clip_starts, find_scenes
 from data_pipeline.making.samples import Filters
-from data_pipeline.media.video import Probe, decode_clip, encode_clip, probe
+from data_pipeline.media.clips import Probe, probe, read_clips
+from data_pipeline.media.video import decode_clip, encode_clip
 from data_pipeline.shards.dataset import open_dataset
 
 COLORS = np.array([(30, 30, 30), (10, 200, 200), (220, 40, 40)], np.uint8)
@@ -38,17 +38,17 @@ def long(tmp_path_factory) -> Path:
     return folder
 
 
-def test_scenes_change_where_the_picture_does(long):
-    found = find_scenes((long / "long.mp4").read_bytes())
-    assert found == [(0.0, 2.5), (2.5, 6.0), (6.0, 7.25)]
-    assert find_scenes((long / "short.mp4").read_bytes()) == []
-
-
 def test_cuts_cover_what_they_can_in_order(long):
     media = (long / "long.mp4").read_bytes()
-    assert list(clip_starts(media, 7.25, 1.0, "length")) == [0, 1, 2, 3, 4, 5, 6]
-    assert list(clip_starts(media, 7.25, 1.0, "scenes")) == [0, 1, 2.5, 3.5, 4.5, 6]
-    assert list(clip_starts(media, 7.25, 8.0, "length")) == []
+    for cut, frames, starts in (
+        ("length", 8, [0, 1, 2, 3, 4, 5, 6]),
+        ("scenes", 8, [0, 1, 2.5, 3.5, 4.5, 6]),
+        ("scenes", 20, [0, 2.5]),
+    ):
+        clips = [clip for _, clip in read_clips(media, (frames, 24, 32), cut=cut)]
+        assert [clip.start_seconds for clip in clips] == starts
+    ((_, none),) = read_clips(media, (64, 24, 32), cut="length")
+    assert isinstance(none, NotWanted)
 
 
 @pytest.mark.parametrize(("cut", "starts"), [("length", range(0, 49, 8)),

@@ -126,7 +126,7 @@ def spoiled_media(media: bytes) -> dict[str, bytes]:
 REASONS = {
     "zeros": "cannot be decoded",
     "cut": "cannot be decoded",
-    "noise": r"cannot be decoded|damaged frames",
+    "noise": r"cannot be decoded|is damaged",
     "no frame": "cannot be decoded",
     "fps": "has 24 frames per second, its json 8",
     "size": r"is \(8, 48, 32\) .* not \(8, 24, 32\)",

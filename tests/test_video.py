@@ -12,13 +12,13 @@ from PIL import Image
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.toy import Toy, render
+from data_pipeline.media.clips import read_clip
 from data_pipeline.media.video import (
     decode_clip,
     decode_image,
     decode_patches,
     encode_clip,
     encode_image,
-    read_clip,
     reduce_clip,
     reduction,
 )
@@ -157,7 +157,7 @@ def test_frames_are_those_shown_at_the_wanted_times():
         assert np.round(clip.mean(axis=(1, 2, 3)) / 10).tolist() == list(expected)
     with pytest.raises(DataError, match="too short: 8 of 9 frames"):
         read_clip(media, "video", (9, 32, 32), fps=8)
-    with pytest.raises(DataError, match="24 frames per second, fewer than 30"):
+    with pytest.raises(DataError, match="fewer than 30 frames per second: 24"):
         read_clip(media, "video", (4, 32, 32), fps=30)
 
 

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
-from data_pipeline.making.cutting import Cut
 from data_pipeline.making.listing import Collection, Item, Kind, list_media
 from data_pipeline.making.samples import (
     Filters,
@@ -21,6 +20,7 @@ from data_pipeline.making.samples import (
     refuse_bad_target,
 )
 from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
+from data_pipeline.media.clips import Cut
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
 from data_pipeline.shards.contact_sheet import NAME as SHEET

@@ -3,18 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field
 
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.making.cutting import Cut, clip_starts
+from data_pipeline.errors import ConfigError, DataError, NotWanted
 from data_pipeline.making.listing import Item, Kind
-from data_pipeline.media.video import (
-    Media,
-    Probe,
-    Size,
-    encode_clip,
-    encode_image,
-    probe,
-    read_clip,
-)
+from data_pipeline.media.clips import Cut, Media, Probe, Size, probe, read_clips, read_still
+from data_pipeline.media.video import encode_clip, encode_image
 from data_pipeline.store import storage
 
 Members = dict[str, bytes]
@@ -74,32 +66,28 @@ def make_samples(item: Item, *, folder: str, target: Target, deadline_seconds: f
     made = Made()
     try:
         content = storage.read_bytes(storage.join(folder, item.file))
-        found = None
-        if target.cut != "none" or target.filters != Filters():
+        if target.filters != Filters():
             found = probe(content, target.kind)
             made.filtered = target.filters.reason(found, item.caption, target.kind)
         if made.filtered:
             return made
-        starts = [0.0]
-        if found and target.cut != "none":
-            rate = target.fps or found.fps
-            if rate <= 0:
-                raise DataError("has no frame rate")
-            clip_seconds = target.size[0] / rate
-            starts = list(clip_starts(content, found.seconds, clip_seconds, target.cut))
-            if not starts:
-                made.filtered = f"shorter than one clip: {found.seconds:g} seconds"
-        for number, start in enumerate(starts):
-            media = read_clip(
-                content,
-                target.kind,
-                target.size,
-                fps=target.fps or None,
-                start_seconds=start,
-                deadline_seconds=deadline_seconds,
-            )
-            members = _members(media, item, target, start)
-            made.samples.append(("" if target.cut == "none" else f"-{number:04d}", members))
+        if target.kind == "image":
+            made.samples.append(("", _members(read_still(content, target.size), item, target)))
+            return made
+        clips = read_clips(
+            content,
+            target.size,
+            fps=target.fps or None,
+            cut=target.cut,
+            deadline_seconds=deadline_seconds,
+        )
+        for number, (_, clip) in enumerate(clips):
+            if isinstance(clip, NotWanted):
+                raise clip
+            suffix = "" if target.cut == "none" else f"-{number:04d}"
+            made.samples.append((suffix, _members(clip, item, target)))
+    except NotWanted as error:
+        made.filtered = str(error)
     except DataError as error:
         made.unusable = str(error)
     return made
@@ -133,7 +121,7 @@ def refuse_bad_target(target: Target) -> None:
             )
 
 
-def _members(media: Media, item: Item, target: Target, start_seconds: float) -> Members:
+def _members(media: Media, item: Item, target: Target) -> Members:
     """Media and json of one sample."""
     frames, height, width = target.size
     metadata = item.metadata | {
@@ -148,7 +136,7 @@ def _members(media: Media, item: Item, target: Target, start_seconds: float) -> 
         "source": item.file,
     }
     if target.cut != "none":
-        metadata["start_seconds"] = round(start_seconds, 6)
+        metadata["start_seconds"] = round(media.start_seconds, 6)
     text = json.dumps(metadata, ensure_ascii=False).encode()
     if target.kind == "image":
         return {"jpg": encode_image(media.clip[0]), "json": text}

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.making.verify import KINDS
-from data_pipeline.media.video import probe
+from data_pipeline.media.clips import probe
 from data_pipeline.progress import progress
 from data_pipeline.shards.contact_sheet import contact_sheet
 from data_pipeline.shards.dataset import Dataset, open_dataset

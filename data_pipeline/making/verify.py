@@ -12,7 +12,8 @@ import numpy as np
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.latents.latents import LATENTS
-from data_pipeline.media.video import count_frames, decode_image, probe
+from data_pipeline.media.clips import probe
+from data_pipeline.media.video import count_frames, decode_image
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
 from data_pipeline.shards.dataset import (

@@ -5,7 +5,7 @@ import textwrap
 
 from PIL import Image, ImageDraw
 
-from data_pipeline.media.video import read_clip
+from data_pipeline.media.clips import read_clip
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.store import storage
 

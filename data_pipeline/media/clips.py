@@ -1,0 +1,247 @@
+"""Clips of any media at a wanted size: upright, in the right colours, at the right times.
+
+A video is decoded once, however many clips are wanted of it, and each is handed out as soon as its
+last frame came. A `DataError` says in a few words why media is damaged, a `NotWanted` why it is
+whole but no use; callers add where it is.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_pipeline.errors import NotWanted
+from data_pipeline.media.container import Shot, Video, open_video, read_shots
+from data_pipeline.media.image import open_image
+from data_pipeline.media.picture import (
+    Orientation,
+    Picture,
+    fitted_picture,
+    orientation,
+    shown_size,
+)
+from data_pipeline.media.scenes import mark_scenes
+from data_pipeline.pyramid import Clip, repeat_still
+
+Size = tuple[int, int, int]
+Cut = Literal["none", "length", "scenes"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a video, in seconds after its first frame."""
+
+    start: float = 0.0
+    end: float = math.inf
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True)
+class Media:
+    """A clip at a wanted size, and what it was before; an image has 0 fps."""
+
+    clip: Clip
+    fps: float
+    original_height: int
+    original_width: int
+    original_fps: float
+    start_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What media is, sides as shown; an image has 0 fps and seconds. Frames are counted, not
+    decoded, but for the first."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    seconds: float
+
+
+def probe(media: bytes, kind: str) -> Probe:
+    """What media is, by all of its packets and its first frame."""
+    if kind == "image":
+        image = open_image(media)
+        return Probe(1, 0.0, image.height, image.width, 0.0)
+    video = open_video(media)
+    line = video.timeline
+    height, width = shown_size(video.look, _upright(video), video.aspect)
+    return Probe(len(line.times), line.fps, height, width, line.seconds)
+
+
+def read_clip(
+    media: bytes,
+    kind: str,
+    size: Size,
+    *,
+    fps: float | None = None,
+    start_seconds: float = 0.0,
+    deadline_seconds: float = math.inf,
+) -> Media:
+    """A clip of media that begins at a start; of an image, a still one."""
+    if kind == "image":
+        return read_still(media, size)
+    spans = [Span(start_seconds)]
+    found = read_clips(media, size, fps=fps, spans=spans, deadline_seconds=deadline_seconds)
+    for _, clip in found:
+        if isinstance(clip, NotWanted):
+            raise clip
+        return clip
+    raise NotWanted(f"is too short: 0 of {size[0]} frames")
+
+
+def read_still(media: bytes, size: Size) -> Media:
+    """An image as a still clip, covering the size and cropped around the centre."""
+    image = open_image(media)
+    fitted = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
+    return Media(repeat_still(np.array(fitted), size[0]), 0.0, image.height, image.width, 0.0)
+
+
+def read_clips(
+    media: bytes,
+    size: Size,
+    *,
+    fps: float | None = None,
+    spans: Sequence[Span] = (WHOLE,),
+    cut: Cut = "none",
+    deadline_seconds: float = math.inf,
+) -> Iterator[tuple[int, Media | NotWanted]]:
+    """Clips of some spans of a video, each with its span's number and as soon as it is there: one
+    where a span starts, or as many as fit, of which none may span a change of scene. Of a span
+    without any, why.
+
+    Frames are those shown at the times 0, 1/fps, 2/fps, ... after a clip's start (no fps: the
+    video's own); pixels cover the size and are cropped around the centre.
+    """
+    video = open_video(media)
+    line = video.timeline
+    if fps and line.fps < 0.98 * fps:
+        raise NotWanted(f"has fewer than {fps:g} frames per second: {line.fps:.4g}")
+    view = _View(video, _upright(video), size[1:])
+    step = 1 / (fps or line.fps)
+    cuttings = [_Cutting(span, size[0], step, cut == "none", view) for span in spans]
+    wanted = [(cutting.span.start, cutting.end_seconds) for cutting in cuttings]
+    shots = read_shots(video, wanted, deadline_seconds)
+    if cut == "scenes":
+        shots = mark_scenes(shots, line.fps)
+    for shot in shots:
+        shown = _Shown(shot, view)
+        for number, cutting in enumerate(cuttings):
+            yield from ((number, found) for found in cutting.see(shown))
+    for number, cutting in enumerate(cuttings):
+        yield from ((number, found) for found in cutting.finish())
+
+
+@dataclass(frozen=True)
+class _View:
+    """How the frames of a video become pictures."""
+
+    video: Video
+    upright: Orientation
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """A shot, and its picture once anything asks for it."""
+
+    shot: Shot
+    view: _View
+
+    @cached_property
+    def upright(self) -> Orientation:
+        return orientation(self.shot.frame) or self.view.upright
+
+    @cached_property
+    def picture(self) -> Picture:
+        aspect, size = self.view.video.aspect, self.view.size
+        return fitted_picture(self.shot.frame, self.upright, aspect, size)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return shown_size(self.shot.frame, self.upright, self.view.video.aspect)
+
+
+@dataclass(eq=False)
+class _Cutting:
+    """The clips of one span, while the frames of its video pass."""
+
+    span: Span
+    frames: int
+    step: float  # between frames of a clip, in seconds
+    is_single: bool
+    view: _View
+    taken: list[Picture] = field(default_factory=list)
+    last: _Shown | None = None
+    clips: int = 0
+    is_done: bool = False
+
+    def __post_init__(self) -> None:
+        self.line = self.view.video.timeline
+        self.start = self.span.start
+        self.slack = 0.25 / self.line.fps  # absorbs rounded time stamps
+
+    @property
+    def end_seconds(self) -> float:
+        """When the last clip must be over."""
+        only = self.span.start + self.frames * self.step if self.is_single else math.inf
+        return min(self.span.end, only)
+
+    @property
+    def due(self) -> float:
+        """When the next frame of the clip is shown."""
+        return self.start + len(self.taken) * self.step
+
+    def see(self, shown: _Shown) -> Iterator[Media | NotWanted]:
+        """The clips that are whole once this frame is here, or why there is none."""
+        at = shown.shot.seconds
+        before = self.last.shot.seconds if self.last else at
+        is_gap = at - before > self.line.gap_seconds
+        yield from self._take(until=before + 1 / self.line.fps if is_gap else at)
+        if shown.shot.is_new and not self.is_single:
+            self.start = max(self.span.start, at)
+            self.taken.clear()
+        elif is_gap and not self.is_done and self.due + self.slack < at:
+            self.is_done = True
+            yield NotWanted(f"has a gap in time: {at - before:.4g} s after {before:.4g} s")
+        self.last = shown
+
+    def finish(self) -> Iterator[Media | NotWanted]:
+        """The clips that the last frame makes whole, or why there is none."""
+        if self.last:
+            yield from self._take(until=self.last.shot.seconds + 1 / self.line.fps)
+        if self.clips or self.is_done:
+            return
+        seconds = max(0.0, min(self.span.end, self.line.seconds) - self.span.start)
+        if self.is_single:
+            there = math.floor(seconds / self.step + 0.25)
+            yield NotWanted(f"is too short: {there} of {self.frames} frames")
+        else:
+            yield NotWanted(f"shorter than one clip: {seconds:g} seconds")
+
+    def _take(self, *, until: float) -> Iterator[Media]:
+        """The clips that are whole by what is shown until then."""
+        shown = self.last
+        while shown and not self.is_done and self.due + self.slack < until:
+            if self.start + self.frames * self.step > self.span.end + self.slack:
+                return
+            self.taken.append(shown.picture)
+            if len(self.taken) == self.frames:
+                clip, start, self.start = np.stack(self.taken), self.start, self.due
+                self.taken.clear()
+                self.clips += 1
+                self.is_done = self.is_single
+                sides, rates = shown.sides, (1 / self.step, self.line.fps)
+                yield Media(clip, rates[0], *sides, rates[1], start)
+
+
+def _upright(video: Video) -> Orientation:
+    return orientation(video.look) or Orientation()

@@ -1,0 +1,127 @@
+"""From a decoded frame to the picture that people see: upright, in sRGB, over white."""
+
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.reformatter import ColorTrc, Interpolation
+from jaxtyping import UInt8
+
+from data_pipeline.errors import NotWanted
+
+Picture = UInt8[np.ndarray, "height width 3"]
+
+# The same pixels on every machine.
+EXACT_RESIZE = (
+    Interpolation.BICUBIC
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+)
+HDR_CURVES = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+CURVES = (
+    *(ColorTrc.UNSPECIFIED, ColorTrc.BT709, ColorTrc.GAMMA22, ColorTrc.GAMMA28),
+    *(ColorTrc.SMPTE170M, ColorTrc.SMPTE240M, ColorTrc.IEC61966_2_4, ColorTrc.BT1361_ECG),
+    *(ColorTrc.IEC61966_2_1, ColorTrc.BT2020_10, ColorTrc.BT2020_12),
+)
+# RGB, BT.709, none told, FCC, BT.470, SMPTE 170M and 240M, BT.2020: what swscale converts.
+MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How stored rows and columns become shown ones: swapped or not, then turned about."""
+
+    is_transposed: bool = False
+    flips_rows: bool = False
+    flips_columns: bool = False
+
+    def turn(self, stored: Picture) -> Picture:
+        """A picture upright."""
+        shown = stored.swapaxes(0, 1) if self.is_transposed else stored
+        return shown[:: -1 if self.flips_rows else 1, :: -1 if self.flips_columns else 1]
+
+    def turn_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a stored picture as shown, or of a shown one as stored."""
+        return size[::-1] if self.is_transposed else size
+
+
+def orientation(frame: av.VideoFrame) -> Orientation | None:
+    """What the display matrix of a frame says; None: it has none. NotWanted if it is askew.
+
+    With rows (a, b, u), (c, d, v), (x, y, w), column' = a column + c row, row' = b column + d row.
+    """
+    if Type.DISPLAYMATRIX not in frame.side_data:
+        return None
+    a, b, _, c, d = np.frombuffer(frame.side_data[Type.DISPLAYMATRIX], np.int32)[:5].tolist()
+    straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if max(abs(b), abs(c)) <= 0.01 * straight:
+        return Orientation(False, flips_rows=d < 0, flips_columns=a < 0)
+    if max(abs(a), abs(d)) <= 0.01 * crossed:
+        return Orientation(True, flips_rows=b < 0, flips_columns=c < 0)
+    raise NotWanted("is turned by no quarter turn: its display matrix is askew")
+
+
+def shown_size(frame: av.VideoFrame, upright: Orientation, aspect: float) -> tuple[int, int]:
+    """(height, width) that a frame is shown at; `aspect`: width of a stored pixel / its height."""
+    return upright.turn_size((frame.height, max(1, round(frame.width * aspect))))
+
+
+def picture_of(frame: av.VideoFrame, upright: Orientation) -> Picture:
+    """A frame as it is shown, pixel by pixel."""
+    refuse_strange_colours(frame)
+    return np.ascontiguousarray(upright.turn(_rgb(over_white(frame))))
+
+
+def fitted_picture(
+    frame: av.VideoFrame, upright: Orientation, aspect: float, size: tuple[int, int]
+) -> Picture:
+    """A frame as it is shown, covering (height, width) and cropped around the centre."""
+    refuse_strange_colours(frame)
+    stored = (frame.height, max(1, round(frame.width * aspect)))
+    wanted = upright.turn_size(size)
+    scale = max(want / have for want, have in zip(wanted, stored, strict=True))
+    height, width = (
+        max(want, round(have * scale)) for want, have in zip(wanted, stored, strict=True)
+    )
+    resized = (
+        over_white(frame)
+        .reformat(width=width, height=height, format="rgb24", interpolation=EXACT_RESIZE, threads=1)
+        .to_ndarray()
+    )
+    top, left = (height - wanted[0]) // 2, (width - wanted[1]) // 2
+    return upright.turn(resized[top : top + wanted[0], left : left + wanted[1]])
+
+
+def over_white(frame: av.VideoFrame) -> av.VideoFrame:
+    """A frame without transparency: what was behind it is white."""
+    kind = frame.format
+    if not (kind.has_palette or any(component.is_alpha for component in kind.components)):
+        return frame
+    pixels = frame.reformat(format="rgba", threads=1).to_ndarray()
+    if pixels[..., 3].min() == 255:
+        return frame
+    return av.VideoFrame.from_ndarray(blend_white(pixels), format="rgb24")
+
+
+def blend_white(pixels: UInt8[np.ndarray, "height width 4"]) -> Picture:
+    """Colours over white, by their alpha."""
+    alpha = pixels[..., 3:].astype(np.uint32)
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def refuse_strange_colours(frame: av.VideoFrame) -> None:
+    """NotWanted for brightness and colours that would come out wrong."""
+    if frame.color_trc in HDR_CURVES:
+        raise NotWanted(f"is HDR video: its brightness is {HDR_CURVES[frame.color_trc]}")
+    if Type.DOVI_METADATA in frame.side_data and frame.color_trc == ColorTrc.UNSPECIFIED:
+        raise NotWanted("is HDR video: Dolby Vision")
+    if frame.color_trc not in CURVES:
+        raise NotWanted(f"has a strange brightness curve: number {int(frame.color_trc)}")
+    if frame.colorspace not in MATRICES:
+        raise NotWanted(f"has a strange colour matrix: number {int(frame.colorspace)}")
+
+
+def _rgb(frame: av.VideoFrame) -> Picture:
+    return frame.reformat(format="rgb24", threads=1).to_ndarray()
