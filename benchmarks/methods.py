@@ -39,13 +39,22 @@ from t2v.quickstart import CONFIGS, prepare_data, score
 from t2v.recipe.recipe import RunConfig, dump_config, load_config, method_of
 
 ROOT = Path(__file__).parent.parent
-FRAMES, HEIGHT, WIDTH = 8, 24, 32
-CLIP = f"method.clip_size=[{FRAMES},{HEIGHT},{WIDTH}]"
-FULL = (CLIP, "method.temporal=full", "method.unit_frames=null")
+FRAMES, HEIGHT, WIDTH = CLIP = 8, 12, 16
+PATCH, TOKEN = (4, 6, 8), (3, 4)
+NESTED = (
+    f"method.pyramid={{levels: 2, patch_size: {[*PATCH]}, clip_size: {[*CLIP]}}}",
+    f"method.model.token_size={[1, *TOKEN]}",
+    "warm_start=null",
+)
+WHOLE = (f"method.clip_size={[*CLIP]}", f"method.model.token_size={[*TOKEN]}")
+FULL = (*WHOLE, "method.temporal=full", "method.unit_frames=null")
 # Name, the quickstart's recipe, and what of it is changed.
 WAYS = {
-    "HPDM": ("quickstart_pyramid", ("warm_start=null",)),
-    "Pyramid Flow, unit by unit": ("quickstart_pyramid_flow", (CLIP, "method.unit_frames=1")),
+    "HPDM": ("quickstart_pyramid", NESTED),
+    "Pyramid Flow, unit by unit": (
+        "quickstart_pyramid_flow",
+        (*WHOLE, "method.unit_frames=1"),
+    ),
     "Pyramid Flow, all frames": (
         "quickstart_pyramid_flow",
         (*FULL, "method.sampling.steps=[16,16]"),
@@ -85,7 +94,7 @@ def slug(way: str, seed: int) -> str:
 
 def prepare(workdir: Path) -> None:
     """Clips to train on, and others to compare with."""
-    config = load_config(CONFIGS / "quickstart_pyramid.yaml")
+    config = load_config(CONFIGS / "quickstart_pyramid.yaml", list(NESTED))
     for name, videos, seed in (("media", 640, 0), ("unseen", 160, 1)):
         write_toy(workdir / name, videos=videos, images=0, size=(FRAMES, 96, 128), seed=seed)
     only = config.model_copy(
@@ -193,7 +202,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tflop", type=float, default=3.0, help="compute of each training run")
+    parser.add_argument("--tflop", type=float, default=1.6, help="compute of each training run")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "benchmark_methods")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SEED"), help="a single run")
