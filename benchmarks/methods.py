@@ -202,7 +202,7 @@ def print_table(runs: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tflop", type=float, default=1.6, help="compute of each training run")
+    parser.add_argument("--tflop", type=float, default=1.0, help="compute of each training run")
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "benchmark_methods")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "SEED"), help="a single run")
