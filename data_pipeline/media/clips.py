@@ -200,6 +200,11 @@ class _Cutting:
         """When the next frame of the clip is shown."""
         return self.start + len(self.taken) * self.step
 
+    @property
+    def fits(self) -> bool:
+        """Whether the clip ends within its span."""
+        return self.start + self.frames * self.step <= self.span.end + self.slack
+
     def see(self, shown: _Shown) -> Iterator[Media | NotWanted]:
         """The clips that are whole once this frame is here, or why there is none."""
         at = shown.shot.seconds
@@ -209,7 +214,7 @@ class _Cutting:
         if shown.shot.is_new and not self.is_single:
             self.start = max(self.span.start, at)
             self.taken.clear()
-        elif is_gap and not self.is_done and self.due + self.slack < at:
+        elif is_gap and self.fits and not self.is_done and self.due + self.slack < at:
             self.is_done = True
             yield NotWanted(f"has a gap in time: {at - before:.4g} s after {before:.4g} s")
         self.last = shown
@@ -230,9 +235,7 @@ class _Cutting:
     def _take(self, *, until: float) -> Iterator[Media]:
         """The clips that are whole by what is shown until then."""
         shown = self.last
-        while shown and not self.is_done and self.due + self.slack < until:
-            if self.start + self.frames * self.step > self.span.end + self.slack:
-                return
+        while shown and self.fits and not self.is_done and self.due + self.slack < until:
             self.taken.append(shown.picture)
             if len(self.taken) == self.frames:
                 clip, start, self.start = np.stack(self.taken), self.start, self.due

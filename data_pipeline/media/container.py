@@ -163,7 +163,7 @@ def _forward(
         decoder, deinterlacer = Decoder(stream), Deinterlacer()
         start, end = next(spans)
         entry, begins = _entry_before(entries, start)
-        number, turn, last, is_first = -1, 0, -math.inf, True
+        number, turn, last, is_first, follows = -1, 0, -math.inf, True, False
         for packet in read_packets(container, [stream]):
             number += 1 if packet.size else 0
             if number < entry:
@@ -172,15 +172,17 @@ def _forward(
             is_later = entry != entries[0][0]
             if is_entry:
                 decoder.flush()
-                deinterlacer, is_first = Deinterlacer(), True
+                deinterlacer, is_first, follows = Deinterlacer(), True, False
             elif line.is_stamped and packet.size and seconds_of(packet, line) < begins:
-                continue  # shown before the key frame, and made of what is before it
+                follows = False  # shown before the key frame, and made of what is before it
+                continue
             try:
-                decoded = decoder.decode(packet, is_entry=is_entry)
+                decoded = decoder.decode(packet, follows=follows)
             except (av.FFmpegError, DataError):
                 if is_entry and is_later:
                     raise _WrongEntry from None
                 raise
+            follows = True
             for frame in deinterlacer.mend(decoded, is_end=not packet.size):
                 at = seconds_of(frame, line) if line.is_stamped else line.turn_time(turn)
                 turn += 1

@@ -65,10 +65,10 @@ class Decoder:
             self._twin.thread_type, self._twin.thread_count = "SLICE", 2
         self.context.thread_type, self.context.thread_count = "NONE", 1
 
-    def decode(self, packet: Packet, *, is_entry: bool = False) -> list[av.VideoFrame]:
-        """The frames that come with a packet; an empty one ends the stream. An entry may follow on
-        anything."""
-        with listening(INNERMOST if self._listens_for_gaps and not is_entry else QUIET):
+    def decode(self, packet: Packet, *, follows: bool) -> list[av.VideoFrame]:
+        """The frames that come with a packet, or with an empty one at the end; `follows`: it is the
+        one after that before."""
+        with listening(INNERMOST if self._listens_for_gaps and follows else QUIET):
             frames = self.context.decode(packet)
         if any(frame.is_corrupt for frame in frames):
             raise DataError("is damaged (frames were mended)")

@@ -58,13 +58,13 @@ def timeline_of(
     seen = [stamp for stamp in stamps[first:] if not stamp.is_hidden]
     shown = [stamp.shown for stamp in seen if stamp.shown is not None]
     decoded = [stamp.decoded for stamp in seen if stamp.decoded is not None]
-    is_stamped = knows_shown and len(shown) == len(seen)
+    is_stamped = knows_shown and len(set(shown)) == len(seen)
     if is_stamped:
         # What is shown before the first key frame is made of what there was before it.
         begin = shown[0] if seen and seen[0] is stamps[first] else min(shown, default=0)
         ticks = sorted({tick for tick in shown if tick >= begin})
-    elif len(decoded) == len(seen):
-        ticks = sorted(set(decoded))
+    elif len(set(decoded)) == len(seen):
+        ticks = sorted(decoded)
     else:
         ticks, base = list(range(len(seen))), 1 / Fraction(next(iter(stated), 1))
     if not ticks:

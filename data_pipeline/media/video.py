@@ -203,7 +203,7 @@ def _frames(media: bytes, deadline_seconds: float = math.inf) -> Iterator[av.Vid
         decoder = Decoder(stream)
         for packet in read_packets(container, [stream]):
             _refuse_late(deadline, deadline_seconds)
-            yield from decoder.decode(packet)
+            yield from decoder.decode(packet, follows=True)
 
 
 def _refuse_late(deadline: float, deadline_seconds: float) -> None:
