@@ -84,7 +84,7 @@ def draw_dataset(folder: Path, *, clips: int) -> None:
         write_index(f"{folder}/shards", names[-1], "video")
     commit_dataset(
         str(folder), names, kind="video", folder="shards", clip=PYRAMID.clip_size, fps=24.0,
-        rejected={}, notes={},
+        notes={},
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -19,6 +20,8 @@ from t2v.commands.schema import add_schema_verb
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; what a user, a file or the cluster caused ends as one line and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a file may be called what no text can hold
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # Overrides may also stand after options.

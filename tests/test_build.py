@@ -14,7 +14,8 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
-from data_pipeline.making.build import build, index
+from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.media.clips import read_clip
 from data_pipeline.media.video import (
     decode_clip,
@@ -181,22 +182,21 @@ def image_too(few: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
-        (
-            missing_clip,
-            66,
-            r"captions.jsonl: line 3: file: value '000002.mp4' is wrong because there",
-        ),
+        (missing_clip, 65, r"captions.jsonl: row 3 \(000002.mp4\): no such file"),
         (no_files, 66, "holds no video or image; check the folder"),
         (no_folder, 66, "no such folder"),
-        (no_captions, 66, r"000000.mp4: has no caption; write 000000.txt or 000000.json beside"),
-        (cut_clip, 65, r"000003.mp4: cannot be decoded \(.*\); repair or remove it"),
-        (line("{nonsense"), 65, "line 5: is wrong because it is no JSON"),
-        (line("[1]"), 65, "line 5: is wrong because it is no object"),
-        (line('{"file": "000001.mp4"}'), 65, "line 5: caption: value None is wrong"),
-        (line('{"file": "../a.mp4", "caption": ""}'), 65, "line 5: file: .* leaves the folder"),
-        (line('{"file": "/a.mp4", "caption": ""}'), 65, "line 5: file: .* leaves the folder"),
-        (line('{"file": "000001.mp4", "caption": ""}'), 65, "line 5: .* is given twice"),
-        (line('{"file": "captions.jsonl", "caption": ""}'), 65, "line 5: .* type is not known"),
+        (no_captions, 65, r"000000.mp4: has no caption \(4 of 4 .*; write a .txt or .json beside"),
+        (cut_clip, 65, r"000003.mp4: cannot be decoded.*; repair or remove it"),
+        (line("{nonsense"), 65, "row 5: row is no JSON object"),
+        (line("[1]"), 65, "row 5: row is no JSON object"),
+        (line('{"file": "000001.mp4"}'), 65, r"000001.mp4 \(row 5\): has no caption"),
+        (line('{"file": "../a.mp4", "caption": ""}'), 65, "row 5 .*: file leaves the folder"),
+        (line('{"file": "/a.mp4", "caption": ""}'), 65, "row 5 .*: file leaves the folder"),
+        (
+            line('{"file": "captions.jsonl", "caption": ""}'),
+            65,
+            "row 5 .*: file is of another type",
+        ),
         (image_too, 78, "choose one with --kind"),
     ],
 )

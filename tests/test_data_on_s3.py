@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.making.build import build, index
+from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import repair, verify
 from data_pipeline.shards.dataset import open_dataset

@@ -63,7 +63,7 @@ def test_only_changed_captions_are_encoded_again(datasets, own, encoded):
     samples = []
     for row, (key, caption) in enumerate(list_captions(str(shards / "000001.tar"), "video")):
         record = before.read(1, row)
-        caption = "a red zebra" if row == 2 else caption
+        caption = "a red zebra" if row == 2 else caption.first
         metadata = json.dumps(record.metadata | {"caption": caption})
         samples.append((key, {"mp4": record.media, "json": metadata.encode()}))
     write_tar(str(shards / "000001.tar"), samples)
@@ -71,7 +71,7 @@ def test_only_changed_captions_are_encoded_again(datasets, own, encoded):
     info = before.info
     dataset = commit_dataset(
         str(own), [shard.name for shard in info.shards], kind="video", folder="shards",
-        clip=info.clip, fps=info.fps, rejected={}, notes={},
+        clip=info.clip, fps=info.fps, notes={},
     )  # fmt: skip
     embed(own, datasets / "encoder", name="tiny", max_tokens=16)
     assert encoded == [1, 1]  # the null embedding and the zebra
@@ -108,8 +108,8 @@ def test_a_check_finds_embeddings_the_encoder_does_not_say(datasets, own, tmp_pa
     folder = own / "embeddings" / "tiny"
     captions = list_captions(str(own / "shards" / "000002.tar"), "video")
     wrong = [
-        (key, {"safetensors": save({"tokens": reader.encode([caption])[0] * 1.1}),
-               "txt": caption.encode()})
+        (key, {"safetensors": save({"tokens": reader.encode([caption.first])[0] * 1.1}),
+               "txt": caption.origin.encode()})
         for key, caption in captions
     ]  # fmt: skip
     write_tar(str(folder / "000002.tar"), wrong)

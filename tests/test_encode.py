@@ -21,7 +21,8 @@ from data_pipeline.latents.encode import begin_encoding, encode
 from data_pipeline.latents.latents import Normalisation, Statistics, open_latents
 from data_pipeline.latents.memory import LiveBytes
 from data_pipeline.latents.tiles import WORKSPACE, refuse_misfit, tile_within, working_bytes
-from data_pipeline.making.build import build, index
+from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import verify
 from data_pipeline.media.clips import read_clip
 from data_pipeline.media.video import decode_clip, decode_image

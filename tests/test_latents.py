@@ -294,7 +294,7 @@ def test_a_new_clip_under_an_old_key_is_encoded_again_and_a_new_caption_is_not(o
     write_index(str(shards), "000001", "video")
     commit_dataset(
         str(own), [shard.name for shard in before.info.shards], kind="video", folder="shards",
-        clip=before.info.clip, fps=before.info.fps, rejected={}, notes={},
+        clip=before.info.clip, fps=before.info.fps, notes={},
     )  # fmt: skip
     with pytest.raises(ConfigError, match="encode this dataset again"):
         open_latents(open_dataset(own), "noise")

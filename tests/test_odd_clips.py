@@ -9,7 +9,8 @@ import pytest
 
 from data_pipeline.feeding.config import DataConfig, Source, TextConditioning
 from data_pipeline.feeding.loader import Loader
-from data_pipeline.making.build import build, index
+from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import verify
 from data_pipeline.media.clips import read_clip

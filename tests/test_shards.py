@@ -11,6 +11,7 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import DataError, InputMissing
+from data_pipeline.shards.captions import Captions
 from data_pipeline.shards.tar import (
     index_tar,
     list_captions,
@@ -179,15 +180,13 @@ def test_other_members_are_passed_over(tmp_path):
         ("part/3.en.txt", b"of another suffix"),
     ]
     path = str(write_members(tmp_path / "0.tar", members))
-    assert list_captions(path, "video") == [
-        ("part/1", "one"),
-        ("part/2", "the json goes before the text"),
-    ]
+    listed = [(key, captions.first) for key, captions in list_captions(path, "video")]
+    assert listed == [("part/1", "one"), ("part/2", "the json goes before the text")]
     write_index(str(tmp_path), "0", "video")
     rows = open_index(str(tmp_path), "0")
     records = [read_record(str(tmp_path), "0", row) for row in rows]
     assert [record.media for record in records] == [b"video one", b"video two"]
-    assert [record.caption for record in records] == [c for _, c in list_captions(path, "video")]
+    assert [record.caption for record in records] == [caption for _, caption in listed]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00"])
@@ -215,4 +214,4 @@ def test_an_index_of_another_layout_is_told(shard):
 def test_long_and_foreign_names_survive(tmp_path):
     key = "ключ-" + "x" * 180
     write_tar(str(tmp_path / "0.tar"), [(key, {"mp4": b"1", "txt": "één".encode()})])
-    assert list_captions(str(tmp_path / "0.tar"), "video") == [(key, "één")]
+    assert list_captions(str(tmp_path / "0.tar"), "video") == [(key, Captions(("één",)))]

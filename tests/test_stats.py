@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.making.build import index
+from data_pipeline.making.indexing import index
 from data_pipeline.making.stats import measure, write_page
 from data_pipeline.shards.tar import write_tar
 

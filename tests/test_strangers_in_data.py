@@ -13,7 +13,8 @@ import webdataset
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making import build as building
-from data_pipeline.making.build import build, index
+from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import repair, verify
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.store import storage

@@ -96,7 +96,10 @@ class SampleReader:
         if source.embeddings:
             embeddings = source.embeddings
             with stage("text"):
-                tokens = embeddings.null if dropped else embeddings.read(place.shard, place.row)
+                chance = keyed_rng(seed, n, "caption").random()
+                tokens = (
+                    embeddings.null if dropped else embeddings.read(place.shard, place.row, chance)
+                )
             text = tokens.view(torch.uint16).numpy()
         if self.num_classes is not None:
             label = self.num_classes if dropped else _label(metadata, self.num_classes)

@@ -1,20 +1,30 @@
-"""Making datasets: raw captioned media into shards, and foreign shards usable as they are."""
+"""Making datasets: raw captioned media into shards of one clip size."""
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
-from data_pipeline.making.listing import Collection, Item, Kind, list_media
+from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.making.listing import Kind
+from data_pipeline.making.lists import LISTS, is_list
+from data_pipeline.making.plan import (
+    folder_of,
+    list_in,
+    open_plan,
+    version,
+    write_plan,
+    write_rows,
+)
+from data_pipeline.making.presets import Columns
 from data_pipeline.making.samples import (
     Filters,
     Made,
     Members,
+    Source,
     Target,
     make_samples,
     refuse_bad_target,
@@ -23,6 +33,7 @@ from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.media.clips import Cut
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
+from data_pipeline.shards.account import Account, Tally
 from data_pipeline.shards.contact_sheet import NAME as SHEET
 from data_pipeline.shards.contact_sheet import write_contact_sheet
 from data_pipeline.shards.dataset import (
@@ -32,44 +43,66 @@ from data_pipeline.shards.dataset import (
     digest_json,
     open_dataset,
 )
-from data_pipeline.shards.tar import index_tar, open_index, write_index, write_tar
+from data_pipeline.shards.tar import write_index, write_tar
 from data_pipeline.store import storage
 
-PLAN = "build.json"
+CLAIM, PLAN = "build.json", "plan.parquet"
 BEFORE_INDEX = (".tar", ".rejected.json")  # what is written of a shard before it is one
+REMEDIES = {"has no caption": "write a .txt or .json beside it, or name the column of captions"}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a dataset is built of: files below a folder, and how they are planned."""
+
+    source: str  # the list, or the folder
+    folder: str
+    version: str  # digest of what there is
+    write: Callable[[str], None]  # the plan, to a path
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class LeftOut:
-    """The files of a collection that are left out, and why: not wanted, or not usable."""
+    """The files and clips that are left out of a shard by name, and why: not wanted, or not
+    usable."""
 
-    filtered: dict[str, str] = field(default_factory=dict)
+    not_wanted: dict[str, str] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
 
-    def counts(self) -> dict[str, int]:
-        """How many for each kind of reason."""
-        reasons = [*self.filtered.values(), *self.unusable.values()]
-        return dict(sorted(Counter(why.split(":")[0] for why in reasons).items()))
+    def count(self, tally: Tally) -> None:
+        """Take them into an account."""
+        for name, why in self.not_wanted.items():
+            tally.add("not_wanted", why, [name])
+        for name, why in self.unusable.items():
+            tally.add("unusable", why, [name])
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many unusable files of a collection are accepted."""
+    """How many unusable files, or rows of a list, are accepted."""
 
+    source: str
     folder: str
     total: int
     max_drop_rate: float
 
-    def refuse_excess(self, unusable: dict[str, str]) -> None:
+    def refuse_excess(self, planned: Account, found: Mapping[str, str]) -> None:
         """DataError, told by the last file, if there are too many."""
-        count = len(unusable)
+        count = sum(planned.unusable.values()) + len(found)
         if count <= self.max_drop_rate * self.total:
             return
-        file, why = list(unusable.items())[-1]
-        more = f" ({count} of {self.total} files so far are unusable)" if count > 1 else ""
+        more = f" ({count} of {self.total} so far are unusable)" if count > 1 else ""
+        if found:
+            name, why = list(found.items())[-1]
+            where = storage.join(self.folder, name)
+        else:
+            why = next(iter(planned.unusable))
+            where = ": ".join([self.source, *planned.examples.get(why, [])[:1]])
+        remedy = REMEDIES.get(why.split(":")[0], "repair or remove it and build again")
         raise DataError(
-            f"{storage.join(self.folder, file)}: {why}{more}; repair or remove it and build "
-            f"again, or accept more than {self.max_drop_rate:.2%} by --max-drop-rate."
+            f"{where}: {why}{more}; {remedy}, or accept more than {self.max_drop_rate:.2%} by "
+            "--max-drop-rate."
         )
 
 
@@ -83,6 +116,8 @@ def build(
     fps: float | None = None,
     kind: Kind | None = None,
     split: str | None = None,
+    columns: Columns | None = None,
+    root: str | None = None,
     cut: Cut = "none",
     filters: Filters | None = None,
     shard_samples: int = 1000,
@@ -95,55 +130,75 @@ def build(
     """Shard captioned media at one clip size, `shard_samples` source files to a shard.
 
     What `out` already holds is kept, so a killed build goes on where it stopped, and tasks (number,
-    count) may run side by side; the one that completes the shards returns the dataset. A build that
-    fails before its first shard takes back what it wrote, and no other file.
+    count) may run side by side by one plan; the one that completes the shards returns the dataset.
+    A build that fails before its first shard takes back what it wrote, and no other file. `columns`
+    say what a list's mean, `root` where its files lie, if not beside it.
     """
-    out = str(out)
-    storage.refuse_overlap(str(source), out)
+    out, columns, filters = str(out), columns or Columns(), filters or Filters()
     _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
-    collection = list_source(source, kind, split)
-    items, is_video = collection.items, collection.kind == "video"
-    target = Target(
-        collection.kind,
-        (frames if is_video else 1, height, width),
-        fps if is_video else 0.0,
-        cut,
-        filters or Filters(),
-    )
-    refuse_bad_target(target)
-    listing = [(item.file, item.caption, item.metadata) for item in items]
-    plan = {"kind": target.kind, "clip": target.size, "fps": target.fps, "cut": cut}
-    plan |= {"filters": asdict(target.filters), "shard_samples": shard_samples}
-    folder = storage.join(out, "shards")
-    groups = [items[at : at + shard_samples] for at in range(0, len(items), shard_samples)]
-    names = [f"{number:06d}" for number in range(len(groups))]
-    made_folders, is_new = storage.absent_folders(folder), False
+    refuse_bad_target(Target(kind or "video", (frames, height, width), fps, cut, filters))
+    material = find_material(str(source), columns, root=root, kind=kind, split=split)
+    for place in {str(source), material.folder}:
+        storage.refuse_overlap(place, out)
+    settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut}
+    settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
+    settings |= {"columns": asdict(columns), "source": material.version}
+    folder, plan_file = storage.join(out, "shards"), storage.join(out, PLAN)
+    made_folders, is_new, names = storage.absent_folders(folder), False, []
     try:
-        is_new = _claim(out, plan | {"items": digest_json(listing)})
+        is_new = _claim(out, settings)
         if storage.exists(storage.join(out, MANIFEST)):
             return _with_contact_sheet(open_dataset(out))
-        mine = [n for n in range(task[0], len(groups), task[1]) if not _finished(folder, names[n])]
-        budget = Budget(collection.folder, len(items), max_drop_rate)
+        if not storage.exists(plan_file):
+            material.write(plan_file)
+        plan = open_plan(plan_file)
+        is_video = plan.kind == "video"
+        size, rate = (frames if is_video else 1, height, width), fps if is_video else 0.0
+        target = Target(plan.kind, size, rate, cut, filters)
+        refuse_bad_target(target)
+        budget = Budget(material.source, material.folder, plan.rows, max_drop_rate)
+        budget.refuse_excess(plan.account, {})
+        names = [f"{number:06d}" for number in range(-(-plan.files // shard_samples))]
+        mine = [n for n in range(task[0], len(names), task[1]) if not _finished(folder, names[n])]
+        begins = {n: n * shard_samples for n in mine}
+        counts = {n: min(shard_samples, plan.files - begin) for n, begin in begins.items()}
         make = partial(
-            make_samples, folder=collection.folder, target=target, deadline_seconds=deadline
+            make_samples,
+            source=Source(material.folder, columns, plan.times),
+            target=target,
+            deadline_seconds=deadline,
         )
-        todo = [item for number in mine for item in groups[number]]
-        made = map_in_order(make, todo, workers)
-        made = progress(made, f"build {target.kind} shards", total=len(todo))
+        todo = (item for n in mine for item in plan.items(begins[n], begins[n] + counts[n]))
+        made = progress(
+            map_in_order(make, todo, workers),
+            f"build {target.kind} shards",
+            total=sum(counts.values()),
+        )
         unusable: dict[str, str] = {}
-        for number in mine:
-            group = zip(groups[number], islice(made, len(groups[number])), strict=True)
-            _write_shard(folder, names[number], target.kind, group, budget, unusable)
+
+        def refuse_excess(found: dict[str, str]) -> None:
+            unusable.update(found)
+            budget.refuse_excess(plan.account, unusable)
+
+        for n in mine:
+            _write_shard(folder, names[n], target.kind, islice(made, counts[n]), refuse_excess)
     except BaseException:
-        if task[1] == 1 and not _finished(folder, names[0]):
-            first = [f"{folder}/{names[0]}{suffix}" for suffix in BEFORE_INDEX]
-            storage.take_back([*first, f"{out}/{PLAN}"] if is_new else [], made_folders)
+        if is_new and not storage.exists(plan_file):
+            names = []  # another task could not go on by settings that cannot be planned
+        if (task[1] == 1 or not names) and not (names and _finished(folder, names[0])):
+            first = [f"{folder}/000000{suffix}" for suffix in BEFORE_INDEX]
+            ours = [*first, plan_file, storage.join(out, CLAIM)]
+            storage.take_back(ours if is_new else [], made_folders)
         raise
     if not all(_finished(folder, name) for name in names):
         return None
     storage.remove_partial(folder)
     left_out = _all_left_out(folder, names)
-    budget.refuse_excess(left_out.unusable)
+    budget.refuse_excess(plan.account, left_out.unusable)
+    tally = Tally()
+    tally.add_account(plan.account)
+    left_out.count(tally)
+    told = {"times": str(plan.times)} if plan.times else {}
     dataset = commit_dataset(
         out,
         names,
@@ -151,73 +206,52 @@ def build(
         folder="shards",
         clip=target.size,
         fps=target.fps,
-        rejected=left_out.counts(),
-        notes=collection.notes | (notes or {}),
+        account=tally.account(),
+        notes=material.notes | told | (notes or {}),
     )
     return _with_contact_sheet(dataset)
 
 
-def index(
-    path: str | Path, *, kind: Kind | None = None, notes: dict[str, str] | None = None
-) -> Dataset:
-    """Make shards written by others (KEY.mp4 or KEY.jpg with KEY.json or KEY.txt) a dataset.
-
-    Their media keep their sizes; the loader brings each to the recipe's clip size.
-    """
-    path = str(path)
-    if storage.exists(storage.join(path, PLAN)):
-        raise ConfigError(f"{path}: is a build of ours, indexed already; finish it with build.")
-    folder = "shards" if storage.exists(storage.join(path, "shards")) else "."
-    shard_folder = storage.join(path, folder) if folder == "shards" else path
-    names = [name.removesuffix(".tar") for name in storage.list_files(shard_folder, ".tar")]
-    if not names:
-        raise InputMissing(f"{shard_folder}: holds no .tar; give the folder of the shards.")
-    _refuse_strangers(path, shard_folder, names)
-    kind = kind or _kind_inside(shard_folder, names)
-    for name in progress(names, f"index {kind} shards", total=len(names)):
-        write_index(shard_folder, name, kind)
-    return commit_dataset(
-        path,
-        names,
-        kind=kind,
-        folder=folder,
-        clip=None,
-        fps=None,
-        rejected={},
-        notes=notes or {},
-    )
-
-
-def list_source(source: str | Path, kind: Kind | None, split: str | None) -> Collection:
-    """The captioned files of a source; `split` chooses some of UCF-101's."""
-    if is_ucf101(str(source)):
-        return list_ucf101(str(source), split)
+def find_material(
+    source: str, columns: Columns, *, root: str | None, kind: Kind | None, split: str | None
+) -> Material:
+    """What a source is; `split` chooses some of UCF-101's."""
+    if is_ucf101(source):
+        items, told = list_ucf101(source, split)
+        write = partial(write_rows, kind="video", items=items)
+        return Material(source, source, digest_json(items), write, told)
     if split is not None:
         raise ConfigError(
             f"split: value '{split}' is wrong because {source} is not UCF-101 with its folders "
             "UCF-101 and ucfTrainTestlist; leave it out."
         )
-    return list_media(source, kind)
+    if root is not None and not is_list(source):
+        raise ConfigError(f"root: value '{root}' is wrong because {source} is no list; leave it.")
+    if not is_list(source) and not storage.exists(source):
+        raise InputMissing(
+            f"{source}: no such folder or list; give the folder that holds the media, or a list of "
+            f"them ({', '.join(LISTS)})."
+        )
+    write = partial(write_plan, source=source, columns=columns, root=root, kind=kind)
+    return Material(list_in(source) or source, folder_of(source, root), version(source), write)
 
 
 def _write_shard(
     folder: str,
     name: str,
     kind: Kind,
-    group: Iterator[tuple[Item, Made]],
-    budget: Budget,
-    unusable: dict[str, str],
+    group: Iterator[Made],
+    refuse_excess: Callable[[dict[str, str]], None],
 ) -> None:
-    """One shard of files and what was made of them; `unusable` counts over the whole task."""
+    """One shard of what was made of files; `refuse_excess` counts unusable ones of all shards."""
     left_out = LeftOut()
 
     def samples() -> Iterator[tuple[str, Members]]:
-        for row, (item, made) in enumerate(group):
-            if made.filtered:
-                left_out.filtered[item.file] = made.filtered
+        for row, made in enumerate(group):
+            left_out.not_wanted |= made.not_wanted
+            left_out.unusable |= made.unusable
             if made.unusable:
-                left_out.unusable[item.file] = unusable[item.file] = made.unusable
-                budget.refuse_excess(unusable)
+                refuse_excess(made.unusable)
             for suffix, members in made.samples:
                 yield f"{name}{row:06d}{suffix}", members
 
@@ -259,34 +293,13 @@ def _refuse_bad_counts(
 def _claim(out: str, plan: dict) -> bool:
     """Write down what is built in a folder, or refuse if something else is; whether it is new."""
     text = json.dumps(plan, indent=1) + "\n"
-    found = storage.claim(out, PLAN, text.encode(), what="build")
+    found = storage.claim(out, CLAIM, text.encode(), what="build")
     if found not in (None, text.encode()):
         raise ConfigError(
-            f"{out}: holds a dataset of another source or other settings (see {PLAN}); "
+            f"{out}: holds a dataset of another source or other settings (see {CLAIM}); "
             "give a new folder, or delete it first."
         )
     return found is None
-
-
-def _refuse_strangers(path: str, shard_folder: str, names: Sequence[str]) -> None:
-    """ConfigError where indexing would replace a file that is no manifest or index of ours."""
-    known: set[str] = set()
-    if storage.exists(manifest := storage.join(path, MANIFEST)):
-        try:
-            known = {shard.name for shard in open_dataset(path).info.shards}
-        except UserError:
-            raise ConfigError(
-                f"{manifest}: is there already and no whole one of ours; move it away, then index."
-            ) from None
-    for name in names:
-        if name not in known and storage.exists(storage.join(shard_folder, f"{name}.idx")):
-            try:
-                open_index(shard_folder, name)
-            except DataError:
-                raise ConfigError(
-                    f"{storage.join(shard_folder, name)}.idx: is there already and no index of "
-                    "ours; move it away, then index."
-                ) from None
 
 
 def _finished(folder: str, name: str) -> bool:
@@ -297,15 +310,6 @@ def _all_left_out(folder: str, names: Sequence[str]) -> LeftOut:
     total = LeftOut()
     for name in names:
         part = json.loads(storage.read_bytes(storage.join(folder, f"{name}.rejected.json")))
-        total.filtered |= part["filtered"]
+        total.not_wanted |= part["not_wanted"]
         total.unusable |= part["unusable"]
     return total
-
-
-def _kind_inside(folder: str, names: Sequence[str]) -> Kind:
-    kinds: tuple[Kind, ...] = ("video", "image")
-    for name in names:
-        for kind in kinds:
-            if len(index_tar(storage.join(folder, f"{name}.tar"), kind)):
-                return kind
-    raise DataError(f"{folder}: its shards hold no video and no image; check the folder.")

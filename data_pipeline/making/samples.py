@@ -1,13 +1,28 @@
 """One file of a collection into samples of a dataset: filtered, cut, resampled, encoded."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 
 from data_pipeline.errors import ConfigError, DataError, NotWanted
-from data_pipeline.making.listing import Item, Kind
-from data_pipeline.media.clips import Cut, Media, Probe, Size, probe, read_clips, read_still
+from data_pipeline.making.clips import Clip, clips_of, span_of
+from data_pipeline.making.listing import Kind
+from data_pipeline.making.plan import Item
+from data_pipeline.making.presets import Columns
+from data_pipeline.making.times import Times
+from data_pipeline.media.clips import (
+    WHOLE,
+    Cut,
+    Media,
+    Probe,
+    Size,
+    Span,
+    probe,
+    read_clips,
+    read_still,
+)
 from data_pipeline.media.video import encode_clip, encode_image
-from data_pipeline.store import storage
+from data_pipeline.shards.captions import Captions
 
 Members = dict[str, bytes]
 
@@ -52,45 +67,90 @@ class Target:
     filters: Filters = field(default_factory=Filters)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where files lie, and what their rows mean."""
+
+    folder: str
+    columns: Columns = field(default_factory=Columns)
+    times: Times | None = None
+
+
 @dataclass
 class Made:
-    """The samples of one file, (end of the key, members), and why others are none."""
+    """The samples of one file, (end of the key, members), and why clips of it are none, by name."""
 
     samples: list[tuple[str, Members]] = field(default_factory=list)
-    filtered: str | None = None
-    unusable: str | None = None
+    not_wanted: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
 
 
-def make_samples(item: Item, *, folder: str, target: Target, deadline_seconds: float) -> Made:
+def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds: float) -> Made:
     """The samples of one file; of a damaged one, those before the damage."""
-    made = Made()
+    found = clips_of(item, source.folder, source.columns, source.times)
+    made = Made(unusable=found.unusable)
+    if not found.clips:
+        return made
+    media = item.place.read(source.folder)
+    wanted: list[tuple[Clip, Span]] = []
+    known: Probe | None = None
+    for clip in found.clips:
+        try:
+            if known is None and (clip.range or target.filters != Filters()):
+                known = probe(media, target.kind)
+            span = span_of(clip.range, known, target.fps or known.fps) if known else WHOLE
+            if known:
+                clip = replace(clip, captions=_wanted(clip, known, span, target))
+            wanted.append((clip, span))
+        except NotWanted as error:
+            made.not_wanted[clip.name] = str(error)
+        except DataError as error:
+            made.unusable[clip.name] = str(error)
+    is_whole = target.cut == "none" and all(clip.range is None for clip in found.clips)
+    pieces: list[list[Members]] = [[] for _ in wanted]
     try:
-        content = storage.read_bytes(storage.join(folder, item.file))
-        if target.filters != Filters():
-            found = probe(content, target.kind)
-            made.filtered = target.filters.reason(found, item.caption, target.kind)
-        if made.filtered:
-            return made
-        if target.kind == "image":
-            made.samples.append(("", _members(read_still(content, target.size), item, target)))
-            return made
-        clips = read_clips(
-            content,
+        for number, piece in _pieces(media, [span for _, span in wanted], target, deadline_seconds):
+            if isinstance(piece, NotWanted):
+                made.not_wanted[wanted[number][0].name] = str(piece)
+            else:
+                clip = wanted[number][0]
+                pieces[number].append(_members(piece, clip, item, target, is_whole))
+    except DataError as error:
+        side = made.not_wanted if isinstance(error, NotWanted) else made.unusable
+        lost = [clip.name for (clip, _), some in zip(wanted, pieces, strict=True)
+                if not some and clip.name not in made.not_wanted]  # fmt: skip
+        side |= dict.fromkeys(lost or [item.file], str(error))
+    samples = [members for some in pieces for members in some]
+    made.samples = [("" if is_whole else f"-{n:04d}", m) for n, m in enumerate(samples)]
+    return made
+
+
+def _pieces(
+    media: bytes, spans: list[Span], target: Target, deadline_seconds: float
+) -> Iterator[tuple[int, Media | NotWanted]]:
+    """What is cut of each span of a file, by the span's number."""
+    if target.kind == "image":
+        yield from ((number, read_still(media, target.size)) for number in range(len(spans)))
+    elif spans:
+        yield from read_clips(
+            media,
             target.size,
             fps=target.fps or None,
+            spans=spans,
             cut=target.cut,
             deadline_seconds=deadline_seconds,
         )
-        for number, (_, clip) in enumerate(clips):
-            if isinstance(clip, NotWanted):
-                raise clip
-            suffix = "" if target.cut == "none" else f"-{number:04d}"
-            made.samples.append((suffix, _members(clip, item, target)))
-    except NotWanted as error:
-        made.filtered = str(error)
-    except DataError as error:
-        made.unusable = str(error)
-    return made
+
+
+def _wanted(clip: Clip, known: Probe, span: Span, target: Target) -> Captions:
+    """Those captions of a clip that are wanted; NotWanted where the clip is not, or none is."""
+    if clip.range:
+        seconds = min(span.end, known.seconds) - span.start
+        known = replace(known, seconds=seconds, frames=round(seconds * known.fps))
+    reasons = {t: target.filters.reason(known, t, target.kind) for t in clip.captions.texts}
+    if all(reasons.values()):
+        raise NotWanted(next(iter(reasons.values())))
+    return clip.captions.only([text for text, why in reasons.items() if why is None])
 
 
 def refuse_bad_target(target: Target) -> None:
@@ -121,11 +181,10 @@ def refuse_bad_target(target: Target) -> None:
             )
 
 
-def _members(media: Media, item: Item, target: Target) -> Members:
+def _members(media: Media, clip: Clip, item: Item, target: Target, is_whole: bool) -> Members:
     """Media and json of one sample."""
     frames, height, width = target.size
-    metadata = item.metadata | {
-        "caption": item.caption,
+    metadata = clip.metadata | clip.captions.members() | {
         "frames": frames,
         "fps": media.fps,
         "height": height,
@@ -134,10 +193,10 @@ def _members(media: Media, item: Item, target: Target) -> Members:
         "original_width": media.original_width,
         "original_fps": media.original_fps,
         "source": item.file,
-    }
-    if target.cut != "none":
+    }  # fmt: skip
+    if not is_whole:
         metadata["start_seconds"] = round(media.start_seconds, 6)
-    text = json.dumps(metadata, ensure_ascii=False).encode()
+    text = json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
     if target.kind == "image":
         return {"jpg": encode_image(media.clip[0]), "json": text}
     return {"mp4": encode_clip(media.clip, media.fps), "json": text}

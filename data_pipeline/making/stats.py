@@ -15,6 +15,7 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.making.verify import KINDS
 from data_pipeline.media.clips import probe
 from data_pipeline.progress import progress
+from data_pipeline.shards.account import Account
 from data_pipeline.shards.contact_sheet import contact_sheet
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import open_info
@@ -44,7 +45,7 @@ class Stats:
     fps: list[float]
     caption_words: list[int]
     resolutions: dict[str, int]  # width x height before building, most frequent first
-    rejected: dict[str, int]
+    account: Account
     notes: dict[str, str]
     derived: dict[str, str]  # what embeddings and latents there are, by kind and name
 
@@ -70,7 +71,7 @@ class Stats:
                      ("frame rate", _spread(self.fps))]  # fmt: skip
         top = ", ".join(f"{size} ({count})" for size, count in list(self.resolutions.items())[:5])
         rows.append(("resolution", f"{len(self.resolutions)} sizes: {top}"))
-        rows += [(f"left out: {reason}", f"{count:,}") for reason, count in self.rejected.items()]
+        rows += [(f"{side}: {why}", f"{count:,}") for side, why, count, _ in self.account.rows()]
         rows += list(self.derived.items())
         if self.unreadable:
             rows.append(("unreadable", f"{self.unreadable} of {self.read}: run `t2v data verify`"))
@@ -111,7 +112,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
         fps=fps,
         caption_words=words,
         resolutions=dict(sizes.most_common()),
-        rejected=info.rejected,
+        account=info.account,
         notes=info.notes,
         derived=dict(_derived(data)),
     )

@@ -8,7 +8,6 @@ import re
 from pathlib import PurePosixPath
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.making.listing import Collection, Item
 from data_pipeline.store import storage
 
 VIDEOS, LISTS = "UCF-101", "ucfTrainTestlist"
@@ -22,20 +21,24 @@ def is_ucf101(folder: str) -> bool:
     return storage.exists(storage.join(folder, LISTS, CLASSES))
 
 
-def list_ucf101(folder: str, split: str | None) -> Collection:
-    """The videos of a split; ConfigError where none is chosen, for a test set must stay one."""
+Video = tuple[str, dict, dict]  # path below the folder, captions and metadata by name
+
+
+def list_ucf101(folder: str, split: str | None) -> tuple[list[Video], dict[str, str]]:
+    """The videos of a split, and notes; ConfigError where none is chosen, for a test set must stay
+    one."""
     if split not in SPLITS:
         wrong = "--split: missing" if split is None else f"split: value '{split}' is wrong"
         raise ConfigError(f"{wrong} because {folder} is UCF-101; give one of {', '.join(SPLITS)}.")
-    return Collection(folder, "video", ucf101_items(folder, split), {"split": split})
+    return ucf101_items(folder, split), {"split": split}
 
 
-def ucf101_items(folder: str, split: str) -> list[Item]:
+def ucf101_items(folder: str, split: str) -> list[Video]:
     """The videos of a split in its list's order, captioned by the words of their class and
     labelled from 0; `all`: every video that the lists of the first split name."""
     labels = read_classes(storage.join(folder, LISTS, CLASSES))
     files = [f"{part}01" for part in PARTS] if split == "all" else [split]
-    items: list[Item] = []
+    items: list[Video] = []
     present: dict[str, set[str]] = {}
     seen: set[str] = set()
     for file in files:
@@ -66,7 +69,8 @@ def ucf101_items(folder: str, split: str) -> list[Item]:
                 raise DataError(f"{where}: {fields[0]!r} is wrong because it is there twice.")
             seen.add(fields[0])
             metadata = {"label": label, "class": video.parts[0]}
-            items.append(Item(f"{VIDEOS}/{video}", class_words(video.parts[0]), metadata))
+            caption = {"caption": class_words(video.parts[0])}
+            items.append((f"{VIDEOS}/{video}", caption, metadata))
     if not items:
         raise InputMissing(f"{folder}: split {split} names no video; take the authors' lists.")
     return items

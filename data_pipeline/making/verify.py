@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -12,12 +12,17 @@ import numpy as np
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.latents.latents import LATENTS
+from data_pipeline.making.indexing import index
+from data_pipeline.making.listing import Kind as MediaKind
 from data_pipeline.media.clips import probe
 from data_pipeline.media.video import count_frames, decode_image
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
+from data_pipeline.shards.account import Tally
+from data_pipeline.shards.captions import COLUMNS
 from data_pipeline.shards.dataset import (
     Dataset,
+    DatasetInfo,
     ShardInfo,
     cached_index,
     commit_dataset,
@@ -34,12 +39,12 @@ from data_pipeline.shards.derived import (
     text_of,
 )
 from data_pipeline.shards.derived import fingerprint as set_fingerprint
+from data_pipeline.shards.scan import parse_metadata
 from data_pipeline.shards.tar import (
     Contents,
     examine_tar,
     index_digest,
     open_index,
-    parse_metadata,
     read_member,
     save_index,
     write_index,
@@ -49,6 +54,7 @@ from data_pipeline.store import storage
 from data_pipeline.text.embeddings import EMBEDDINGS
 
 DEADLINE_SECONDS = 120.0
+NOT_LISTED = "is not in dataset.json, so no run reads it"
 KINDS: tuple[Kind, ...] = (EMBEDDINGS, LATENTS)
 
 
@@ -81,7 +87,7 @@ def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[F
     for name in storage.list_files(dataset.shard_folder, ".tar"):
         if name not in known:
             tar = storage.join(dataset.shard_folder, name)
-            faults.append(Fault(tar, "is not in dataset.json, so no run reads it"))
+            faults.append(Fault(tar, NOT_LISTED))
     check = partial(check_shard, dataset, decode=decode)
     found = map_in_order(
         check,
@@ -101,7 +107,13 @@ def check_shard(dataset: Dataset, shard: int, *, decode: bool) -> list[Fault]:
     """The faults of one shard of a dataset."""
     info = dataset.info.shards[shard]
     path = storage.join(dataset.shard_folder, f"{info.name}.tar")
-    contents, faults = _check_tar(dataset.shard_folder, info, dataset.info.kind)
+    contents, faults = _check_tar(
+        dataset.shard_folder,
+        info,
+        dataset.info.kind,
+        dataset.info.captions,
+        dataset.info.account.unusable,
+    )
     if contents is None or not decode:
         return faults
     for row, (key, members) in enumerate(zip(contents.keys, contents.rows, strict=True)):
@@ -150,36 +162,72 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
             lost += shard.samples
             continue
         if any(fault.path == tar for fault in own):
-            _rewrite(tar, info.kind, {fault.row for fault in own if fault.row is not None})
+            _rewrite(tar, info, {fault.row for fault in own if fault.row is not None})
         if own:
-            lost += max(0, shard.samples - write_index(folder, shard.name, info.kind))
+            lost += max(
+                0, shard.samples - write_index(folder, shard.name, info.kind, info.captions)
+            )
         names.append(shard.name)
+    names += _take_in(dataset, faults)
     for kind in KINDS:
         for name in kind.names(dataset):
             for shard in info.shards:
                 _leave_sound_rows(kind.place(dataset, name), shard.name, faults)
-    rejected = dict(info.rejected)
-    if lost:
-        rejected["lost to repair"] = rejected.get("lost to repair", 0) + lost
+    tally = Tally()
+    tally.add_account(info.account)
+    tally.add("unusable", "lost to repair", [], lost)
     return commit_dataset(
         dataset.path,
-        names,
+        sorted(names),
         kind=info.kind,
         folder=info.folder,
         clip=info.clip,
         fps=info.fps,
-        rejected=rejected,
+        account=tally.account(),
+        captions=info.captions,
         notes=info.notes,
     )
 
 
-def _check_tar(folder: str, info: ShardInfo, kind: str) -> tuple[Contents | None, list[Fault]]:
-    """What a shard's tar holds, and the faults of tar and index; None: there is no tar."""
+def mend_shards(
+    path: str | Path, *, kind: MediaKind | None, captions: Mapping[str, float]
+) -> Dataset:
+    """Make a dataset of shards that `index` cannot read to their end: of what they hold whole."""
+    index(path, kind=kind, captions=captions, skip_bad=True)
+    return repair(path, verify(path, decode=False))
+
+
+def _take_in(dataset: Dataset, faults: Sequence[Fault]) -> list[str]:
+    """Write again and index those shards of others that were left out and hold whole samples."""
+    names = []
+    if dataset.info.clip:
+        return []  # a build of ours has its shards
+    for fault in faults:
+        if fault.reason == NOT_LISTED:
+            folder, _, file = fault.path.rpartition("/")
+            contents = examine_tar(fault.path, dataset.info.kind, dataset.info.captions)
+            if len(contents.rows):
+                if contents.is_cut:
+                    _rewrite(fault.path, dataset.info, set())
+                names.append(file.removesuffix(".tar"))
+                write_index(folder, names[-1], dataset.info.kind, dataset.info.captions)
+    return names
+
+
+def _check_tar(
+    folder: str,
+    info: ShardInfo,
+    kind: str,
+    columns: Mapping[str, float] = COLUMNS,
+    known: Container[str] = (),
+) -> tuple[Contents | None, list[Fault]]:
+    """What a shard's tar holds, and the faults of tar and index but for those that were known when
+    it was indexed; None: there is no tar."""
     tar, path = (storage.join(folder, f"{info.name}{suffix}") for suffix in (".tar", ".idx"))
     if not storage.exists(tar):
         return None, [Fault(tar, f"is missing, and {info.samples} samples with it")]
-    contents = examine_tar(tar, kind)
-    faults = [Fault(tar, reason) for reason in contents.faults]
+    contents = examine_tar(tar, kind, columns)
+    faults = [Fault(tar, str(f)) for f in contents.faults if f.reason not in known]
     try:
         index = open_index(folder, info.name)
     except UserError as error:
@@ -282,13 +330,13 @@ def _reads(tar: str, row: np.void) -> bool:
     return True
 
 
-def _rewrite(tar: str, kind: str, bad_rows: set[int]) -> None:
+def _rewrite(tar: str, info: DatasetInfo, bad_rows: set[int]) -> None:
     """Keep a tar as `.damaged`, and write its whole samples but for some rows in its place."""
     names = (f"{tar}.damaged{number or ''}" for number in count())
     aside = next(name for name in names if not storage.exists(name))  # older ones stay, too
     with storage.local_file(tar).open("rb") as old, storage.open_atomic(aside) as kept:
         shutil.copyfileobj(old, kept)
-    contents = examine_tar(tar, kind)
+    contents = examine_tar(tar, info.kind, info.captions)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         parts = zip(contents.keys, contents.rows, contents.suffixes, strict=True)

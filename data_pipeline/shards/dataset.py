@@ -1,7 +1,7 @@
 """A dataset folder: shards, their indexes, and `dataset.json`, which is written last."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -12,6 +12,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.shards.account import NOTHING, Account
+from data_pipeline.shards.captions import COLUMNS, Captions
 from data_pipeline.shards.tar import Record, index_digest, open_index, read_record, read_told
 from data_pipeline.store import storage
 from data_pipeline.strict import Size, Strict
@@ -41,8 +43,16 @@ class DatasetInfo(Strict):
     fps: float | None = Field(description="frame rate of every sample; none: see its json")
     folder: Literal["shards", "."] = Field(description="where the tars lie")
     shards: list[ShardInfo]
-    rejected: dict[str, int] = Field(default={}, description="media left out, by reason")
+    account: Account = Field(default=Account(), description="what of the source is no sample")
+    captions: dict[str, float] = Field(
+        default=COLUMNS, description="members of each sample's json that hold captions, by weight"
+    )
     notes: dict[str, str] = Field(default={}, description="licence, origin")
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Files, rows and samples that could have been in the dataset, by why they are not."""
+        return self.account.unusable | self.account.not_wanted
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,13 @@ class Dataset:
 
     def read(self, shard: int, row: int) -> Record:
         """One sample, its bytes checked against the index."""
-        return read_record(self.shard_folder, self.info.shards[shard].name, self.index(shard)[row])
+        name, entry = self.info.shards[shard].name, self.index(shard)[row]
+        return read_record(self.shard_folder, name, entry, self.info.captions)
 
-    def read_told(self, shard: int, row: int) -> tuple[dict, str]:
-        """(metadata, caption) of one sample, whose media stay unread."""
-        return read_told(self.shard_folder, self.info.shards[shard].name, self.index(shard)[row])
+    def read_told(self, shard: int, row: int) -> tuple[dict, Captions]:
+        """(metadata, captions) of one sample, whose media stay unread."""
+        name, entry = self.info.shards[shard].name, self.index(shard)[row]
+        return read_told(self.shard_folder, name, entry, self.info.captions)
 
     def draw(self, count: int, *, seed: int) -> list[tuple[int, int]]:
         """(shard, row) of random samples, each at most once, in the order of the dataset."""
@@ -123,8 +135,9 @@ def commit_dataset(
     folder: Literal["shards", "."],
     clip: Size | None,
     fps: float | None,
-    rejected: dict[str, int],
     notes: dict[str, str],
+    account: Account = NOTHING,
+    captions: Mapping[str, float] = COLUMNS,
 ) -> Dataset:
     """Write `dataset.json` over finished shards; only then the folder is a dataset."""
     shard_folder = path if folder == "." else storage.join(path, folder)
@@ -141,7 +154,8 @@ def commit_dataset(
         fps=fps,
         folder=folder,
         shards=shards,
-        rejected=rejected,
+        account=account,
+        captions=dict(captions),
         notes=notes,
     )
     text = json.dumps(info.model_dump(mode="json"), indent=1) + "\n"

@@ -12,7 +12,7 @@ import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -47,7 +47,10 @@ class Cache:
     def read_all(self, path: str) -> bytes:
         """The whole object as it is now, past the cache."""
         self.forget(path)
-        return self._steady(path, lambda version: self.store.read(path, version))
+        for _ in range(MAX_CHANGES):
+            with suppress(ObjectChanged):
+                return self.store.read_whole(path)
+        raise self._unsteady(path)
 
     def file(self, path: str) -> Path:
         """A local file with the whole object as it is now."""
@@ -67,7 +70,10 @@ class Cache:
                 return read(self._versions[path])
             except ObjectChanged:
                 self.forget(path)
-        raise StorageError(
+        raise self._unsteady(path)
+
+    def _unsteady(self, path: str) -> StorageError:
+        return StorageError(
             f"{path}: cannot be read because it was replaced {MAX_CHANGES} times meanwhile; "
             "let its writer finish."
         )

@@ -79,6 +79,10 @@ class ObjectStore:
                 content += piece
         return bytes(content)
 
+    def read_whole(self, path: str) -> bytes:
+        """An object as it is now, by one request unless it breaks."""
+        return b"".join(self.requests.stream(path, None, 0, 0))
+
     def download(self, path: str, version: Version, file: BinaryIO) -> None:
         """Write the whole of a version to a file."""
         if version.size:
@@ -130,28 +134,32 @@ class ObjectStore:
                 if name := entry["Key"].rpartition("/")[2]:
                     yield name
 
+    def list_below(self, folder: str) -> Iterator[tuple[str, int]]:
+        """(key from there, bytes) of every object below a folder, a thousand to a request."""
+        skipped = len(_prefix(folder)[1])
+        for page in self._pages(folder, Delimiter=""):
+            for entry in page.get("Contents", []):
+                if (name := entry["Key"][skipped:]) and not name.endswith("/"):
+                    yield name, entry["Size"]
+
     def list_folders(self, folder: str) -> Iterator[str]:
         """Names of what lies one level down and holds objects."""
         for page in self._pages(folder):
             for entry in page.get("CommonPrefixes", []):
                 yield entry["Prefix"].rstrip("/").rpartition("/")[2]
 
-    def _pages(self, folder: str) -> Iterator[dict]:
+    def _pages(self, folder: str, **options: Any) -> Iterator[dict]:
         page: dict = {"IsTruncated": True}
         while page["IsTruncated"]:
             token = page.get("NextContinuationToken")
-            page = self._list(folder, **({"ContinuationToken": token} if token else {}))
+            options |= {"ContinuationToken": token} if token else {}
+            page = self._list(folder, **options)
             yield page
 
     def _list(self, folder: str, **options: Any) -> dict:
-        bucket, key = split(folder)
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        return self.requests.answer(
-            folder,
-            lambda client: client.list_objects_v2(
-                Bucket=bucket, Prefix=prefix, Delimiter="/", **options
-            ),
-        )
+        bucket, prefix = _prefix(folder)
+        request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"} | options
+        return self.requests.answer(folder, lambda client: client.list_objects_v2(**request))
 
 
 class Requests:
@@ -162,19 +170,21 @@ class Requests:
         self.retries = 0
         self._client: Any = None
 
-    def stream(self, path: str, version: Version, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` to `end`, over as many requests as it takes."""
+    def stream(self, path: str, version: Version | None, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, over as many requests as it takes; no version: all of
+        the one that the first answer is of."""
         bucket, key = split(path)
-        allowed = self.limits.deadline_seconds + (end - start) / self.limits.min_bytes_per_second
-        deadline = time.monotonic() + allowed
-        attempts = _Attempts(self, path, deadline)
-        while start < end:
-            arrived = 0
+        attempts = _Attempts(self, path, self._deadline(end - start))
+        while version is None or start < end:
+            arrived, wanted = 0, {}
+            if version:
+                wanted = {"Range": f"bytes={start}-{end - 1}", "IfMatch": version.etag}
             try:
-                response = self._connected().get_object(
-                    Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=version.etag
-                )
-                for piece in self._body(response["Body"], end - start, deadline):
+                response = self._connected().get_object(Bucket=bucket, Key=key, **wanted)
+                if version is None:
+                    version = Version(response["ETag"], response["ContentLength"])
+                    end, attempts.deadline = version.size, self._deadline(version.size)
+                for piece in self._body(response["Body"], end - start, attempts.deadline):
                     arrived += len(piece)
                     start += len(piece)
                     yield piece
@@ -183,8 +193,13 @@ class Requests:
                 reason = str(error)
             except (ClientError, BotoCoreError, HTTPError, OSError) as error:
                 reason = self._reason(path, error, attempts)
-            if start < end:
+            if version is None or start < end:
                 attempts.failed(reason, progress=arrived > 0)
+
+    def _deadline(self, size: int) -> float:
+        """Until when so many bytes are to be there."""
+        limits = self.limits
+        return time.monotonic() + limits.deadline_seconds + size / limits.min_bytes_per_second
 
     def _body(self, body: Any, wanted: int, deadline: float) -> Iterator[bytes]:
         """What a response brings, never more than wanted; TimeoutError where it is too slow."""
@@ -293,6 +308,12 @@ class _Unclosed:
 
     def close(self) -> None:
         """Leave it open: the next attempt reads it again."""
+
+
+def _prefix(folder: str) -> tuple[str, str]:
+    """Bucket, and what keys in a folder begin with."""
+    bucket, key = split(folder)
+    return bucket, f"{key.rstrip('/')}/" if key else ""
 
 
 def split(path: str) -> tuple[str, str]:

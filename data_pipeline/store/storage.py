@@ -1,6 +1,7 @@
 """Where bytes live, on disk or in S3: ranged reads, and all-or-nothing writes, so that no reader
 sees half a file."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -8,7 +9,9 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -60,6 +63,36 @@ def list_folders(folder: str) -> list[str]:
         return []
     with _storage_errors(folder):
         return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def list_below(prefix: str) -> Iterator[tuple[str, int]]:
+    """(path from there, bytes) of every finished object below a prefix of a store."""
+    return (
+        (name, size) for name, size in remote().store.list_below(prefix)
+        if not name.endswith(PARTIAL)
+    )  # fmt: skip
+
+
+def identity(path: str) -> str:
+    """What changes when the content of a file does."""
+    if is_remote(path):
+        version = remote().store.version(path)
+        return f"{version.etag} {version.size}"
+    with _storage_errors(path), _local(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def match(pattern: str) -> list[str]:
+    """The files whose path fits a pattern with *, ? and [...], sorted; InputMissing for none."""
+    if is_remote(pattern):
+        fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+        names = (join(fixed, name) for name, _ in list_below(fixed))
+        found = [name for name in names if fnmatchcase(name, pattern)]
+    else:
+        found = [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not found:
+        raise InputMissing(f"{pattern}: no such file; check the pattern, and put it in quotes.")
+    return sorted(found)
 
 
 def is_empty(folder: str) -> bool:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import stored_size
 from data_pipeline.text.embed import TextEncoder
-from data_pipeline.text.embeddings import TENSOR, open_embeddings
+from data_pipeline.text.embeddings import open_embeddings, pack
 
 TOLERANCE = 0.02  # relative to the norm: another device sums bfloat16 in another order
 
@@ -41,14 +40,16 @@ def estimate(
 ) -> Estimate:
     """Bytes and hours, measured on random captions of a dataset."""
     data = open_dataset(dataset)
-    drawn = [data.read(*place).caption for place in data.draw(count, seed=seed)]
+    told = [data.read_told(*place)[1] for place in data.draw(count, seed=seed)]
+    drawn = [text for captions in told for text in captions.texts]
     reader.encode(drawn[:1])
     started = time.monotonic()
     embeddings = reader.encode(drawn)
     seconds = (time.monotonic() - started) / len(set(drawn))
+    known = dict(zip(drawn, embeddings, strict=True))
     stored = sum(
-        stored_size([len(save({TENSOR: embedding})), len(caption.encode())])
-        for caption, embedding in zip(drawn, embeddings, strict=True)
+        stored_size([len(pack([known[t] for t in c.texts], c.weights)), len(c.origin.encode())])
+        for c in told
     )
     digests = [np.unique(data.index(shard)["caption"]) for shard in range(len(data.info.shards))]
     distinct = len(np.unique(np.concatenate(digests)))
@@ -57,8 +58,8 @@ def estimate(
         distinct=distinct,
         parameters=sum(weight.numel() for weight in reader.model.parameters()),
         tokens_per_caption=sum(map(len, embeddings)) / len(drawn),
-        bytes=round(stored / len(drawn) * data.info.samples),
-        hours=seconds * distinct / 3600,
+        bytes=round(stored / len(told) * data.info.samples),
+        hours=seconds * distinct * len(drawn) / len(told) / 3600,
     )
 
 
@@ -73,9 +74,11 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
             f"{theirs.max_tokens}, not with {ours.encoder} at {ours.max_tokens}; give that."
         )
     places = data.draw(count, seed=seed)
-    captions = [data.read(*place).caption for place in places]
-    for (shard, row), expected in zip(places, reader.encode(captions), strict=True):
-        found, expected = cached.read(shard, row).float(), expected.float()
+    asked = [(*place, text) for place in places for text in data.read_told(*place)[1].texts]
+    found_of = {place: iter(cached.read_all(*place)[0]) for place in places}
+    again = reader.encode([text for *_, text in asked])
+    for (shard, row, _), expected in zip(asked, again, strict=True):
+        found, expected = next(found_of[shard, row]).float(), expected.float()
         difference = float("inf")
         if found.shape == expected.shape:
             difference = float((found - expected).norm() / expected.norm())

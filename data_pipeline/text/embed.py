@@ -13,7 +13,6 @@ import sentencepiece
 import torch
 from jaxtyping import BFloat16
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
@@ -28,10 +27,10 @@ from data_pipeline.store.hub import digest_files, fetch_model
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
-    TENSOR,
     EmbeddingSet,
     Provenance,
     open_embeddings,
+    pack,
 )
 
 # transformers loads DeepSpeed where there is one, which warns of a machine without a GPU.
@@ -177,19 +176,21 @@ def embed(
     folder = begin(EMBEDDINGS, data, name, task)
     reader = TextEncoder(encoder, max_tokens=max_tokens, device=device, memory_gib=memory_gib)
     claim(EMBEDDINGS, folder, reader.provenance)
-    null = save({TENSOR: reader.encode([""])[0]})
+    null = pack(reader.encode([""]), [1.0])
     storage.write_atomic(storage.join(folder, NULL), null)
 
     def rows(shard: int, former: Former) -> Iterator[Row]:
         tar = storage.join(data.shard_folder, f"{data.info.shards[shard].name}.tar")
-        captions = list_captions(tar, data.info.kind)
-        known = {caption: former.read(digest64(caption)) for _, caption in captions}
-        new = [caption for caption, members in known.items() if members is None]
+        listed = list_captions(tar, data.info.kind, data.info.captions)
+        known = {c.origin: former.read(digest64(c.origin)) for _, c in listed}
+        new = [text for _, c in listed if known[c.origin] is None for text in c.texts]
         encoded = dict(zip(new, reader.encode(new), strict=True))
-        for key, caption in captions:
-            members = known[caption]
-            content = members["media"] if members else save({TENSOR: encoded[caption]})
-            yield key, {"safetensors": content, "txt": caption.encode()}
+        for key, captions in listed:
+            if members := known[captions.origin]:
+                content = members["media"]
+            else:
+                content = pack([encoded[text] for text in captions.texts], captions.weights)
+            yield key, {"safetensors": content, "txt": captions.origin.encode()}
 
     if not fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows):
         return None

@@ -1,5 +1,6 @@
 """Reading cached caption embeddings, and the proof that they belong to a dataset."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import BFloat16
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from data_pipeline.errors import DataError
@@ -59,10 +60,17 @@ class EmbeddingSet:
         """The embedding of the empty caption."""
         return _read_null(storage.join(self.folder, NULL), self.info.provenance.width)
 
-    def read(self, shard: int, row: int) -> Embedding:
-        """The embedding of a sample's caption."""
+    def read(self, shard: int, row: int, chance: float = 0.0) -> Embedding:
+        """The embedding of a sample's caption; of one of several, by their weights, where a chance
+        from 0 to 1 falls."""
+        embeddings, weights = self.read_all(shard, row)
+        below = np.cumsum(weights) <= chance
+        return embeddings[min(int(below.sum()), len(embeddings) - 1)]
+
+    def read_all(self, shard: int, row: int) -> tuple[list[Embedding], list[float]]:
+        """The embeddings of all captions of a sample, and how often each is to be taken."""
         path, members = read_row(EMBEDDINGS, self.folder, self.dataset, shard, row)
-        return parse_embedding(members["media"], path, self.info.provenance.width)
+        return unpack(members["media"], path, self.info.provenance.width)
 
 
 def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
@@ -78,23 +86,46 @@ def _read_null(path: str, width: int) -> Embedding:
     return parse_embedding(storage.read_bytes(path), path, width)
 
 
-def parse_embedding(content: bytes, path: str, width: int) -> Embedding:
-    """The tensor in a safetensors file."""
+def pack(embeddings: Sequence[Embedding], weights: Sequence[float]) -> bytes:
+    """A safetensors file of the embeddings of a sample's captions: `tokens`, and where there are
+    several `tokens.1`, ... and `weights`."""
+    tensors = {_tensor(number): tokens for number, tokens in enumerate(embeddings)}
+    if len(embeddings) > 1:
+        tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
+    return save(tensors)
+
+
+def unpack(content: bytes, path: str, width: int) -> tuple[list[Embedding], list[float]]:
+    """The embeddings and weights in a file that `pack` made."""
     try:
-        tensor = load(content)[TENSOR]
+        tensors = load(content)
+        weights = tensors.pop("weights").tolist() if "weights" in tensors else [1.0]
+        embeddings = [tensors[_tensor(number)] for number in range(len(weights))]
     except (SafetensorError, KeyError) as error:
         raise DataError(f"{path}: an embedding is damaged ({error})") from None
-    if tensor.dtype != torch.bfloat16 or tensor.ndim != 2 or tensor.shape[1] != width:
-        raise DataError(f"{path}: an embedding is {tensor.dtype} of shape {tuple(tensor.shape)}")
-    return tensor
+    for tensor in embeddings:
+        if tensor.dtype != torch.bfloat16 or tensor.ndim != 2 or tensor.shape[1] != width:
+            raise DataError(
+                f"{path}: an embedding is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    return embeddings, weights
+
+
+def parse_embedding(content: bytes, path: str, width: int) -> Embedding:
+    """The first embedding in a file."""
+    return unpack(content, path, width)[0][0]
+
+
+def _tensor(number: int) -> str:
+    return f"{TENSOR}.{number}" if number else TENSOR
 
 
 def _check(members: Members, path: str, provenance: Provenance) -> None:
-    tokens = parse_embedding(members["media"], path, provenance.width)
-    if not 1 <= len(tokens) <= provenance.max_tokens:
-        raise DataError(f"has {len(tokens)} tokens, not 1 to {provenance.max_tokens}")
-    if not torch.isfinite(tokens).all():
-        raise DataError("holds values that are not finite")
+    for tokens in unpack(members["media"], path, provenance.width)[0]:
+        if not 1 <= len(tokens) <= provenance.max_tokens:
+            raise DataError(f"has {len(tokens)} tokens, not 1 to {provenance.max_tokens}")
+        if not torch.isfinite(tokens).all():
+            raise DataError("holds values that are not finite")
 
 
 def _captions(rows: np.ndarray) -> np.ndarray:

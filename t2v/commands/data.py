@@ -5,99 +5,30 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError
+from t2v.commands.lists import add_caption_column, add_list_options
+from t2v.commands.making import (
+    FILTERS,
+    data_build,
+    data_index,
+    data_stats,
+    data_toy,
+    data_verify,
+)
 from t2v.commands.parser import add_config, add_verb, count, positive
 
 if TYPE_CHECKING:
     from data_pipeline.feeding.mixture import Mixture
-    from data_pipeline.shards.dataset import Dataset
-
-FILTERS = {
-    "min_height": "leave out sources of fewer pixels",
-    "min_width": "leave out sources of fewer pixels",
-    "max_aspect": "leave out sources whose longer side is more times the shorter",
-    "min_frames": "leave out videos of fewer frames",
-    "min_seconds": "leave out shorter videos",
-    "max_seconds": "leave out longer videos",
-    "min_caption_words": "leave out shorter captions",
-    "max_caption_words": "leave out longer captions",
-}
-
-
-def data_toy(options: argparse.Namespace) -> None:
-    from data_pipeline.making.toy import write_toy
-
-    write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
-    print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
-
-
-def data_build(options: argparse.Namespace) -> None:
-    from data_pipeline.making.build import build
-    from data_pipeline.making.samples import Filters
-
-    frames, height, width = options.size
-    _say_dataset(
-        build(
-            options.source,
-            options.out,
-            frames=frames,
-            height=height,
-            width=width,
-            fps=options.fps,
-            kind=options.kind,
-            split=options.split,
-            cut=options.cut,
-            filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
-            shard_samples=options.shard_samples,
-            task=options.task,
-            workers=options.workers,
-            max_drop_rate=options.max_drop_rate,
-            notes=dict(options.note or []),
-        )
-    )
-
-
-def data_index(options: argparse.Namespace) -> None:
-    from data_pipeline.making.build import index
-
-    _say_dataset(index(options.dataset, kind=options.kind, notes=dict(options.note or [])))
-
-
-def data_verify(options: argparse.Namespace) -> int:
-    from data_pipeline.making.verify import repair, verify
-    from data_pipeline.shards.dataset import open_dataset
-
-    faults = verify(options.dataset, decode=not options.no_decode, workers=options.workers)
-    for fault in faults:
-        print(fault)
-    if faults and options.repair:
-        _say_dataset(repair(options.dataset, faults))
-        print("embed and encode it again as before: only what is missing or changed is made.")
-        return 0
-    samples = open_dataset(options.dataset).info.samples
-    print(f"{options.dataset}: {samples} samples, {len(faults)} faults.")
-    return DataError.exit_code if faults else 0
-
-
-def data_stats(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from data_pipeline.making.stats import measure, write_page
-
-    stats = measure(options.dataset, count=options.samples)
-    table = Table(show_header=False)
-    for name, value in stats.rows():
-        table.add_row(escape(name), escape(value))
-    Console().print(table)
-    print(f"{write_page(stats, options.out)}: written.")
 
 
 def data_embed(options: argparse.Namespace) -> None:
+    from data_pipeline.shards.dataset import open_dataset
+    from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.text.audit import check, estimate
     from data_pipeline.text.embed import TextEncoder, embed
 
+    for warning in caption_warnings(open_dataset(options.dataset)):
+        print(warning)
     if options.estimate or options.check:
         reader = TextEncoder(
             options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
@@ -233,8 +164,10 @@ def add_data_verbs(verbs) -> None:
 
     verb = add_verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
                     "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
-    verb.add_argument("source", help="folder with captions.jsonl, or a .txt or .json per file; or "
-                      "a .jsonl, .csv or .parquet list with columns file and caption")  # fmt: skip
+    told = (
+        "folder with captions.jsonl, or a .txt or .json per file; or a list, or a pattern of lists"
+    )
+    verb.add_argument("source", help=told)
     verb.add_argument("out", help="dataset folder")
     verb.add_argument(
         "--size",
@@ -248,13 +181,13 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("--split", help="of UCF-101 as its authors pack it: train01, test01, ... all")
     verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
                       help="long videos into as many clips as fit")  # fmt: skip
+    add_list_options(verb)
     for name, help in FILTERS.items():
         kind = float if name.endswith(("seconds", "aspect")) else int
         verb.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
     verb.add_argument("--shard-samples", type=int, default=1000, help="source files per shard")
     _add_workers(verb)
-    verb.add_argument("--max-drop-rate", type=float, default=0.01,
-                      help="share of unusable files that is accepted")  # fmt: skip
+    _add_drop_rate(verb)
     _add_task(verb)
     _add_notes(verb)
 
@@ -262,6 +195,10 @@ def add_data_verbs(verbs) -> None:
                     "t2v data index data/laion")  # fmt: skip
     verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
     verb.add_argument("--kind", choices=("video", "image"))
+    add_caption_column(verb)
+    verb.add_argument("--skip-bad", action="store_true", help="whatever the share of bad samples")
+    _add_drop_rate(verb)
+    _add_workers(verb)
     _add_notes(verb)
 
     verb = add_verb(data_verbs, "verify", data_verify, "find every fault of a dataset, and mend it",
@@ -346,6 +283,11 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
                         help="processes; as many as there are cores")  # fmt: skip
 
 
+def _add_drop_rate(parser: argparse.ArgumentParser) -> None:
+    told = "share of unusable files, rows or samples that is accepted"
+    parser.add_argument("--max-drop-rate", type=float, default=0.01, help=told)
+
+
 def _add_notes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--note",
@@ -369,20 +311,3 @@ def array_task(text: str) -> tuple[int, int]:
 def key_text(text: str) -> tuple[str, str]:
     key, value = text.split("=", 1)
     return key, value
-
-
-def _say_dataset(dataset: "Dataset | None") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    if dataset is None:
-        print("this task is done; the dataset is complete when the other tasks are.")
-        return
-    info = dataset.info
-    print(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards.")
-    if info.rejected:
-        table = Table("left out because", "files")
-        for reason, count in info.rejected.items():
-            table.add_row(escape(reason), str(count))
-        Console().print(table)

@@ -20,7 +20,7 @@ def request_for(protocol: Protocol, dataset: Dataset, conditioning: Conditioning
     if isinstance(conditioning, ClassConditioning):
         labels = tuple(label_of(dataset, *place) for place in places)
     elif isinstance(conditioning, TextConditioning):
-        prompts = tuple(dataset.read_told(*place)[1] for place in places)
+        prompts = tuple(dataset.read_told(*place)[1].first for place in places)
     return Request(
         prompts=prompts,
         labels=labels,

@@ -1,0 +1,169 @@
+"""What is wanted of one file: clips with captions and metadata, judged row by row."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.making.plan import Item, Row
+from data_pipeline.making.presets import Columns
+from data_pipeline.making.times import Range, Times, find_times, literal, ranges_of
+from data_pipeline.media.clips import WHOLE, Probe, Span
+from data_pipeline.shards.captions import Captions, captions_of, decode_text, merged
+
+SLACK_FRAMES = 0.25  # times are rounded
+SLACK_SECONDS = 1.0  # lists take ends from durations that others measured
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a file, or all of it; `name` is what an account calls it."""
+
+    name: str
+    captions: Captions
+    metadata: dict = field(default_factory=dict)
+    range: Range | None = None
+
+
+@dataclass
+class Clips:
+    """The clips of a file, and why others are none, by name."""
+
+    clips: list[Clip] = field(default_factory=list)
+    unusable: dict[str, str] = field(default_factory=dict)
+
+
+def clips_of(item: Item, folder: str, columns: Columns, times: Times | None) -> Clips:
+    """What rows, or else the texts beside a file, say of it."""
+    found = Clips()
+    if not item.rows:
+        try:
+            found.clips = list(_from_texts(item, folder, columns))
+        except DataError as error:
+            found.unusable[item.file] = str(error)
+        return found
+    by_range: dict[Range | None, list[Clip]] = {}
+    for row in item.rows:
+        name = item.file if len(item.rows) == 1 else f"{item.file} (row {row.number})"
+        try:
+            for clip in _from_row(name, row, columns, times):
+                by_range.setdefault(clip.range, []).append(clip)
+        except DataError as error:
+            found.unusable[name] = str(error)
+    # Rows of the same clip are captions of it.
+    found.clips = [
+        replace(same[0], captions=merged([clip.captions for clip in same]))
+        for same in by_range.values()
+    ]
+    return found
+
+
+def span_of(range_: Range | None, probe: Probe, fps: float) -> Span:
+    """A range as a part of a video, to the end of the last frame at a rate that begins in it.
+
+    DataError where it does not lie in the video.
+    """
+    if range_ is None:
+        return WHOLE
+    begin, end = range_.seconds(probe.fps)
+    if begin >= probe.seconds or (end is not None and end > probe.seconds + SLACK_SECONDS):
+        late = begin if begin >= probe.seconds or end is None else end
+        raise DataError(
+            f"time lies behind the video: {late:g} seconds of {probe.seconds:g}; see --time-unit, "
+            "or give --times none if files are clips already"
+        )
+    if end is None:
+        return Span(begin)
+    frames = math.ceil((min(end, probe.seconds) - begin) * fps - SLACK_FRAMES)
+    return Span(begin, begin + frames / fps)
+
+
+def _from_row(name: str, row: Row, columns: Columns, times: Times | None) -> Iterator[Clip]:
+    values, metadata = json.loads(row.captions), _finite(json.loads(row.metadata))
+    # A cell of CSV is text, that of a list of captions, too.
+    values = {column: _list_of_texts(value) for column, value in values.items()}
+    if times is None or row.times is None:
+        yield Clip(name, _captions(values, columns), metadata)
+        return
+    yield from _timed(name, json.loads(row.times), values, metadata, columns, times)
+
+
+def _timed(
+    name: str, moments: Sequence, values: dict, metadata: dict, columns: Columns, times: Times
+) -> Iterator[Clip]:
+    ranges, listed = ranges_of(moments, times)
+    if not listed:
+        yield Clip(name, _captions(values, columns), metadata, ranges[0])
+        return
+    lists = {key: part for key, value in metadata.items()
+             if isinstance(part := literal(value), list) and len(part) == len(ranges)}  # fmt: skip
+    for column, value in values.items():
+        if isinstance(value, list) and len(value) != len(ranges):
+            raise DataError(
+                f"captions are not as many as times: {len(value)} in {column}, {len(ranges)} times"
+            )
+    for turn, range_ in enumerate(ranges):
+        own = {c: value[turn] if isinstance(value, list) else value for c, value in values.items()}
+        told = metadata | {key: part[turn] for key, part in lists.items()}
+        yield Clip(f"{name} [{turn}]", _captions(own, columns), told, range_)
+
+
+def _from_texts(item: Item, folder: str, columns: Columns) -> Iterator[Clip]:
+    metadata: dict = {}
+    if item.json:
+        metadata = parse_object(item.json.read(folder))
+    captions = captions_of(metadata, columns.captions)
+    if captions is None and item.txt:
+        captions = Captions((decode_text(item.txt.read(folder)),))
+    if captions is None:
+        keys = f"; it has {', '.join(map(str, metadata))}; see --caption-column" if metadata else ""
+        raise DataError(f"has no caption: none is in {', '.join(columns.captions)}{keys}")
+    try:
+        times = find_times("", list(metadata), columns.times, columns.unit)
+    except UserError as error:
+        raise DataError(f"time is none{error}") from None
+    used = {*columns.captions, *(times.all_columns if times else ())}
+    values = {name: metadata.get(name) for name in columns.captions}
+    kept = _finite({name: value for name, value in metadata.items() if name not in used})
+    if times is None:
+        yield Clip(item.file, captions, kept)
+        return
+    if values == dict.fromkeys(values):
+        values = {next(iter(values)): captions.first}
+    yield from _timed(
+        item.file, [metadata.get(n) for n in times.all_columns], values, kept, columns, times
+    )
+
+
+def parse_object(content: bytes) -> dict:
+    """The mapping that a json file or member holds."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"json is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError("json is damaged: it holds no mapping")
+    return found
+
+
+def _captions(values: Mapping[str, object], columns: Columns) -> Captions:
+    captions = captions_of(values, columns.captions)
+    if captions is None:
+        raise DataError("has no caption")
+    return captions
+
+
+def _list_of_texts(value: object) -> object:
+    found = literal(value)
+    texts = isinstance(found, list) and all(isinstance(part, str) for part in found)
+    return found if texts or not isinstance(value, str) else value
+
+
+def _finite(value: object):
+    """A value of JSON without NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

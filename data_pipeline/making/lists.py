@@ -1,0 +1,328 @@
+"""Reading lists: CSV, JSON and parquet of any length as one table of an embedded database.
+
+The database lies on disk in a folder of its own and spills what memory does not hold. Extensions
+are never fetched, and once lists are read it opens no other file, whatever a condition says.
+"""
+
+import codecs
+import csv
+import gzip
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import duckdb
+
+from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.shards.account import Tally
+from data_pipeline.shards.captions import BOMS
+from data_pipeline.store import storage
+
+COMMAS, LINES, ARRAYS, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
+LISTS = (*COMMAS, *LINES, *ARRAYS, *TABLES)
+MEMORY = "1GB"
+MOST_ROW_BYTES = 64 << 20
+OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
+REJECTS = {
+    "MISSING COLUMNS": "has too few fields",
+    "TOO MANY COLUMNS": "has too many fields",
+    "INVALID ENCODING": "is no UTF-8 (see --encoding)",
+    "UNQUOTED VALUE": "has quotes that do not match",
+    "LINE SIZE OVER MAXIMUM": "is too long",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of lists as table `rows` of a database, numbered from 1 in their order."""
+
+    database: duckdb.DuckDBPyConnection
+    path: str  # of the lists, for messages
+    types: dict[str, str]  # of the columns by name
+
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+        return list(self.types)
+
+    def ask(self, query: str, parameters: object = None) -> list[tuple]:
+        """All that a query of ours answers; keep it small."""
+        return self.database.execute(query, parameters).fetchall()
+
+
+def is_list(path: str) -> bool:
+    """Whether a path is that of a list, or a pattern of such paths."""
+    return _kind(path) in LISTS
+
+
+def list_paths(path: str) -> list[str]:
+    """The lists of a path, which may be a pattern with * and ?, in the order of their names."""
+    if any(sign in path for sign in "*?["):
+        return storage.match(path)
+    if not storage.exists(path):
+        raise InputMissing(f"{path}: no such file; check the path of the list.")
+    return [path]
+
+
+@contextmanager
+def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database that is gone with the block."""
+    with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
+        database = duckdb.connect(
+            f"{folder}/lists.db",
+            config={
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "memory_limit": MEMORY,
+                "temp_directory": f"{folder}/spilled",
+            },
+        )
+        database.execute("SET enable_progress_bar = false")
+        try:
+            yield database
+        finally:
+            database.close()
+
+
+def read_lists(
+    database: duckdb.DuckDBPyConnection,
+    paths: Sequence[str],
+    tally: Tally,
+    *,
+    encoding: str | None = None,
+) -> Table:
+    """All rows of lists of one kind; rows that cannot be read are counted as unusable."""
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) != 1:
+        raise ConfigError(f"{paths[0]}: lists of one build must be of one kind, not {kinds}.")
+    (kind,) = kinds
+    told = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    with tempfile.TemporaryDirectory(prefix="t2v-text-") as folder:
+        files = [
+            _readable(path, Path(folder, str(number)), encoding)
+            for number, path in enumerate(paths)
+        ]
+        read = {**dict.fromkeys(COMMAS, _read_commas), **dict.fromkeys(TABLES, _read_tables)}
+        try:
+            read.get(kind, _read_json)(database, files, told, kind, tally)
+        except duckdb.Error as error:
+            raise DataError(f"{told}: {reason(error)}; correct it.") from None
+    database.execute("SET enable_external_access = false")
+    database.execute("SET lock_configuration = true")
+    described = database.execute("DESCRIBE rows").fetchall()
+    return Table(database, told, {name: kind for name, kind, *_ in described if name not in OWN})
+
+
+def quoted(name: str) -> str:
+    """A name of a column in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: str) -> str:
+    """A text in SQL."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def reason(error: duckdb.Error) -> str:
+    """What the database complains about, in one line."""
+    first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
+    if "state machine" in first:
+        return "some of its lines end in CR LF and others in LF"
+    return first or type(error).__name__
+
+
+def _kind(path: str) -> str:
+    return PurePosixPath(path.lower().removesuffix(".gz")).suffix
+
+
+def _readable(path: str, beside: Path, encoding: str | None) -> str:
+    """A local file with a list's bytes; of text in another encoding, a copy in UTF-8."""
+    local = storage.local_file(path)
+    kind, is_packed = _kind(path), path.lower().endswith(".gz")
+    if kind in TABLES:
+        return str(local)
+    try:
+        with _open(local, is_packed) as file:
+            head = file.read(4)
+        mark = head.startswith(BOMS)
+        if not mark and encoding is None and not is_packed and "://" not in path:
+            return str(local)
+        if mark:
+            encoding = "utf-32" if head.startswith(BOMS[:2]) else "utf-16"
+        with _open(local, is_packed) as file, beside.open("w", encoding="utf-8", newline="") as new:
+            reader = codecs.getreader(encoding or "utf-8-sig")(file)
+            while piece := reader.read(1 << 20):
+                new.write(piece)
+    except LookupError:
+        raise ConfigError(f"encoding: value '{encoding}' is wrong; use latin-1, say.") from None
+    except (UnicodeError, OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read because {error}; correct it.") from None
+    return str(beside)
+
+
+def _open(path: Path, is_packed: bool) -> Any:
+    return gzip.open(path, "rb") if is_packed else path.open("rb")
+
+
+def _read_commas(
+    database: duckdb.DuckDBPyConnection, files: Sequence[str], told: str, kind: str, tally: Tally
+) -> None:
+    delimiter = "\t" if kind == ".tsv" else ","
+    headers = [_header(file, told, delimiter) for file in files]
+    if any(header != headers[0] for header in headers):
+        raise DataError(f"{told}: lists have not the same columns; build them one by one.")
+    how = f"header = true, delim = {text(delimiter)}, quote = '\"', escape = '\"'"
+    _read_texts(database, files, headers[0], how, tally)
+    types = {name: _type_of_texts(database, name) for name in headers[0]}
+    _keep(database, [f"{expression} AS {quoted(name)}" for name, expression in types.items()])
+
+
+def _read_texts(
+    database: duckdb.DuckDBPyConnection,
+    files: Sequence[str],
+    columns: Sequence[str],
+    how: str,
+    tally: Tally,
+) -> None:
+    """Make table `raw` of the texts between delimiters; rows that cannot be split are counted."""
+    types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in columns)
+    database.execute(
+        f"CREATE TABLE raw AS {_numbered(files)} FROM read_csv({list(files)}, {how}, "
+        f"auto_detect = false, columns = {{{types}}}, store_rejects = true, "
+        f"filename = 't2v_file', max_line_size = {MOST_ROW_BYTES})"
+    )
+    for error, lines, count in database.execute(
+        "SELECT error, list(line ORDER BY line)[:3], sum(lines) FROM (SELECT file_id, line, "
+        "min(error_type)::VARCHAR AS error, max(greatest(1, length(csv_line) - "
+        "length(replace(csv_line, chr(10), '')))) AS lines FROM reject_errors GROUP BY ALL) "
+        "GROUP BY error ORDER BY error"
+    ).fetchall():
+        why = f"row {REJECTS.get(error, error.lower())}"
+        tally.add("unusable", why, [f"line {number}" for number in lines], int(count))
+
+
+def _header(file: str, told: str, delimiter: str) -> list[str]:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        try:
+            names = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+            "".join(names).encode()
+        except (csv.Error, UnicodeError) as error:
+            raise DataError(
+                f"{told}: is no CSV in UTF-8 because {error}; correct it, or give --encoding."
+            ) from None
+    if not names:
+        raise DataError(f"{told}: is empty; write one row per file.")
+    # The first column of tables that pandas writes has no name.
+    names = [name.strip() or f"column{number}" for number, name in enumerate(names)]
+    _refuse_twins(told, names)
+    return names
+
+
+def _type_of_texts(database: duckdb.DuckDBPyConnection, name: str) -> str:
+    """A column of texts as numbers where every text is one and nothing is lost, as zeros are in
+    front of a number; empty cells are texts without a character."""
+    column = f"raw.{quoted(name)}"
+    (whole, real, count), = database.execute(
+        f"SELECT count(TRY_CAST({column} AS BIGINT)) FILTER "
+        f"(TRY_CAST({column} AS BIGINT)::VARCHAR = {column}), count(TRY_CAST({column} AS DOUBLE)) "
+        f"FILTER (regexp_full_match({column}, '-?(0|[1-9][0-9]*)([.][0-9]*)?(e-?[0-9]+)?', 'i')), "
+        f"count({column}) FROM raw"
+    ).fetchall()  # fmt: skip
+    if count and whole == count:
+        return f"TRY_CAST({column} AS BIGINT)"
+    if count and real == count:
+        return f"TRY_CAST({column} AS DOUBLE)"
+    return f"coalesce({column}, '')"
+
+
+def _read_tables(
+    database: duckdb.DuckDBPyConnection, files: Sequence[str], told: str, kind: str, tally: Tally
+) -> None:
+    source = f"read_parquet({list(files)}, union_by_name = true, filename = 't2v_file')"
+    described = database.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+    names = [name for name, *_ in described if name != "t2v_file"]
+    _refuse_twins(told, names)
+    bytes_of = [name for name, kind, *_ in described if "BLOB" in kind]
+    if bytes_of:
+        tally.add("passed_over", "column of bytes", bytes_of)
+    database.execute(f"CREATE TABLE raw AS {_numbered(files)} FROM {source}")
+    _keep(database, [f"raw.{quoted(name)}" for name in names if name not in bytes_of])
+
+
+def _read_json(
+    database: duckdb.DuckDBPyConnection, files: Sequence[str], told: str, kind: str, tally: Tally
+) -> None:
+    if kind in LINES:
+        # A line is a cell of a table without delimiters, so that each bad one is found by itself.
+        how = "header = false, delim = '\x01', quote = '', escape = '', strict_mode = false"
+        _read_texts(database, files, ["json"], how, tally)
+        database.execute("DELETE FROM raw WHERE trim(coalesce(json, ''), E' \\t\\r') = ''")
+    else:
+        database.execute(
+            f"CREATE TABLE raw AS {_numbered(files)} FROM read_json_objects({list(files)}, "
+            f"format = 'auto', filename = 't2v_file', maximum_object_size = {MOST_ROW_BYTES})"
+        )
+    no_object = "coalesce(json_type(TRY_CAST(json AS JSON)), '') != 'OBJECT'"
+    (wrong, lines), = database.execute(
+        f"SELECT count(*), list(t2v_row ORDER BY t2v_row)[:3] FROM raw WHERE {no_object}"
+    ).fetchall()  # fmt: skip
+    if wrong:
+        tally.add("unusable", "row is no JSON object", [f"row {line}" for line in lines], wrong)
+        database.execute(f"DELETE FROM raw WHERE {no_object}")
+    found = database.execute(
+        "SELECT name, min(t2v_row), min(place) FROM (SELECT t2v_row, unnest(json_keys(json)) AS "
+        "name, generate_subscripts(json_keys(json), 1) AS place FROM raw) GROUP BY 1 ORDER BY 2, 3"
+    ).fetchall()
+    names = [name for name, *_ in found]
+    _refuse_twins(told, names)
+    _keep(database, [f"{_type_of_json(database, name)} AS {quoted(name)}" for name in names])
+
+
+def _type_of_json(database: duckdb.DuckDBPyConnection, name: str) -> str:
+    """A member of all objects as text, number or truth value where it is one in all of them."""
+    pointer = text("/" + name.replace("~", "~0").replace("/", "~1"))
+    value = f"json_extract(json, {pointer})"
+    kinds = {
+        kind
+        for (kind,) in database.execute(f"SELECT DISTINCT json_type({value}) FROM raw").fetchall()
+    } - {None, "NULL"}
+    as_text = f"json_extract_string(json, {pointer})"
+    if kinds and kinds <= {"VARCHAR"}:
+        return as_text
+    for type_, taken in (("BIGINT", {"BIGINT", "UBIGINT"}),
+                         ("DOUBLE", {"BIGINT", "UBIGINT", "DOUBLE"}),
+                         ("BOOLEAN", {"BOOLEAN"})):  # fmt: skip
+        if kinds and kinds <= taken:
+            cast = f"TRY_CAST({as_text} AS {type_})"
+            (lost,), = database.execute(  # numbers may be larger
+                f"SELECT count({as_text}) - count({cast}) FROM raw"
+            ).fetchall()  # fmt: skip
+            return value if lost else cast
+    return value
+
+
+def _numbered(files: Sequence[str]) -> str:
+    """The head of a query over files: numbers of row and list, and all that the rows hold."""
+    return (
+        f"SELECT row_number() OVER () AS t2v_row, list_position({list(files)}, t2v_file) - 1 AS "
+        "t2v_list, * EXCLUDE (t2v_file)"
+    )
+
+
+def _keep(database: duckdb.DuckDBPyConnection, columns: Sequence[str]) -> None:
+    """Call some expressions over the table as it was read `rows`."""
+    chosen = ", ".join(["raw.t2v_row", "raw.t2v_list", *columns])
+    database.execute(f"CREATE VIEW rows AS SELECT {chosen} FROM raw")
+
+
+def _refuse_twins(told: str, names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name.lower() in seen or name in OWN:
+            raise DataError(
+                f"{told}: column '{name}' is there twice, if only in other letters; rename one."
+            )
+        seen.add(name.lower())

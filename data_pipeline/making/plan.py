@@ -1,0 +1,201 @@
+"""The plan of a build: which clips of which files, in one order that all its tasks share.
+
+It is one parquet file beside the shards, made by whichever task comes first and read a shard at a
+time: neither the making nor the reading holds all rows in memory.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import duckdb
+import pyarrow
+from pyarrow import parquet
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.making.listing import TEXTS, Kind, Place, scan
+from data_pipeline.making.lists import is_list, list_paths, open_database, read_lists
+from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
+from data_pipeline.making.presets import Columns
+from data_pipeline.making.times import Times, find_times
+from data_pipeline.shards.account import Account, Tally
+from data_pipeline.shards.dataset import digest_json
+from data_pipeline.store import storage
+
+FILE = "plan.parquet"
+IN_FOLDERS = "captions.jsonl"
+TOLD = b"t2v"
+LINES_PER_GROUP = 20_000
+TEXT_COLUMNS = ("file", "place", "captions", "times", "metadata", "json", "txt")
+SCHEMA = pyarrow.schema(
+    {"number": pyarrow.int64(), "row": pyarrow.int64()}  # of the file, and of the list
+    | dict.fromkeys(TEXT_COLUMNS, pyarrow.string())
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a list says of a file: JSON as it was found, to be judged where clips are made."""
+
+    number: int
+    captions: str
+    times: str | None
+    metadata: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file of a source, with the rows that mean it or else the texts beside it."""
+
+    file: str
+    place: Place
+    rows: tuple[Row, ...] = ()
+    json: Place | None = None
+    txt: Place | None = None
+
+    def __str__(self) -> str:
+        return self.file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build makes clips of, as it lies beside the shards."""
+
+    path: str
+    kind: Kind
+    files: int
+    rows: int  # of lists, the unusable ones included; or as many as files
+    times: Times | None
+    account: Account
+
+    def items(self, begin: int, end: int) -> list[Item]:
+        """The files of some numbers."""
+        chosen = [("number", ">=", begin), ("number", "<", end)]
+        table = parquet.read_table(storage.local_file(self.path), filters=chosen)
+        items: list[Item] = []
+        for line in table.sort_by([("number", "ascending"), ("row", "ascending")]).to_pylist():
+            rows = ()
+            if line["captions"] is not None:
+                rows = (Row(line["row"], line["captions"], line["times"], line["metadata"]),)
+            if len(items) > line["number"] - begin:
+                items[-1] = replace(items[-1], rows=items[-1].rows + rows)
+            else:
+                place, *beside = (
+                    Place(*json.loads(line[name])) if line[name] else None
+                    for name in ("place", "json", "txt")
+                )
+                items.append(Item(line["file"], place or Place(line["file"]), rows, *beside))
+        return items
+
+
+def folder_of(source: str, root: str | None) -> str:
+    """The folder below which the files of a folder or of lists lie."""
+    if root is not None or not is_list(source):
+        return root or source
+    folders = {path.rpartition("/")[0] or "." for path in list_paths(source)}
+    if len(folders) == 1:
+        return folders.pop()
+    head = os.path.commonpath([folder.partition("://")[2] or folder for folder in folders])
+    return f"{storage.S3}{head}" if storage.is_remote(source) else head
+
+
+def list_in(source: str) -> str | None:
+    """The list of captions that lies in a folder."""
+    inside = storage.join(source, IN_FOLDERS)
+    return inside if not is_list(source) and storage.exists(inside) else None
+
+
+def version(source: str) -> str:
+    """A digest of what a source holds, for another content makes another dataset: of lists, and of
+    folders of this machine. A prefix of a store is listed once, for the plan."""
+    if is_list(source):
+        return digest_json([storage.identity(path) for path in list_paths(source)])
+    if storage.is_remote(source):
+        return source
+    told = []
+    for found in scan(source, Tally()):
+        stat = os.stat(storage.join(source, found.file))
+        edited = stat.st_mtime_ns if found.file.endswith((*TEXTS, IN_FOLDERS)) else 0
+        told.append((found.file, stat.st_size, edited))
+    return digest_json(sorted(told))
+
+
+def write_plan(
+    path: str, source: str, columns: Columns, *, root: str | None, kind: Kind | None
+) -> None:
+    """Plan a folder or lists; `root`: where the files of lists lie, if not beside them."""
+    tally, folder = Tally(), folder_of(source, root)
+    inside = list_in(source)
+    lists = list_paths(source) if is_list(source) else [inside] if inside else []
+    with open_database() as database:
+        note_files(database, folder, tally)
+        times = None
+        if lists:
+            table = read_lists(database, lists, tally, encoding=columns.encoding)
+            times = find_times(table.path, table.names, columns.times, columns.unit)
+            rows = plan_lists(table, lists, folder, columns, times, tally)
+        else:
+            rows = plan_folder(database, folder, tally)
+        kind = choose_kind(database, source, kind, tally)
+        if kind == "image" and times:
+            raise ConfigError(
+                f"{source}: times: {times} are wrong because images have no length; "
+                "give --times none."
+            )
+        counted = database.execute("SELECT count(DISTINCT file) FROM planned").fetchall()
+        told = {
+            "kind": kind,
+            "files": counted[0][0],
+            "rows": rows,
+            "times": times and asdict(times),
+            "account": tally.account().model_dump(),
+        }
+        with _writer(path, told) as writer:
+            for batch in _in_order(database):
+                writer.write_batch(batch, LINES_PER_GROUP)
+
+
+def write_rows(path: str, kind: Kind, items: Iterable[tuple[str, dict, dict]]) -> None:
+    """A plan of (file, captions by column, metadata), in their order."""
+    lines = [
+        {"number": number, "row": number + 1, "file": file, "captions": json.dumps(captions),
+         "metadata": json.dumps(metadata)}
+        for number, (file, captions, metadata) in enumerate(items)
+    ]  # fmt: skip
+    told = {"kind": kind, "files": len(lines), "rows": len(lines), "times": None, "account": {}}
+    with _writer(path, told) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(lines, schema=SCHEMA), LINES_PER_GROUP)
+
+
+def open_plan(path: str) -> Plan:
+    """The plan in a file."""
+    metadata = parquet.read_schema(storage.local_file(path)).metadata or {}
+    told = json.loads(metadata[TOLD])
+    times = told["times"] and Times(**told["times"] | {"columns": tuple(told["times"]["columns"])})
+    account = Account.model_validate(told["account"])
+    return Plan(path, told["kind"], told["files"], told["rows"], times, account)
+
+
+def _in_order(database: duckdb.DuckDBPyConnection) -> Iterator[pyarrow.RecordBatch]:
+    """Lines of the plan: files in the order of their first rows, or of their names."""
+    lines = database.sql(
+        "SELECT numbers.number, planned.row, planned.file, place, captions, times, metadata, json, "
+        "txt FROM planned JOIN (SELECT file, row_number() OVER (ORDER BY min(row), file) - 1 AS "
+        "number FROM planned GROUP BY file) AS numbers ON numbers.file = planned.file "
+        "ORDER BY numbers.number, planned.row"
+    )
+    for batch in lines.to_arrow_reader(LINES_PER_GROUP):
+        yield pyarrow.record_batch(batch.columns, schema=SCHEMA)
+
+
+@contextmanager
+def _writer(path: str, told: dict[str, Any]) -> Iterator[parquet.ParquetWriter]:
+    schema = SCHEMA.with_metadata({TOLD: json.dumps(told).encode()})
+    with (
+        storage.open_atomic(path) as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        yield writer

@@ -1,0 +1,232 @@
+"""What is in a tar of samples, member by member: what is used, what is not, and why."""
+
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from data_pipeline.errors import DataError, InputMissing
+from data_pipeline.shards.account import Tally
+from data_pipeline.shards.captions import Captions, captions_of, decode_text
+from data_pipeline.store import storage
+
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "flv", "ts", "mts", "m2ts", "mpg",
+                  "mpeg", "3gp")  # fmt: skip
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TENSOR_SUFFIXES = ("safetensors",)
+SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "tensor": TENSOR_SUFFIXES}
+KEY = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$")  # as webdataset splits a member's name
+MAX_MEMBER_BYTES = 4 << 30  # a claimed size must not fill the memory
+PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd", b"\xfd\x37": "xz", b"BZ": "bzip2",
+          b"PK": "zip"}  # fmt: skip
+CHUNK_BYTES = 1 << 20
+
+
+class TarFault(DataError):
+    """What is wrong with a tar, or with one of its samples or members."""
+
+    inside: str = ""  # the member that a tar ends in
+
+    def __init__(self, path: str, name: str, reason: str, detail: str = ""):
+        super().__init__(path, name, reason, detail)  # so that it can be sent between processes
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        path, name, reason, detail = self.args
+        return f"{path}: {f'{name!r} ' if name else ''}{reason}{detail}"
+
+
+Refuse = Callable[[TarFault], None]
+
+
+@dataclass
+class Sample:
+    """What a scan of a tar knows of one key."""
+
+    base: str  # the key as webdataset has it, up to the first dot
+    places: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # offset, size, crc32
+    suffixes: dict[str, str] = field(default_factory=dict)
+    json_captions: Captions | None = None
+    txt_captions: Captions | None = None
+
+    @property
+    def captions(self) -> Captions:
+        """Those of the json member, or else of the txt member."""
+        if self.json_captions and self.json_captions.first:
+            return self.json_captions
+        return self.txt_captions or Captions()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A plain file in a tar."""
+
+    name: str
+    offset: int
+    content: bytes
+
+
+def parse_metadata(path: str, key: str, content: bytes) -> dict:
+    """A sample's json member."""
+    try:
+        metadata = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise TarFault(path, key, "has a damaged json", f" ({error}).") from None
+    if not isinstance(metadata, dict):
+        raise TarFault(path, key, "has a damaged json", " (it holds no mapping).")
+    return metadata
+
+
+def scan_samples(
+    path: str, kind: str, columns: Mapping[str, float], refuse: Refuse, tally: Tally
+) -> dict[str, Sample]:
+    """The samples of a tar by key, in the order in which their keys first appear.
+
+    A key ends at the first dot of a name, as webdataset has it; at the last one where that makes a
+    sample of what would be none. Whatever is of no use is counted; what could harm a reader (links,
+    devices, paths that leave the folder, a name twice, a cut end) is refused. If `refuse` returns,
+    samples with a fault are left out, and at a cut the last one, which may be partial.
+    """
+    samples: dict[str, Sample] = {}
+    bad: set[str] = set()
+    key = ""
+    try:
+        for member in _members(path, refuse):
+            key, base, slot, suffix = _slot(member.name, kind)
+            if not slot:
+                tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {member.name}"])
+                continue
+            sample = samples.setdefault(key, Sample(base))
+            if slot in sample.places and sample.suffixes[slot] != suffix:
+                tally.add("passed_over", f"second {slot} of a key", [member.name])
+                continue
+            try:
+                if slot in sample.places:
+                    raise TarFault(path, key, "is there twice", f" ({slot}); write it again.")
+                if slot == "json":
+                    metadata = parse_metadata(path, key, member.content)
+                    sample.json_captions = captions_of(metadata, columns)
+                elif slot == "txt":
+                    sample.txt_captions = Captions((decode_text(member.content),))
+            except TarFault as error:
+                refuse(error)
+                bad.add(key)
+            except DataError as error:
+                refuse(TarFault(path, key, str(error).split(":")[0], f" ({error})"))
+                bad.add(key)
+            place = member.offset, len(member.content), zlib.crc32(member.content)
+            sample.places[slot], sample.suffixes[slot] = place, suffix
+    except TarFault as error:
+        refuse(error)
+        bad.add(_slot(error.inside, kind)[0] if error.inside else key)
+    return {k: s for k, s in samples.items() if k not in bad and _whole(k, s, samples, tally)}
+
+
+def _whole(key: str, sample: Sample, samples: dict[str, Sample], tally: Tally) -> bool:
+    """Whether a key is a sample: it has media, and is no second name beside a plain one."""
+    plain = samples.get(sample.base)
+    if "media" not in sample.places:
+        tally.add("passed_over", "text without media", [key])
+        return False
+    if key != sample.base and plain and "media" in plain.places:
+        tally.add("passed_over", "media of a dotted key beside the plain one", [key])
+        return False
+    return True
+
+
+def _slot(name: str, kind: str) -> tuple[str, str, str, str]:
+    """(key, key up to the first dot, what of a sample the member is, suffix); nothing and the
+    reason where it is of no use."""
+    match = KEY.match(name)
+    if not match:
+        hidden = PurePosixPath(name).name.startswith(".")
+        return "", "", "", "hidden file" if hidden else "member without a type"
+    base, suffix = match.group(1), match.group(2).lower()
+    head, _, last = suffix.rpartition(".")
+    key = f"{base}.{match.group(2)[: len(head)]}" if head else base
+    slots = {**dict.fromkeys(SUFFIXES[kind], "media"), "json": "json", "txt": "txt"}
+    return key, base, slots.get(last, ""), last if last in slots else f"member of type .{last}"
+
+
+def _members(path: str, refuse: Refuse) -> Iterator[Member]:
+    """Each plain file; TarFault where nothing after it can be read."""
+    try:
+        stream = storage.local_file(path).open("rb")
+    except FileNotFoundError:
+        raise InputMissing(f"{path}: no such file; check the folder.") from None
+    with stream:
+        begin: int | None = 0
+        while begin is not None:
+            yield from _archive(path, stream, begin, refuse)
+            begin = _next_archive(stream)
+
+
+def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterator[Member]:
+    stream.seek(begin)
+    mark = stream.read(2)
+    if mark in PACKED:
+        raise TarFault(path, "", "is compressed", f" ({PACKED[mark]}); unpack it first.")
+    stream.seek(begin)
+    with _tar_errors(path), tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            try:
+                if not _is_plain(path, member):
+                    continue
+            except TarFault as error:
+                refuse(error)
+                continue
+            stream.seek(member.offset_data)
+            content = stream.read(member.size)
+            if len(content) != member.size:
+                cut = TarFault(path, "", "ends early", f", inside '{member.name}'; fetch it again.")
+                cut.inside = member.name
+                raise cut
+            yield Member(member.name, member.offset_data, content)
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            lost = f" at byte {tar.offset}, so samples are lost; fetch it again."
+            raise TarFault(path, "", "is damaged or cut", lost)
+
+
+def _next_archive(stream: BinaryIO) -> int | None:
+    """Where behind the end of an archive another one begins: `cat a.tar b.tar` makes such files."""
+    at = stream.tell()
+    while chunk := stream.read(CHUNK_BYTES):
+        if rest := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        at += len(chunk)
+    return None
+
+
+@contextmanager
+def _tar_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise TarFault(
+            path, "", "is no readable tar", f" because {error}; fetch it again."
+        ) from None
+
+
+def _is_plain(path: str, member: tarfile.TarInfo) -> bool:
+    """Whether a member is a plain file, not a folder; TarFault for what could do harm."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts or "\\" in member.name:
+        raise TarFault(path, member.name, "leaves the folder", "; do not use this tar.")
+    if member.isdir():
+        return False
+    if not member.isreg() or member.issparse():
+        raise TarFault(path, member.name, "is no plain file", "; do not use this tar.")
+    if member.size > MAX_MEMBER_BYTES:
+        told = f": {member.size} bytes are more than {MAX_MEMBER_BYTES}; cut it up."
+        raise TarFault(path, member.name, "is too large", told)
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        raise TarFault(path, ascii(member.name), "is no UTF-8", "; rename it.") from None
+    return True
