@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -114,7 +115,7 @@ def test_files_are_found_by_path_without_type_below_the_root_or_by_a_name_of_the
         "file leaves the folder": 3, "no such file": 1, "row may mean more than one file": 1,
         "row names no file": 1,
     }  # fmt: skip
-    assert found.account.passed_over == {"media in no row": 2}
+    assert found.account.passed_over == {"media in no wanted row": 2}
 
 
 @pytest.mark.parametrize(
@@ -198,3 +199,30 @@ def test_a_plan_is_read_by_parts_in_one_order(folder):
     assert [item.file for item in parts] == names
     assert all([json.loads(r.captions)["caption"] for r in i.rows] == [i.file] * 2 for i in parts)
     assert Path(found.path).read_bytes() == Path(plan(path).path).read_bytes()
+
+
+def test_a_folder_is_accounted_for(folder):
+    (folder / "a.txt").write_text("a")
+    (folder / "c.json").write_text("{}")
+    for name in ("notes.md", "film.wmv", ".hidden.mp4", "alone.txt", "sub/.DS_Store", "2.tar.gz"):
+        (folder / name).touch()
+    (folder.parent / "elsewhere").mkdir()
+    (folder / "link").symlink_to(folder.parent / "elsewhere")
+    (folder / "broken.mp4").symlink_to(folder / "nowhere")
+    os.mkdir(folder / "dir.mp4")
+    found = plan(folder)
+    assert [item.file for item in found.items(0, found.files)] == ["a.mp4", "c.mp4"]
+    assert found.account.unusable == {"has no caption": 1}
+    assert found.account.passed_over == {
+        "file of type .gz": 1, "file of type .md": 1, "file of type .txt": 1,
+        "file of type .wmv": 1, "hidden file": 2, "link to a folder": 1,
+        "link that leads nowhere, or no file": 1,
+    }  # fmt: skip
+    assert found.account.examples["has no caption"] == ["sub/b.mp4"]
+
+
+def test_names_that_are_no_text_are_counted(folder):
+    (folder / "a.txt").write_text("a")
+    with open(os.fsencode(folder) + b"/\xff.mp4", "wb"):
+        found = plan(folder)
+    assert found.account.passed_over["name is no UTF-8"] == 1

@@ -10,7 +10,7 @@ from data_pipeline.making.plan import Item, Row
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.times import Range, Times, find_times, literal, ranges_of
 from data_pipeline.media.clips import WHOLE, Probe, Span
-from data_pipeline.shards.captions import Captions, captions_of, decode_text, merged
+from data_pipeline.shards.captions import Captions, captions_of, decode_text, merged, parse_object
 
 SLACK_FRAMES = 0.25  # times are rounded
 SLACK_SECONDS = 1.0  # lists take ends from durations that others measured
@@ -134,17 +134,6 @@ def _from_texts(item: Item, folder: str, columns: Columns) -> Iterator[Clip]:
     yield from _timed(
         item.file, [metadata.get(n) for n in times.all_columns], values, kept, columns, times
     )
-
-
-def parse_object(content: bytes) -> dict:
-    """The mapping that a json file or member holds."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"json is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError("json is damaged: it holds no mapping")
-    return found
 
 
 def _captions(values: Mapping[str, object], columns: Columns) -> Captions:

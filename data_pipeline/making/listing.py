@@ -9,7 +9,7 @@ from typing import Literal
 
 from data_pipeline.errors import InputMissing
 from data_pipeline.shards.account import Tally
-from data_pipeline.shards.scan import SUFFIXES
+from data_pipeline.shards.scan import SUFFIXES, TarFault, list_members
 from data_pipeline.store import storage
 
 Kind = Literal["video", "image"]
@@ -64,12 +64,30 @@ def scan(folder: str, tally: Tally) -> Iterator[Found]:
     else:
         paths = _walk(folder, "", tally)
     for path in paths:
-        if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
-            tally.add("passed_over", "hidden file", [path])
-        elif not _is_text(path):
-            tally.add("passed_over", "name is no UTF-8", [ascii(path)])
-        else:
+        if _is_usable(path, tally):
             yield Found(path, Place(path))
+
+
+def scan_tar(folder: str, path: str, tally: Tally) -> Iterator[Found]:
+    """Every file in a tar below a folder; what cannot be read of it is counted."""
+
+    def refuse(fault: TarFault) -> None:
+        tally.add("unusable", fault.reason, [": ".join(filter(None, [path, fault.name]))])
+
+    for name, offset, size in list_members(storage.join(folder, path), refuse):
+        name = str(PurePosixPath(name))
+        if _is_usable(name, tally):
+            yield Found(f"{path}/{name}", Place(path, offset, size))
+
+
+def _is_usable(path: str, tally: Tally) -> bool:
+    if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
+        tally.add("passed_over", "hidden file", [path])
+    elif not _is_text(path):
+        tally.add("passed_over", "name is no UTF-8", [ascii(path)])
+    else:
+        return True
+    return False
 
 
 def _is_text(path: str) -> bool:

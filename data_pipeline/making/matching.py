@@ -4,17 +4,18 @@ Table `present` holds what lies in a folder, table `planned` what is to be made 
 them nothing is lost: what is not planned is counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import duckdb
 import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.making.listing import KINDS, Kind, kind_of, scan
+from data_pipeline.making.listing import KINDS, Found, Kind, kind_of, scan, scan_tar
 from data_pipeline.making.lists import Table, quoted, reason, text
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.times import Times
+from data_pipeline.progress import progress
 from data_pipeline.shards.account import Side, Tally
 from data_pipeline.shards.captions import COLUMNS
 
@@ -27,17 +28,32 @@ PRESENT = pyarrow.schema(
 
 
 def note_files(database: duckdb.DuckDBPyConnection, folder: str, tally: Tally) -> None:
-    """Make table `present` of the files of a folder."""
-    database.execute(
-        "CREATE TABLE present (file VARCHAR, stem VARCHAR, kind VARCHAR, place VARCHAR)"
-    )
-    found = scan(folder, tally)
+    """Make table `present` of the files of a folder; of those in its tars, where it holds no media
+    beside them."""
+    ask = database.execute
+    ask("CREATE TABLE present (file VARCHAR, stem VARCHAR, kind VARCHAR, place VARCHAR)")
+    _insert(database, scan(folder, tally))
+    if ask("SELECT 1 FROM present WHERE kind IS NOT NULL LIMIT 1").fetchall():
+        return
+    tars = ask("SELECT file FROM present WHERE file LIKE '%.tar' ORDER BY file").fetchall()
+    for (tar,) in progress(tars, "list shards", total=len(tars)):
+        _insert(database, scan_tar(folder, tar, tally))
+    if tars:
+        ask(
+            "DELETE FROM present WHERE file IN (SELECT unnest($tars))",
+            {"tars": [t for (t,) in tars]},
+        )
+        again = "present WHERE rowid NOT IN (SELECT min(rowid) FROM present GROUP BY file)"
+        _count(database, tally, "passed_over", "'member is there twice'", again)
+        ask(f"DELETE FROM {again}")
+
+
+def _insert(database: duckdb.DuckDBPyConnection, found: Iterator[Found]) -> None:
     while files := list(islice(found, BATCH)):
         columns = zip(
             *((f.file, f.stem, kind_of(f.file), str(f.place)) for f in files), strict=True
         )
-        batch = pyarrow.table(list(map(list, columns)), schema=PRESENT)
-        database.register("batch", batch)
+        database.register("batch", pyarrow.table(list(map(list, columns)), schema=PRESENT))
         database.execute("INSERT INTO present FROM batch")
         database.unregister("batch")
 
@@ -63,8 +79,8 @@ def plan_folder(database: duckdb.DuckDBPyConnection, folder: str, tally: Tally) 
         tally,
         "passed_over",
         f"'file of type ' || {TYPE}",
-        "present WHERE kind IS NULL AND place NOT IN "
-        "(SELECT unnest([json, txt]) AS place FROM planned WHERE place IS NOT NULL)",
+        "present WHERE kind IS NULL AND place NOT IN (SELECT json FROM planned WHERE json IS NOT "
+        "NULL UNION ALL SELECT txt FROM planned WHERE txt IS NOT NULL)",
     )
     return total
 
@@ -248,7 +264,7 @@ def _find_files(
         database,
         tally,
         "passed_over",
-        f"CASE WHEN kind IS NULL THEN 'file of type ' || {TYPE} ELSE 'media in no row' END",
+        f"CASE WHEN kind IS NULL THEN 'file of type ' || {TYPE} ELSE 'media in no wanted row' END",
         "present WHERE file NOT IN (SELECT file FROM found WHERE file IS NOT NULL AND "
         "coalesce(why, '') != 'row may mean more than one file')",
         but=[path.removeprefix(below) for path in lists],

@@ -6,9 +6,11 @@ time: neither the making nor the reading holds all rows in memory.
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -16,6 +18,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.making.beside import write_beside
 from data_pipeline.making.listing import TEXTS, Kind, Place, scan
 from data_pipeline.making.lists import is_list, list_paths, open_database, read_lists
 from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
@@ -130,9 +133,12 @@ def write_plan(
     tally, folder = Tally(), folder_of(source, root)
     inside = list_in(source)
     lists = list_paths(source) if is_list(source) else [inside] if inside else []
-    with open_database() as database:
+    with tempfile.TemporaryDirectory(prefix="t2v-plan-") as own, open_database() as database:
         note_files(database, folder, tally)
         times = None
+        if not lists and (columns.where or columns.select):
+            lists = [f"{own}/beside.jsonl"]
+            columns = write_beside(database, folder, columns, Path(lists[0]), tally)
         if lists:
             table = read_lists(database, lists, tally, encoding=columns.encoding)
             times = find_times(table.path, table.names, columns.times, columns.unit)

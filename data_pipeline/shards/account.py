@@ -66,5 +66,7 @@ class Tally:
             for side, counts in self.counts.items()
         }
         told = {reason for by_reason in counts.values() for reason in by_reason}
-        examples = {why: names for why, names in sorted(self.examples.items()) if why in told}
+        examples = {
+            why: names for why, names in sorted(self.examples.items()) if why in told and names
+        }
         return Account(**counts, examples=examples)

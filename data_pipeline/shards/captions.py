@@ -102,6 +102,17 @@ def decode_text(content: bytes) -> str:
     return text.strip()
 
 
+def parse_object(content: bytes) -> dict:
+    """The mapping that a json file or member holds."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"json is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError("json is damaged: it holds no mapping")
+    return found
+
+
 def _text(column: str, value: object) -> str:
     if not isinstance(value, str):
         raise DataError(f"caption is no text: {column} is {_named(value)}")

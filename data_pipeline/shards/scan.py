@@ -1,6 +1,5 @@
 """What is in a tar of samples, member by member: what is used, what is not, and why."""
 
-import json
 import re
 import tarfile
 import zlib
@@ -12,7 +11,7 @@ from typing import BinaryIO
 
 from data_pipeline.errors import DataError, InputMissing
 from data_pipeline.shards.account import Tally
-from data_pipeline.shards.captions import Captions, captions_of, decode_text
+from data_pipeline.shards.captions import Captions, captions_of, decode_text, parse_object
 from data_pipeline.store import storage
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "flv", "ts", "mts", "m2ts", "mpg",
@@ -74,12 +73,9 @@ class Member:
 def parse_metadata(path: str, key: str, content: bytes) -> dict:
     """A sample's json member."""
     try:
-        metadata = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_object(content)
+    except DataError as error:
         raise TarFault(path, key, "has a damaged json", f" ({error}).") from None
-    if not isinstance(metadata, dict):
-        raise TarFault(path, key, "has a damaged json", " (it holds no mapping).")
-    return metadata
 
 
 def scan_samples(
@@ -153,20 +149,52 @@ def _slot(name: str, kind: str) -> tuple[str, str, str, str]:
     return key, base, slots.get(last, ""), last if last in slots else f"member of type .{last}"
 
 
+def list_members(path: str, refuse: Refuse) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each plain file of a tar, whose content stays unread; at a cut, of
+    those that are whole."""
+    try:
+        with _opened(path) as stream:
+            end = stream.seek(0, 2)
+            for member in _plain_members(path, stream, refuse):
+                if member.offset_data + member.size > end:
+                    raise _cut(path, member.name)
+                yield member.name, member.offset_data, member.size
+    except TarFault as error:
+        refuse(error)
+
+
 def _members(path: str, refuse: Refuse) -> Iterator[Member]:
     """Each plain file; TarFault where nothing after it can be read."""
+    with _opened(path) as stream:
+        for member in _plain_members(path, stream, refuse):
+            stream.seek(member.offset_data)
+            content = stream.read(member.size)
+            if len(content) != member.size:
+                raise _cut(path, member.name)
+            yield Member(member.name, member.offset_data, content)
+
+
+def _opened(path: str) -> BinaryIO:
     try:
-        stream = storage.local_file(path).open("rb")
+        return storage.local_file(path).open("rb")
     except FileNotFoundError:
         raise InputMissing(f"{path}: no such file; check the folder.") from None
-    with stream:
-        begin: int | None = 0
-        while begin is not None:
-            yield from _archive(path, stream, begin, refuse)
-            begin = _next_archive(stream)
 
 
-def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterator[Member]:
+def _cut(path: str, inside: str) -> TarFault:
+    fault = TarFault(path, "", "ends early", f", inside '{inside}'; fetch it again.")
+    fault.inside = inside
+    return fault
+
+
+def _plain_members(path: str, stream: BinaryIO, refuse: Refuse) -> Iterator[tarfile.TarInfo]:
+    begin: int | None = 0
+    while begin is not None:
+        yield from _archive(path, stream, begin, refuse)
+        begin = _next_archive(stream)
+
+
+def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterator[tarfile.TarInfo]:
     stream.seek(begin)
     mark = stream.read(2)
     if mark in PACKED:
@@ -175,18 +203,10 @@ def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterato
     with _tar_errors(path), tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             try:
-                if not _is_plain(path, member):
-                    continue
+                if _is_plain(path, member):
+                    yield member
             except TarFault as error:
                 refuse(error)
-                continue
-            stream.seek(member.offset_data)
-            content = stream.read(member.size)
-            if len(content) != member.size:
-                cut = TarFault(path, "", "ends early", f", inside '{member.name}'; fetch it again.")
-                cut.inside = member.name
-                raise cut
-            yield Member(member.name, member.offset_data, content)
         stream.seek(tar.offset)
         if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             lost = f" at byte {tar.offset}, so samples are lost; fetch it again."

@@ -1,0 +1,57 @@
+"""The texts beside media as a list, so that SQL chooses among them as among a list's rows."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+
+from data_pipeline.errors import DataError
+from data_pipeline.making.listing import Place
+from data_pipeline.making.presets import Columns
+from data_pipeline.shards.account import Tally
+from data_pipeline.shards.captions import decode_text, parse_object
+
+FILE = "t2v_media"
+READERS, AT_ONCE = 16, 4096
+PAIRS = (
+    "SELECT media.file, json.place, txt.place FROM present AS media "
+    "LEFT JOIN present AS json ON json.file = media.stem || '.json' "
+    "LEFT JOIN present AS txt ON txt.file = media.stem || '.txt' "
+    "WHERE media.kind IS NOT NULL AND (json.place IS NOT NULL OR txt.place IS NOT NULL) "
+    "ORDER BY media.file"
+)
+
+
+def write_beside(
+    database: duckdb.DuckDBPyConnection, folder: str, columns: Columns, path: Path, tally: Tally
+) -> Columns:
+    """Write a list of lines, one for each of the media `present` with a text beside, and take the
+    texts out of that table; what the columns of the list mean."""
+    caption = next(iter(columns.captions))
+    pairs = database.cursor().execute(PAIRS)
+
+    def line(pair: tuple[str, str | None, str | None]) -> str | DataError:
+        file, *places = pair
+        told, words = (Place(*json.loads(place)) if place else None for place in places)
+        try:
+            row = parse_object(told.read(folder)) if told else {}
+            if words and not any(row.get(name) for name in columns.captions):
+                row[caption] = decode_text(words.read(folder))
+        except DataError as error:
+            return error
+        return json.dumps(row | {FILE: file})
+
+    with path.open("w", encoding="utf-8") as lines, ThreadPoolExecutor(READERS) as readers:
+        while some := pairs.fetchmany(AT_ONCE):
+            for (file, *_), found in zip(some, readers.map(line, some), strict=True):
+                if isinstance(found, DataError):
+                    tally.add("unusable", str(found), [file])
+                else:
+                    lines.write(f"{found}\n")
+    database.execute(
+        f"DELETE FROM present WHERE place IN (SELECT unnest([json, txt]) FROM ({PAIRS}) "
+        "AS pairs(file, json, txt))"
+    )
+    return replace(columns, file=FILE)

@@ -1,0 +1,104 @@
+"""Shards of others, and folders of media with texts beside, as a source of builds."""
+
+import gzip
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from numbered import SIZE, clips_of, numbered_video, write_csv
+from strangers import tree
+from test_foreign_shards import pack
+
+from data_pipeline.errors import DataError
+from data_pipeline.making.build import build
+from data_pipeline.making.presets import Columns
+
+CAPTIONS = ["a dog", "a cat", "a bird", "a fish"]
+
+
+@pytest.fixture(scope="module")
+def members() -> dict[str, bytes]:
+    found = {}
+    for number, caption in enumerate(CAPTIONS):
+        found[f"{number:03d}.mp4"] = numbered_video(12 + 12 * number)
+        found[f"{number:03d}.json"] = json.dumps({"caption": caption, "score": number}).encode()
+    return found
+
+
+@pytest.fixture
+def shards(members, tmp_path) -> Path:
+    folder, names = tmp_path / "shards", list(members)
+    pack(folder / "0.tar", {name: members[name] for name in names[:4]})
+    pack(folder / "1.tar", {f"./{name}": members[name] for name in names[4:]})
+    return folder
+
+
+@pytest.fixture
+def loose(members, tmp_path) -> Path:
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for name, content in members.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_shards_are_cut_again_as_their_files_would_be(shards, loose, tmp_path):
+    before = tree(shards)
+    how = {"frames": 8, **SIZE, "cut": "length", "shard_samples": 3}
+    ours = build(shards, tmp_path / "a", **how)
+    assert clips_of(ours) == clips_of(build(loose, tmp_path / "b", **how))
+    assert [caption for caption, *_ in clips_of(ours)][:3] == ["a dog", "a cat", "a cat"]
+    told = ours.read(0, 1).metadata
+    assert (told["source"], told["score"]) == ("0.tar/001.mp4", 1)
+    assert tree(shards) == before
+
+
+@pytest.mark.parametrize("kind", ["shards", "loose"])
+def test_a_condition_chooses_by_what_lies_beside(request, kind, tmp_path):
+    source = request.getfixturevalue(kind)
+    chosen = Columns(where="score >= 1 and caption != 'a bird'", select="score + 1 AS s")
+    dataset = build(source, tmp_path / "out", frames=8, **SIZE, columns=chosen)
+    assert [caption for caption, *_ in clips_of(dataset)] == ["a cat", "a fish"]
+    assert [dataset.read(0, row).metadata["s"] for row in (0, 1)] == [2, 4]
+    assert dataset.info.account.not_wanted == {"row is not --where": 2}
+    assert set(dataset.info.account.passed_over) == {"media in no wanted row"}
+
+
+def test_a_list_gives_shards_new_captions_without_unpacking(shards, tmp_path):
+    rows = [{"key": f"{n:03d}", "caption": f"new {n}"} for n in (3, 1)]
+    path = write_csv(tmp_path / "new.csv", rows)
+    dataset = build(path, tmp_path / "out", frames=8, **SIZE, root=str(shards),
+                    columns=Columns(file="key"))  # fmt: skip
+    assert [caption for caption, *_ in clips_of(dataset)] == ["new 3", "new 1"]
+    assert dataset.info.account.passed_over == {
+        "file of type .json": 4,
+        "media in no wanted row": 2,
+    }
+
+
+def test_a_cut_shard_gives_what_it_holds_whole_and_costs_the_budget(shards, tmp_path):
+    bad = shards / "1.tar"
+    with tarfile.open(bad) as tar:
+        last = tar.getmember("./003.mp4")
+    bad.write_bytes(bad.read_bytes()[: last.offset_data + last.size // 2])
+    (shards / "2.tar.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(DataError, match=r"1\.tar: ends early"):
+        build(shards, tmp_path / "a", frames=8, **SIZE)
+    dataset = build(shards, tmp_path / "b", frames=8, **SIZE, max_drop_rate=1.0)
+    assert dataset.info.samples == 3
+    assert dataset.info.account.passed_over["file of type .gz"] == 1
+
+
+def test_unreadable_texts_cost_their_media_only(loose, tmp_path):
+    (loose / "000.json").write_bytes(b"{nonsense")
+    (loose / "001.json").write_bytes(json.dumps({"caption": 5}).encode())
+    (loose / "002.json").write_bytes(json.dumps({"caption": "x", "score": float("nan")}).encode())
+    (loose / "003.json").unlink()
+    (loose / "003.txt").write_bytes("é".encode("latin-1"))
+    dataset = build(loose, tmp_path / "out", frames=8, **SIZE, max_drop_rate=1.0)
+    assert [caption for caption, *_ in clips_of(dataset)] == ["x"]
+    assert dataset.info.account.unusable == {
+        "json is damaged": 1, "caption is no text": 1, "is no UTF-8 text": 1,
+    }  # fmt: skip
+    assert dataset.read(0, 0).metadata["score"] is None
