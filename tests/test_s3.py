@@ -54,6 +54,8 @@ class Request(BaseHTTPRequestHandler):
         self.end_headers()
 
     def wanted(self) -> tuple[int, int]:
+        if "Range" not in self.headers:
+            return 0, len(self.server.content)
         start, end = self.headers["Range"].removeprefix("bytes=").split("-")
         return int(start), int(end) + 1
 
@@ -79,7 +81,7 @@ class Store(ThreadingHTTPServer):
 
 
 def answer(request: Request) -> None:
-    if request.headers["If-Match"] != request.server.etag:
+    if request.headers.get("If-Match", request.server.etag) != request.server.etag:
         return refuse(412, "PreconditionFailed")(request)
     start, end = request.wanted()
     request.head(start, end, end - start)
@@ -202,6 +204,14 @@ def test_faults_that_last_end_in_one_line_before_the_deadline(server, faults, er
     assert PATH in str(caught.value)
     assert SECRET not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_whole_object_takes_one_request_and_goes_on_where_it_broke(server):
+    store = ObjectStore(PATIENT)
+    assert store.read_whole(PATH) == CONTENT
+    server.faults = [cut(1000)]
+    assert store.read_whole(PATH) == CONTENT
+    assert server.ranges == [None, None, "bytes=1000-399999"]
 
 
 def test_an_unreachable_store_is_told(monkeypatch, server):

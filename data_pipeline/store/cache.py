@@ -47,10 +47,9 @@ class Cache:
     def read_all(self, path: str) -> bytes:
         """The whole object as it is now, past the cache."""
         self.forget(path)
-        for _ in range(MAX_CHANGES):
-            with suppress(ObjectChanged):
-                return self.store.read_whole(path)
-        raise self._unsteady(path)
+        with suppress(ObjectChanged):
+            return self.store.read_whole(path)
+        return self._steady(path, lambda version: self.store.read(path, version))
 
     def file(self, path: str) -> Path:
         """A local file with the whole object as it is now."""
@@ -70,10 +69,7 @@ class Cache:
                 return read(self._versions[path])
             except ObjectChanged:
                 self.forget(path)
-        raise self._unsteady(path)
-
-    def _unsteady(self, path: str) -> StorageError:
-        return StorageError(
+        raise StorageError(
             f"{path}: cannot be read because it was replaced {MAX_CHANGES} times meanwhile; "
             "let its writer finish."
         )
