@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -35,9 +34,9 @@ GOP_FRAMES = 32
 # Between two P frames lie seven B frames, of which all but the middle one are referred to by no
 # other: a reader that wants every eighth frame, and a few more, decodes a third of all.
 X264_FRAMES = "bframes=7:b-adapt=0:b-pyramid=strict:scenecut=0"
-CPU_INFO = Path("/proc/cpuinfo")
-# Where x264 uses AVX-512, it reads memory that nobody wrote, and one clip gives many files.
-X264_SPEED = ":asm=AVX2" if CPU_INFO.exists() and "avx512" in CPU_INFO.read_text() else ""
+# The bit budget of macroblocks by plain C, the same on every CPU: x264's AVX-512 code for it reads
+# memory that nobody wrote, so that one clip gives many files.
+X264_SAME_BYTES = "cpu-independent=1"
 CRF = 18
 JPEG_QUALITY = 95
 
@@ -136,8 +135,8 @@ def encode_clip(clip: Clip, fps: float) -> bytes:
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        x264 = X264_FRAMES + X264_SPEED
-        stream.options = {"crf": str(CRF), "preset": "medium", "x264-params": x264}
+        parameters = f"{X264_FRAMES}:{X264_SAME_BYTES}"
+        stream.options = {"crf": str(CRF), "preset": "medium", "x264-params": parameters}
         codec = stream.codec_context
         codec.gop_size, codec.thread_count = GOP_FRAMES, 1
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
