@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def count_requests(files: int) -> dict:
     from data_pipeline.making.build import build
     from data_pipeline.media.video import encode_image
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    logging.getLogger("werkzeug").propagate = False
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     os.environ |= {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key",
@@ -127,7 +129,8 @@ def count_requests(files: int) -> dict:
 
     class Count(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            method, path = record.getMessage().split('"')[1].split()[:2]
+            plain = re.sub(r"\x1b\[\d*m", "", record.getMessage())
+            method, path = plain.split('"')[1].split()[:2]
             if "/bucket" in path:
                 seen["LIST" if "list-type=2" in path else method] += 1
 

@@ -42,6 +42,8 @@ def clips_of(item: Item, folder: str, columns: Columns, times: Times | None) -> 
             found.clips = list(_from_texts(item, folder, columns))
         except DataError as error:
             found.unusable[item.file] = str(error)
+        except RecursionError:
+            found.unusable[item.file] = "json is nested too deeply"
         return found
     by_range: dict[Range | None, list[Clip]] = {}
     for row in item.rows:
@@ -51,6 +53,8 @@ def clips_of(item: Item, folder: str, columns: Columns, times: Times | None) -> 
                 by_range.setdefault(clip.range, []).append(clip)
         except DataError as error:
             found.unusable[name] = str(error)
+        except RecursionError:
+            found.unusable[name] = "row is nested too deeply"
     # Rows of the same clip are captions of it.
     found.clips = [
         replace(same[0], captions=merged([clip.captions for clip in same]))

@@ -26,6 +26,7 @@ LISTS = (*COMMAS, *LINES, *ARRAYS, *TABLES)
 MEMORY = "1GB"
 MOST_ROW_BYTES = 64 << 20
 OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
+UNNAMED = "unnamed"
 REJECTS = {
     "MISSING COLUMNS": "has too few fields",
     "TOO MANY COLUMNS": "has too many fields",
@@ -216,7 +217,7 @@ def _header(file: str, told: str, delimiter: str) -> list[str]:
     if not names:
         raise DataError(f"{told}: is empty; write one row per file.")
     # The first column of tables that pandas writes has no name.
-    names = [name.strip() or f"column{number}" for number, name in enumerate(names)]
+    names = [name.strip() or UNNAMED for name in names]
     _refuse_twins(told, names)
     return names
 
@@ -276,9 +277,9 @@ def _read_json(
         "SELECT name, min(t2v_row), min(place) FROM (SELECT t2v_row, unnest(json_keys(json)) AS "
         "name, generate_subscripts(json_keys(json), 1) AS place FROM raw) GROUP BY 1 ORDER BY 2, 3"
     ).fetchall()
-    names = [name for name, *_ in found]
-    _refuse_twins(told, names)
-    _keep(database, [f"{_type_of_json(database, name)} AS {quoted(name)}" for name in names])
+    types = {name: _type_of_json(database, name) for name, *_ in found}
+    _refuse_twins(told, [name or UNNAMED for name in types])
+    _keep(database, [f"{kind} AS {quoted(name or UNNAMED)}" for name, kind in types.items()])
 
 
 def _type_of_json(database: duckdb.DuckDBPyConnection, name: str) -> str:

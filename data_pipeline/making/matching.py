@@ -4,6 +4,7 @@ Table `present` holds what lies in a folder, table `planned` what is to be made 
 them nothing is lost: what is not planned is counted.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -163,26 +164,22 @@ def _caption_columns(table: Table, columns: Columns) -> list[str]:
 
 def _file_of(table: Table, columns: Columns) -> tuple[str, list[str]]:
     """The name of the file as SQL, and the columns that it is made of."""
-    if columns.file and "{" in columns.file:
-        parts = columns.file.replace("}", "{").split("{")
+    is_template = columns.file is not None and "{" in columns.file
+    parts = re.split(r"[{}]", columns.file or "")
+    choices = [columns.file] if columns.file else FILE_COLUMNS
+    names = [next((name for name in choices if name in table.names), choices[0])]
+    if is_template:
         names = parts[1::2]
-        pieces = [
-            text(part) if number % 2 == 0 else _as_text(table, part)
-            for number, part in enumerate(parts)
-            if part
-        ]
-        value = " || ".join(pieces)
-    else:
-        choices = [columns.file] if columns.file else FILE_COLUMNS
-        names = [next((name for name in choices if name in table.names), choices[0])]
-        value = _as_text(table, names[0]) if names[0] in table.names else ""
     for name in names:
         if name not in table.names:
             raise ConfigError(
                 f"{table.path}: column '{name}' is missing; name that of files by --file-column, "
                 f"or give a --preset of {', '.join(PRESETS)}; there are {', '.join(table.names)}."
             )
-    return value, names
+    if not is_template:
+        return _as_text(table, names[0]), names
+    pieces = [text(p) if n % 2 == 0 else _as_text(table, p) for n, p in enumerate(parts)]
+    return " || ".join(pieces), names
 
 
 def _as_text(table: Table, name: str) -> str:

@@ -144,7 +144,9 @@ def commit_dataset(
     shards = shard_infos(shard_folder, names)
     samples = sum(shard.samples for shard in shards)
     if not samples:
-        raise DataError(f"{path}: would hold no sample; see the reasons above and the source.")
+        counts = account.unusable | account.not_wanted
+        told = ", ".join(f"{count} x {why}" for why, count in counts.items()) or "nothing is there"
+        raise DataError(f"{path}: would hold no sample: {told}; see the source.")
     info = DatasetInfo(
         format=FORMAT,
         kind=kind,

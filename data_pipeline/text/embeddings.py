@@ -34,7 +34,7 @@ class Provenance(Strict):
     max_tokens: int = Field(ge=1, description="longer captions are cut, end mark included")
     width: int = Field(ge=1)
     dtype: Literal["bfloat16"]
-    compute_dtype: Literal["float32", "bfloat16"]
+    compute_dtype: Literal["float32", "bfloat16", "declared"]  # declared: others computed it
     caption_normalisation: Literal["single spaces"]
 
     def same_encoder(self, other: "Provenance") -> bool:

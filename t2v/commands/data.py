@@ -26,6 +26,7 @@ def data_embed(options: argparse.Namespace) -> None:
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.text.audit import check, estimate
     from data_pipeline.text.embed import TextEncoder, embed
+    from data_pipeline.text.imported import Origin, import_embeddings
 
     for warning in caption_warnings(open_dataset(options.dataset)):
         print(warning)
@@ -38,6 +39,18 @@ def data_embed(options: argparse.Namespace) -> None:
         if options.check:
             same = check(options.dataset, reader, name=options.name, count=options.check)
             print(f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal.")
+        return
+    if options.member:
+        origin = Origin(
+            options.member,
+            options.encoder,
+            options.max_tokens,
+            folder=options.import_from,
+            null=options.null,
+        )
+        done = import_embeddings(options.dataset, origin, name=options.name, task=options.task)
+        state = "imported; prove it by --check K" if done else "this task is done; others are not"
+        print(f"{options.dataset}/embeddings/{options.name}: {state}.")
         return
     done = embed(
         options.dataset,
@@ -221,6 +234,22 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
     verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
     verb.add_argument("--max-tokens", type=int, default=128)
+    verb.add_argument(
+        "--import",
+        dest="member",
+        metavar="MEMBER",
+        help="take what others computed with the encoder: KEY.MEMBER, such as t5.npy",
+    )
+    verb.add_argument(
+        "--import-from",
+        metavar="FOLDER",
+        help="tars with these members, called as the dataset's; by default those",
+    )
+    verb.add_argument(
+        "--null",
+        metavar="FILE",
+        help="their embedding of the empty caption; by default it is encoded",
+    )
     verb.add_argument("--memory-gib", type=float,
                       help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
     verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")

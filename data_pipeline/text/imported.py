@@ -1,0 +1,145 @@
+"""Caption embeddings that others computed, out of the members of their shards, row for row."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.shards.dataset import Dataset, open_dataset
+from data_pipeline.shards.derived import Former, Row, begin, claim, fill
+from data_pipeline.shards.scan import TarFault, list_members
+from data_pipeline.shards.tar import list_captions
+from data_pipeline.store import storage
+from data_pipeline.store.hub import digest_files
+from data_pipeline.text.embed import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    TextEncoder,
+    fetch_encoder,
+)
+from data_pipeline.text.embeddings import (
+    EMBEDDINGS,
+    NULL,
+    Embedding,
+    EmbeddingSet,
+    Provenance,
+    open_embeddings,
+    pack,
+)
+
+TYPES = (".npy", ".npz", ".safetensors")
+MASKS = ("mask", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where embeddings of others are, and what they are said to be."""
+
+    member: str  # the end of a member's name behind the key: "t5.npy"
+    encoder: str | Path
+    max_tokens: int
+    folder: str | None = None  # of tars called as the dataset's; none: those themselves
+    null: str | None = None  # a file with the embedding of the empty caption; none: encode it
+
+
+def import_embeddings(
+    dataset: str | Path, origin: Origin, *, name: str, task: tuple[int, int] = (0, 1)
+) -> EmbeddingSet | None:
+    """Write `embeddings/<name>` of a dataset from what others computed; the set is returned once
+    every shard is there. What they say of the encoder is written down; `check` proves it."""
+    data = open_dataset(dataset)
+    if not origin.member.endswith(TYPES):
+        raise ConfigError(
+            f"import: value '{origin.member}' is wrong because it ends in none of "
+            f"{', '.join(TYPES)}; name the end of a member behind its key, such as t5.npy."
+        )
+    folder = begin(EMBEDDINGS, data, name, task)
+    null = _null(origin)
+    files = fetch_encoder(str(origin.encoder))
+    is_local = Path(origin.encoder).is_dir()
+    provenance = Provenance(
+        encoder=Path(origin.encoder).resolve().name if is_local else str(origin.encoder),
+        weights_sha256=digest_files(files, WEIGHT_FILES),
+        tokenizer_sha256=digest_files(files, TOKENIZER_FILES),
+        max_tokens=origin.max_tokens,
+        width=null.shape[1],
+        dtype="bfloat16",
+        compute_dtype="declared",
+        caption_normalisation="single spaces",
+    )
+    claim(EMBEDDINGS, folder, provenance)
+    storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
+
+    def rows(shard: int, _: Former) -> Iterator[Row]:
+        return _rows(data, shard, origin, provenance)
+
+    if not fill(EMBEDDINGS, data, folder, provenance, task=task, rows=rows):
+        return None
+    return open_embeddings(data, name)
+
+
+def _rows(data: Dataset, shard: int, origin: Origin, provenance: Provenance) -> Iterator[Row]:
+    file = f"{data.info.shards[shard].name}.tar"
+    tar = storage.join(data.shard_folder, file)
+    theirs = storage.join(origin.folder, file) if origin.folder else tar
+    places = {
+        member[: -len(origin.member) - 1]: (offset, size)
+        for member, offset, size in list_members(theirs, _raise)
+        if member.endswith(f".{origin.member}")
+    }
+    for key, captions in list_captions(tar, data.info.kind, data.info.captions):
+        if key not in places or len(captions.texts) != 1:
+            why = "has several captions" if key in places else f"has no member {origin.member}"
+            raise DataError(f"{theirs}: '{key}' {why}, so that it has no embedding; embed it.")
+        content = storage.read_range(theirs, *places[key])
+        tokens = parse_array(content, f"{theirs}: '{key}'", origin.member)
+        if tokens.shape[1] != provenance.width or len(tokens) > origin.max_tokens:
+            raise DataError(
+                f"{theirs}: '{key}' has an embedding of {tuple(tokens.shape)} (tokens, width), not "
+                f"at most {origin.max_tokens} by {provenance.width}; correct --max-tokens."
+            )
+        content = pack([tokens], [1.0])
+        yield key, {"safetensors": content, "txt": captions.origin.encode()}
+
+
+def parse_array(content: bytes, where: str, name: str) -> Embedding:
+    """The embedding in a file of numpy or safetensors: its only matrix, of the rows of a mask if
+    there is one, without rows of zeros behind the last token."""
+    try:
+        if name.endswith(".safetensors"):
+            arrays = load(content)
+        else:
+            loaded = np.load(io.BytesIO(content), allow_pickle=False)
+            parts = {"tokens": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            arrays = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in parts.items()}
+    except (SafetensorError, ValueError, OSError, EOFError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is no {name} ({error}); correct it.") from None
+    masks = [array.reshape(-1) != 0 for key, array in arrays.items() if key in MASKS]
+    tensors = [array.squeeze(0) if array.ndim == 3 else array for key, array in arrays.items()
+               if key not in MASKS]  # fmt: skip
+    if len(tensors) != 1 or tensors[0].ndim != 2 or not tensors[0].is_floating_point():
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise DataError(f"{where} holds {shapes}, not one matrix of tokens by width; correct it.")
+    tokens = tensors[0]
+    if masks and len(masks[0]) == len(tokens):
+        tokens = tokens[masks[0]]
+    used = tokens.ne(0).any(1).nonzero()
+    if not len(used) or not tokens.isfinite().all():
+        raise DataError(f"{where} holds zeros only, or values that are not finite; correct it.")
+    return tokens[: int(used[-1]) + 1].to(torch.bfloat16).contiguous()
+
+
+def _null(origin: Origin) -> Embedding:
+    if origin.null:
+        return parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
+    return TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
+
+
+def _raise(error: TarFault) -> None:
+    raise error
