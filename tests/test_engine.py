@@ -131,6 +131,7 @@ def test_recomputing_changes_no_bit(adamw, what):
     assert np.array_equal(found.history, adamw.history[:6])
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["single", "fsdp"])
 def test_bf16_stays_near_fp32_with_fp32_weights(adamw, kind):

@@ -132,6 +132,7 @@ def moved_everywhere(folder: Path, world_size: int, names: list[str]) -> None:
             assert np.array_equal(values, after[key]), f"a step after {name}: {key}"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_state_moves_between_one_process_and_two_under_every_engine(tmp_path):
     moved_everywhere(tmp_path, 2, list(ENGINES))

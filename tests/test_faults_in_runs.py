@@ -92,16 +92,9 @@ SECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "site",
-    [
-        "forward",
-        pytest.param("data", marks=pytest.mark.slow),
-        pytest.param("collective", marks=pytest.mark.slow),
-        pytest.param("checkpoint.copy", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("site", ["forward", "data", "collective", "checkpoint.copy"])
 def test_rank_that_hangs_is_named_and_all_end(dataset, tmp_path, site):
     """R11: the report names the rank that hangs, not those that wait for it."""
     config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"}, watchdog=TIMES)

@@ -30,6 +30,7 @@ def test_micro_batches_of_any_size_train_the_same(adamw):
         assert_same_training(train_all([recipe(ADAMW, {}, micro_batch_size=size)], STEPS)[0], adamw)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_what_one_trains(adamw):
     configs = [recipe(ADAMW, {"kind": "fsdp"}), recipe(ADAMW, {"kind": "zero"})]

@@ -41,6 +41,7 @@ def secrets_under(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_no_secret_reaches_a_run_or_its_messages(dataset, tmp_path):  # noqa: F811
     recipe = tmp_path / "recipe.yaml"

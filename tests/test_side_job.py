@@ -84,6 +84,7 @@ def test_samples_that_cannot_be_are_refused_in_one_line(tmp_path):
         samples_config(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_sampled_is_told_and_left(tmp_path, capsys):
     run_of(tmp_path)
     commit(tmp_path, "checkpoints", 2)

@@ -60,6 +60,7 @@ def test_weights_are_gathered_once_a_step_at_any_number_of_micro_batches(checkpo
         assert found == [1.0, 1.0, 1.0], micro_batches
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_freed_weights_are_gathered_for_every_pass():
     (found, _) = run_distributed(gathered_models, 2, 2, True, "none")

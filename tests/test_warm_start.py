@@ -103,6 +103,7 @@ def warm_weights(config: RunConfig) -> dict:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_sharded_warm_start_gives_bitwise_the_same_weights(base):
     config = pyramid_config(base)
