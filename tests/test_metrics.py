@@ -138,25 +138,6 @@ def test_a_line_holds_means_since_the_last_one():
     assert sums.summary(8)["loss"] == 2.0
 
 
-def test_wandb_keeps_its_run_over_restarts_and_never_stops_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    config = MetricsConfig(wandb_project="t2v")
-    for _ in range(2):
-        metrics = Metrics(tmp_path, config, name="x", step=0)
-        metrics.write({"step": 1, "loss": 1.0})
-        metrics.close()
-    run_id = (tmp_path / "wandb_id").read_text()
-    assert run_id
-    monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
-    metrics = Metrics(tmp_path, config, name="x", step=0)
-    metrics.write({"step": 1, "loss": 1.0})
-    metrics.close()
-    assert "wandb: ends here because ZeroDivisionError" in capsys.readouterr().out
-    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
-    assert (tmp_path / "wandb_id").read_text() == run_id
-
-
 def test_a_long_file_is_neither_held_nor_parsed_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as file:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from t2v.watching.lines import numbers
 from t2v.watching.metrics import Metrics, MetricsConfig
-from t2v.watching.views import Guarded, numbers, progress_text
+from t2v.watching.views import Guarded, progress_text
 
 
 class Failing:

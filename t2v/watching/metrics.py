@@ -14,7 +14,9 @@ from pydantic import Field
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from t2v.engine.world import World
-from t2v.watching.views import Guarded, TensorBoardView, WandbView, say
+from t2v.watching.lines import parse_line
+from t2v.watching.views import Guarded, TensorBoardView, say
+from t2v.watching.wandb_mirror import WandbMirror
 
 BLOCK_BYTES = 1 << 16
 MOST_WAITING = 10_000  # lines kept in memory while the disk is full
@@ -25,7 +27,8 @@ class MetricsConfig(Strict):
 
     every_steps: int = Field(default=1, ge=1, description="steps per line of metrics.jsonl")
     wandb_project: str | None = Field(
-        default=None, description="offline without WANDB_API_KEY; none: wandb is not used"
+        default=None,
+        description="as wandb is set up, offline where it knows no key; none: not used",
     )
     tensorboard: bool = Field(default=False, description="event files in the run folder")
 
@@ -103,7 +106,7 @@ class Metrics:
         self.waiting: list[bytes] = []
         self.views: list[Guarded] = []
         if (project := config.wandb_project) is not None:
-            self.views.append(Guarded("wandb", lambda: WandbView(run_dir, project, name)))
+            self.views.append(Guarded("wandb", lambda: WandbMirror(run_dir, project, name)))
         if config.tensorboard:
             self.views.append(Guarded("tensorboard", lambda: TensorBoardView(run_dir, step)))
 
@@ -182,16 +185,6 @@ def _renew(path: Path, end: int) -> None:
             new.write(line)
             if not (line.startswith(b"{") and line.endswith(b"}\n")):
                 say(f"{path}: line {number} is damaged and is passed over; look at it.")
-
-
-def parse_line(line: bytes) -> dict | None:
-    """A line of metrics.jsonl; None where it is damaged."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    whole = line.endswith(b"\n") and isinstance(values, dict)
-    return values if whole and isinstance(values.get("step"), int) else None
 
 
 def read_lines(path: Path) -> Iterator[dict]:

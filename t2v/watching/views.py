@@ -1,10 +1,8 @@
-"""Views of a run's metrics: wandb, TensorBoard, the terminal; the failure of one ends only it."""
+"""Views of a run's metrics: TensorBoard, the terminal; the failure of one ends only it."""
 
 import contextlib
-import os
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipeline.store import storage
+from t2v.watching.lines import numbers
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -56,43 +54,6 @@ def say(text: str) -> None:
     """A line on stdout, which may itself be gone."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
-
-
-def numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line by name; those of a list get its name and their place."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        entries = value if isinstance(value, list) else [value]
-        for place, entry in enumerate(entries):
-            if isinstance(entry, int | float) and not isinstance(entry, bool):
-                flat[f"{key}_{place}" if isinstance(value, list) else key] = entry
-    return flat
-
-
-class WandbView:
-    """wandb as a mirror; the run id survives restarts."""
-
-    def __init__(self, run_dir: Path, project: str, name: str) -> None:
-        import wandb
-
-        id_file = run_dir / "wandb_id"
-        known = id_file.read_text().strip() if id_file.exists() else None
-        self.run = wandb.init(
-            project=project,
-            name=name,
-            id=known or uuid.uuid4().hex,
-            resume="allow",
-            mode="online" if os.environ.get("WANDB_API_KEY") else "offline",
-            dir=str(run_dir),
-            settings=wandb.Settings(silent=True),
-        )
-        storage.write_atomic(id_file, self.run.id.encode())
-
-    def write(self, values: dict[str, Any]) -> None:
-        self.run.log(numbers(values), step=values["step"])
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 class TensorBoardView:
