@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def child(run_dir: str, data: str, engine: str, steps: str) -> None:
     loop.fault = noted
     loop.train(load_config("configs/quickstart_base.yaml", overrides))
     ends = ends[WARM_UP:]
-    print(statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)))
+    print(statistics.median(b - a for a, b in pairwise(ends)))
 
 
 def commit(tree: Path) -> str:

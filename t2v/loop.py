@@ -23,7 +23,7 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compile_cache import sound_compile_cache
-from t2v.engine.compute import make_deterministic
+from t2v.engine.compute import keep_freed_memory, make_deterministic
 from t2v.engine.device import Pace, on_device, to_host
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.faults import arm_faults, fault
@@ -60,6 +60,8 @@ def train(
         longest = longest_section_seconds(config)
         watchdog = exits.enter_context(Watchdog(config.watchdog, longest=longest))
         world = exits.enter_context(join_world(config.engine))
+        if world.device.type == "cpu":
+            keep_freed_memory()
         attempt = exits.enter_context(
             begin_attempt(
                 run_dir, world, watchdog, engine=config.engine.kind,

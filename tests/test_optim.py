@@ -32,8 +32,13 @@ def optimizer_of(settings: OptimizerConfig, weights, sum_over_parts=lambda value
     shapes = {name: tuple(part.shape) for name, part in parts.items()}
     groups = parameter_groups(settings, GROUPS, parts, shapes)
     optimizer = build_optimizer(settings, groups, sum_over_parts)
-    start_moments(optimizer, weights)
+    start_all(optimizer)
     return optimizer
+
+
+def start_all(optimizer) -> None:
+    for group in optimizer.param_groups:
+        start_moments(optimizer, group["params"])
 
 
 def lamb_reference(weights, gradients, settings: OptimizerConfig):
@@ -143,7 +148,7 @@ def test_a_rate_of_zero_freezes_weights_and_moments(name):
         config(name=name), GROUPS, parts, {key: tuple(part.shape) for key, part in parts.items()}
     )
     optimizer = build_optimizer(config(name=name), groups, lambda values: values)
-    start_moments(optimizer, parts.values())
+    start_all(optimizer)
     for _ in range(3):
         for part in parts.values():
             part.grad = torch.randn(4, 3)

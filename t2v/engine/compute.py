@@ -1,6 +1,7 @@
 """How a model computes, whatever splits it: precision, recomputation, compilation."""
 
 import contextlib
+import ctypes
 import os
 from functools import partial
 from typing import Any
@@ -15,6 +16,9 @@ from torch.utils.checkpoint import (
 
 from t2v.engine.config import EngineConfig
 
+# glibc's names (malloc.h), and the largest value that it takes for the second.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, LARGEST_KEPT_BYTES = 1 << 30, 1 << 25
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -33,6 +37,15 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory guards against reading it; in a training step it is a bare cost.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+
+
+def keep_freed_memory() -> None:
+    """Have a CPU's allocator keep what a step frees: the next one takes the same again, and fresh
+    pages cost more than the arithmetic of a small model on them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
 
 
 def set_matmul_precision(config: EngineConfig) -> None:

@@ -47,6 +47,7 @@ class NativeEngine:
         let_go: Callable[[], None],
     ) -> None:
         self.name, self.model, self.world = name, model, world
+        self._parameters = dict(model.named_parameters())
         self._config, self._groups = config, groups
         self._max_grad_norm = optimizer.max_grad_norm
         self._places = places
@@ -57,7 +58,8 @@ class NativeEngine:
         shapes = {name: place.shape for name, place in places.items()}
         members = parameter_groups(optimizer, groups, self._parts, shapes)
         self._optimizer = build_optimizer(optimizer, members, sum_over_parts)
-        start_moments(self._optimizer, self._parts.values())
+        for group in members:
+            start_moments(self._optimizer, group["params"])
         self._updates = 0
 
     def autocast(self) -> AbstractContextManager:
@@ -68,29 +70,27 @@ class NativeEngine:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters.items():
             # Every parameter of our model gets a gradient in every backward pass.
             assert parameter.grad is not None
             self._parts[name].grad = self._part_of(parameter.grad)
         return self._sum_over_parts(squared_norms(self._gradients()).sum()).sqrt()
 
     def update(self, rates: dict[str, float], grad_norm: float) -> None:
-        shrink = min(self._max_grad_norm / max(grad_norm, 1e-12), 1.0)
-        torch._foreach_mul_(self._gradients(), shrink)
+        shrink = self._max_grad_norm / max(grad_norm, 1e-12)
+        if shrink < 1:
+            torch._foreach_mul_(self._gradients(), shrink)
         set_rates(self._optimizer, rates)
         self._optimizer.step()
         self._updates += 1
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
+        for parameter in (*self._parts.values(), *self._parameters.values()):
+            parameter.grad = None
 
     def parameters(self) -> dict[str, Tensor]:
-        return {
-            name: self._part_of(parameter.detach())
-            for name, parameter in self.model.named_parameters()
-        }
+        return {n: self._part_of(p.detach()) for n, p in self._parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:
         return {

@@ -90,11 +90,14 @@ def build_optimizer(
 
 
 def start_moments(optimizer: Optimizer, parts: Iterable[Tensor]) -> None:
-    """Moments of 0 before the first step, so that a checkpoint always has the same tensors."""
+    """Moments of 0 before the first step, so that a checkpoint always has the same tensors. The
+    parts move together, so they share one count of steps."""
+    parts = list(parts)
+    on_device = parts[0].device if isinstance(optimizer, AdamW) else None
+    step = torch.zeros((), device=on_device)
     for part in parts:
-        on_device = part.device if isinstance(optimizer, AdamW) else None
         optimizer.state[part] = {
-            "step": torch.zeros((), device=on_device),
+            "step": step,
             "exp_avg": torch.zeros_like(part, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(part, requires_grad=False),
         }
@@ -107,15 +110,34 @@ def set_rates(optimizer: Optimizer, rates: dict[str, float]) -> None:
 
 
 class FreezableAdamW(AdamW):
-    """torch's AdamW, but a group whose rate is 0 stays as it is, its moments too."""
+    """torch's AdamW, but a group whose rate is 0 stays as it is, its moments too; and the parts of
+    one share their count of steps, where torch adds 1 for each tensor."""
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["lr"]]
-        try:
-            return super().step(closure)
-        finally:
-            self.param_groups = groups
+        """One update by torch's fused kernel; there is no closure to evaluate again."""
+        assert closure is None
+        for group in self.param_groups:
+            parts = [part for part in group["params"] if part.grad is not None]
+            if not group["lr"] or not parts:
+                continue
+            states = [self.state[part] for part in parts]
+            states[0]["step"] += 1
+            torch._fused_adamw_(
+                parts,
+                [part.grad for part in parts],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
 
 
 class Lamb(Optimizer):
@@ -167,7 +189,7 @@ class Lamb(Optimizer):
         states = [self.state[part] for part in parts]
         gradients = [part.grad for part in parts if part.grad is not None]
         beta1, beta2 = group["betas"]
-        torch._foreach_add_([state["step"] for state in states], 1)
+        states[0]["step"] += 1
         count = int(states[0]["step"])
         first = [state["exp_avg"] for state in states]
         second = [state["exp_avg_sq"] for state in states]

@@ -79,7 +79,8 @@ class ZeroEngine:
         self._zero.clip_grad = 0.0
         find = {3: partitions_of_stage_3}.get(config.zero_stage, partitions_of_stages_1_and_2)
         self._partitions, self._fragments = find(self._zero, model, world)
-        start_moments(self._adamw, self._partitions)
+        for partition in self._partitions:  # stage 3 steps them one by one
+            start_moments(self._adamw, [partition])
         self._updates = 0
         self._coalesced: ExitStack | None = None
 

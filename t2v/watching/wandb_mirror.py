@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_pipeline.store import storage
 from t2v.watching.lines import numbers, parse_line
@@ -85,7 +85,7 @@ def mirror(run_dir: Path, project: str, name: str) -> None:
 def _begin(run_dir: Path, project: str, name: str, run_id: str) -> Any:
     import wandb
 
-    def begin(**mode: str) -> Any:
+    def begin(mode: Literal["offline"] | None = None) -> Any:
         return wandb.init(
             project=project,
             name=name,
@@ -93,7 +93,7 @@ def _begin(run_dir: Path, project: str, name: str, run_id: str) -> Any:
             resume="allow",
             dir=str(run_dir),
             settings=wandb.Settings(silent=True, console="off", x_stats_pid=os.getppid()),
-            **mode,
+            mode=mode,
         )
 
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):

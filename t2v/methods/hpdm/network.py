@@ -170,8 +170,8 @@ class Block(nn.Module):
             fused = self.fusion(tokens[:, alone:], context, coordinates)
             tokens = torch.cat([tokens[:, :alone], fused], dim=1)
         if text is not None and text_mask is not None:
-            text = text.repeat_interleave(levels, dim=0)
-            text_mask = text_mask.repeat_interleave(levels, dim=0)
+            text = text[:, None].expand(-1, levels, -1, -1).flatten(0, 1)
+            text_mask = text_mask[:, None].expand(-1, levels, -1).flatten(0, 1)
         new_tokens, new_latents = self.rin(
             tokens.flatten(0, 1), latents.flatten(0, 1), vector.flatten(0, 1), text, text_mask
         )
@@ -253,6 +253,11 @@ class HPDM(Network):
                 features = features.detach()
             fused = [level for level in levels if level in self.config.fused_levels(number)]
             seen, places = context(number, fused, features) if fused else (None, None)
+            if active == len(levels):
+                tokens, latents = block(
+                    tokens, latents, seen, places, vector, text, condition.text_mask
+                )
+                continue
             new_tokens, new_latents = block(
                 tokens[:, :active], latents[:, :active], seen, places, vector[:, :active], text,
                 condition.text_mask,
