@@ -19,6 +19,8 @@ from t2v.engine.config import EngineConfig
 # glibc's names (malloc.h), and the largest value that it takes for the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, LARGEST_KEPT_BYTES = 1 << 30, 1 << 25
+# Of one piece of code; recipes have far fewer (docs/engines.md).
+MOST_GRAPHS = 32
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -68,12 +70,18 @@ def autocast(config: EngineConfig, device: torch.device) -> contextlib.AbstractC
 def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
     """Recompute and compile each block on its own.
 
-    Only `forward` is replaced: names of parameters stay, and an engine's hooks stay outside.
+    Only `forward` is replaced: names of parameters stay, and an engine's hooks stay outside. A
+    block's graphs are static: one for each kind of block, with gradients and without. Programs of
+    those that meet many lengths have one for all of them. Nothing ever falls back to uncompiled
+    code without a word: what cannot be one graph, or is one too many, is an error.
     """
+    if config.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
         programs = [name for name in getattr(block, "programs", ()) if config.compile]
         for name in programs:  # inside of what is recomputed, so that both times they run
-            setattr(block, name, torch.compile(getattr(block, name)))
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
         forward = block.forward
         # Blocks draw no random numbers, so there is no generator state to keep.
         match config.activation_checkpointing:
@@ -89,7 +97,9 @@ def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
                     preserve_rng_state=False,
                     context_fn=partial(create_selective_checkpoint_contexts, keep_products),
                 )
-        block.forward = torch.compile(forward) if config.compile and not programs else forward
+        if config.compile and not programs:
+            forward = torch.compile(forward, dynamic=False, fullgraph=True)
+        block.forward = forward
 
 
 def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

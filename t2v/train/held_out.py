@@ -143,11 +143,13 @@ def passes(
 ) -> list[list[tuple[int, int]]]:
     """(row of a rank's `own` samples, turn) of each forward pass; as many passes on every rank.
 
-    Short of samples, a rank repeats its first: the same values to the same places.
+    Short of samples, a rank repeats its first: the same values to the same places. So does a last
+    pass that would be smaller than the others, for which a block would be compiled anew.
     """
     most = -(-samples // world_size)
     rows = [row if row < own else 0 for row in range(most)]
     work = [(row, turn) for turn in range(bins) for row in rows]
+    work += (work * micro_batch_size)[: -len(work) % micro_batch_size]
     return [
         work[first : first + micro_batch_size] for first in range(0, len(work), micro_batch_size)
     ]
