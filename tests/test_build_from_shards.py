@@ -10,7 +10,7 @@ from numbered import SIZE, clips_of, numbered_video, write_csv
 from strangers import tree
 from test_foreign_shards import pack
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.build import build
 from data_pipeline.making.presets import Columns
 
@@ -102,3 +102,28 @@ def test_unreadable_texts_cost_their_media_only(loose, tmp_path):
         "json is damaged": 1, "caption is no text": 1, "is no UTF-8 text": 1,
     }  # fmt: skip
     assert dataset.read(0, 0).metadata["score"] is None
+
+
+def test_a_plan_stands_until_its_source_changes(loose, tmp_path):
+    out = tmp_path / "out"
+    how = {"frames": 8, **SIZE, "shard_samples": 1}
+    assert build(loose, out, **how, task=(0, 2)) is None
+    plan = (out / "plan.parquet").read_bytes()
+    (loose / "000.json").write_text(json.dumps({"caption": "a hog", "score": 0}))
+    with pytest.raises(ConfigError, match="another source or other settings"):
+        build(loose, out, **how, task=(1, 2))
+    (loose / "000.json").unlink()
+    with pytest.raises(ConfigError, match="another source or other settings"):
+        build(loose, out, **how, task=(1, 2))
+    assert (out / "plan.parquet").read_bytes() == plan
+
+
+def test_a_list_that_cannot_be_planned_leaves_room_for_the_right_one(loose, tmp_path):
+    path, out = tmp_path / "l.csv", tmp_path / "out"
+    write_csv(path, [{"name": "000.mp4", "caption": "x"}])
+    for task in ((0, 2), (1, 2)):
+        with pytest.raises(ConfigError, match="'file' is missing"):
+            build(path, out, frames=8, **SIZE, root=str(loose), task=task)
+        assert not out.exists()
+    write_csv(path, [{"file": "000.mp4", "caption": "x"}])
+    assert build(path, out, frames=8, **SIZE, root=str(loose)) is not None

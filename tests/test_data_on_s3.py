@@ -1,9 +1,12 @@
 """The data commands on an object store: the same datasets as on a disk."""
 
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
+from numbered import numbered_video
 
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
@@ -62,3 +65,27 @@ def test_foreign_shards_on_a_store_are_indexed_verified_and_mended(
     assert any("whole samples, but should hold 6" in str(fault) for fault in faults)
     assert 6 < repair(path, faults).info.samples < 12
     assert verify(path) == []
+
+
+def test_a_store_is_listed_once_for_all_tasks_and_each_file_asked_for_once(bucket, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.mp4").write_bytes(numbered_video(8))
+        (tmp_path / f"{number}.txt").write_text(f"clip {number}")
+    source, out = upload(tmp_path, f"{bucket}/media"), str(tmp_path / "out")
+    asked: Counter[tuple[str, str]] = Counter()
+
+    def note(model, params, **_: object) -> None:
+        asked[model.name, params["url_path"] + str(params["query_string"].get("delimiter"))] += 1
+
+    client = storage.remote().store.requests._connected()
+    client.meta.events.register("before-call.s3", note)
+    settings = {"frames": 8, "height": 16, "width": 160, "shard_samples": 2}
+    assert build(source, out, **settings, task=(1, 2)) is None
+    assert build(source, out, **settings, task=(0, 2)) is not None
+    media = {key: count for key, count in asked.items() if re.search(r"media/\d[.]", key[1])}
+    assert {name for name, _ in media} == {"GetObject"}
+    assert len(media) == sum(media.values()) == 8
+    listed = [
+        count for (name, url), count in asked.items() if "List" in name and "/" not in url[-1]
+    ]
+    assert listed == [1]
