@@ -18,9 +18,10 @@ from benchmarks.damage import (
     is_visible,
     luma_of,
     overwrite,
+    zero,
 )
 from data_pipeline.errors import DataError, NotWanted
-from data_pipeline.media.bits import Bits, allows_gaps, is_wavefront
+from data_pipeline.media.bits import Bits, allows_gaps, holds_zeros, is_wavefront
 from data_pipeline.media.clips import read_clips
 from data_pipeline.media.video import encode_clip
 
@@ -29,6 +30,7 @@ from data_pipeline.media.video import encode_clip
 LEAST = {
     "H.264, mp4": 4,
     "HEVC with wavefronts, mp4": 4,
+    "VP8, WebM": 4,
     "VP9, WebM": 8,
     "AV1, mp4": 5,
     "MPEG-4, AVI": 7,
@@ -81,6 +83,15 @@ def test_what_was_before_the_damage_is_handed_out(pictures):
         error = caught
     assert error
     assert 2 <= len(clips) < 8
+
+
+@pytest.mark.parametrize("name", ["H.264, mp4", "H.264, Matroska", "HEVC without, mp4"])
+def test_a_block_of_zeros_is_noticed(name, pictures):
+    media, rng = encode(pictures, *CODECS[name]), random.Random(0)
+    assert all(is_caught(zero(media, rng)) for _ in range(6))
+    assert not holds_zeros(b"\0\0\0\4\1\0\0\0\0\0\0\2\0\1", 4)
+    assert holds_zeros(b"\0\5\1\0\0\0\1", 2)
+    assert not holds_zeros(b"\0\5", 2)
 
 
 def test_headers_are_read_bit_by_bit():

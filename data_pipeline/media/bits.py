@@ -73,6 +73,23 @@ def is_wavefront(extradata: bytes) -> bool:
     return False
 
 
+def length_bytes(codec: str, extradata: bytes) -> int | None:
+    """How many bytes tell the length of each unit in a packet; None: start codes part them."""
+    at = {"h264": 4, "hevc": 21}.get(codec)
+    return None if at is None or extradata[:1] != b"\1" else (extradata[at] & 3) + 1
+
+
+def holds_zeros(packet: bytes, length_bytes: int) -> bool:
+    """Whether a unit of a packet holds three zeros, which no encoder writes but at its end."""
+    at = 0
+    while at + length_bytes <= len(packet):
+        begin = at + length_bytes
+        at = begin + int.from_bytes(packet[at:begin], "big")
+        if b"\0\0\0" in packet[begin:at].rstrip(b"\0"):
+            return True
+    return False
+
+
 def _units(extradata: bytes, first: int) -> list[bytes]:
     """The headers that a container keeps: behind start codes, or from a place on with their
     lengths, between a few bytes that count them."""
