@@ -98,6 +98,28 @@ def test_trust_ratio_is_that_of_the_whole_tensor():
     torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("floor", [1.0, 0.25])
+def test_a_zero_matrix_reaches_the_norm_of_a_xavier_start(floor):
+    """Under a steady gradient, once the rates add up to `1 - ln(floor)`: by steps of the floor up
+    to the floor, then by steps of its own norm. Plain LAMB is then far behind. A matrix of more
+    than Xavier's norm moves as by plain LAMB."""
+    torch.manual_seed(4)
+    start = torch.nn.init.xavier_uniform_(torch.empty(24, 40))
+    gradient, rate = torch.randn(24, 40), 0.005
+    norms = {}
+    for floored in (floor, 0.0):
+        settings = config(learning_rate=rate, weight_decay=0.0, trust_floor=floored)
+        zero, usual = torch.zeros_like(start), 1.1 * start
+        optimizer = optimizer_of(settings, [zero, usual])
+        for _ in range(round((1 - math.log(floor)) / rate)):
+            zero.grad, usual.grad = gradient, gradient
+            optimizer.step()
+        norms[floored] = float(zero.norm() / start.norm()), usual
+    assert norms[floor][0] == pytest.approx(1, rel=0.1)
+    assert norms[0.0][0] < 0.5
+    torch.testing.assert_close(norms[floor][1], norms[0.0][1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["lamb", "adamw"])
 def test_only_matrices_decay(name):
     matrix, vector = torch.ones(2, 2), torch.ones(2)

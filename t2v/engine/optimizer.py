@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod, sqrt
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,6 +26,12 @@ class OptimizerConfig(Strict):
         Field(strict=False),
     ] = (0.9, 0.99)
     eps: float = Field(default=1.0e-6, gt=0)
+    trust_floor: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="lamb: least norm in a trust ratio, as a share of Xavier's; 0: plain",
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, description="global gradient norm is cut here")
     max_skips_in_a_row: int = Field(
         default=5, ge=1, description="steps without a finite gradient before the run stops"
@@ -61,18 +68,25 @@ def parameter_groups(
 
     A part may be flat, so `shapes` tells what the whole parameter is.
     """
-    members: dict[tuple[str, bool], list[Tensor]] = {}
-    for name, part in parts.items():
-        members.setdefault((groups.of(name), len(shapes[name]) > 1), []).append(part)
+    members: dict[tuple[str, bool], list[str]] = {}
+    for name in parts:
+        members.setdefault((groups.of(name), len(shapes[name]) > 1), []).append(name)
     return [
         {
-            "params": some,
+            "params": [parts[name] for name in names],
             "rate": rate,
             "matrices": matrices,
             "weight_decay": config.weight_decay if matrices else 0.0,
+            "least_norms": [config.trust_floor * xavier_norm(shapes[name]) for name in names],
         }
-        for (rate, matrices), some in members.items()
+        for (rate, matrices), names in members.items()
     ]
+
+
+def xavier_norm(shape: tuple[int, ...]) -> float:
+    """The norm of a matrix of this shape that starts as Xavier's: `sqrt(2 m n / (m + n))`."""
+    rows, columns = shape[0], prod(shape[1:])
+    return sqrt(2 * rows * columns / (rows + columns))
 
 
 def build_optimizer(
@@ -146,6 +160,9 @@ class Lamb(Optimizer):
     The trust ratio |w| / |update| is that of the whole tensor: squared norms of all parts are added
     by `sum_over_parts` in one call a step. Vectors are moved by plain Adam, as in the authors'
     code. A group whose rate is 0 stays as it is, its moments too.
+
+    A matrix moves by its own norm times the rate, so one that starts at zero stays there for
+    thousands of steps, unless its norm counts as at least that of the group's `least_norms`.
     """
 
     def __init__(
@@ -172,14 +189,17 @@ class Lamb(Optimizer):
 
     def _apply_trust(self, groups: list[dict], updates: list[list[Tensor]]) -> None:
         """Scale each matrix's update by its trust ratio, where both of its norms exist."""
-        parts, moves = [], []
+        parts, moves, floors = [], [], []
         for group, update in zip(groups, updates, strict=True):
             if group["matrices"]:
                 parts += group["params"]
                 moves += update
+                floors += group["least_norms"]
         if parts:
             norms = torch.stack([squared_norms(parts), squared_norms(moves)])
             weight, update = self.sum_over_parts(norms).sqrt()
+            if any(floors):
+                weight = weight.maximum(weight.new_tensor(floors))
             trust = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
             torch._foreach_mul_(moves, list(trust.unbind()))
 
