@@ -20,6 +20,7 @@ from t2v.methods.hpdm.diffusion import (
     denoised,
     draw_sigma,
     loss_weight,
+    lowered,
     v_target,
     x_from_v,
 )
@@ -127,3 +128,47 @@ def test_every_module_named_for_it_is_checked_for_shapes(request):
         functions = [function for function in functions if isfunction(function)]
         assert functions, name
         assert all(hasattr(function, "__wrapped__") for function in functions), name
+
+
+def test_what_follows_the_input_scale_is_the_same_in_pixels_at_every_level():
+    """Noise of sigma at level l drowns a pixel as sigma * growth ** l does at level 0."""
+    follow = ("noise_follows_scale", "weight_follows_scale", "range_follows_scale")
+    config = DiffusionConfig(input_scale=2.0, input_scale_growth=3.0, **dict.fromkeys(follow, 1.0))
+    in_pixels = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64)
+    normal = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None].expand(5, 3)
+    sigma = draw_sigma(normal, config)
+    torch.testing.assert_close(sigma * in_pixels, sigma[:, :1].expand(5, 3))
+    for level in range(3):
+        low, high = (end * 3.0**level for end in config.level_range(level))
+        assert (low, high) == pytest.approx((config.sigma_min, config.sigma_max))
+        assert config.sigma_at(0.3, level) * 3.0**level == pytest.approx(config.sigma_at(0.3, 0))
+        scale = torch.full((5,), config.level_input_scale(level), dtype=torch.float64)
+        weight = loss_weight(sigma[:, level], scale, 3.0**level)
+        on_patch = weight / c_out(sigma[:, level], scale) ** 2
+        torch.testing.assert_close(on_patch, 1 + 1 / sigma[:, 0] ** 2)
+
+
+@pytest.mark.parametrize("quantile", [0.05, 0.5, 1.0])
+def test_coarser_levels_are_lowered_below_a_quantile_and_no_other(quantile):
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(4000, 3, generator=generator)
+    taught = torch.arange(4000).remainder(3).float()
+    low = lowered(normal, taught, quantile)
+    kept = torch.arange(3) >= taught[:, None]
+    assert torch.equal(low[kept], normal[kept])
+    share = torch.special.ndtr(low[~kept])
+    # A draw from the lowest part of the distribution, spread evenly over it.
+    assert float(share.max()) <= quantile * (1 + 1e-5)
+    assert float(share.mean()) == pytest.approx(quantile / 2, rel=0.05)
+
+
+def test_weightings_are_what_they_say_of_the_denoised_patch(sample):
+    _, _, sigma, input_scale = sample
+    snr = sigma**-2
+    sigmoid = snr / (1 + snr * math.exp(-1.5))
+    for name, expected in (("min_snr", snr.clamp(max=5)), ("sigmoid", sigmoid)):
+        weight = loss_weight(sigma, input_scale, weighting=name, bias=1.5)
+        torch.testing.assert_close(weight / c_out(sigma, input_scale) ** 2, expected)
+    half = loss_weight(2 * sigma, input_scale, 0.5, weighting="min_snr")
+    on_patch = half / c_out(2 * sigma, input_scale) ** 2
+    torch.testing.assert_close(on_patch, snr.clamp(max=5))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2v.engine.compute import make_deterministic
 from t2v.methods.hpdm.context import TokenGrid
-from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.network import HPDM, PIXELS
 from t2v.methods.hpdm.tiling import cut_tile
 from t2v.recipe.recipe import RunConfig, load_config, method_of
 from tests.tiny import THREE_LEVELS, class_condition, noise_batch, stirred_model, tiny_config
@@ -114,7 +114,7 @@ def test_forward_and_backward_give_the_same_bits_twice(deterministic):
 
 
 def test_every_parameter_gets_a_gradient():
-    config = three_levels()
+    config = three_levels(coarse_pixels=True)
     model = stirred_model(config)
     output, _ = model(**random_inputs(config))
     output.square().mean().backward()
@@ -131,15 +131,22 @@ def around(grid: TokenGrid, window: Tensor, offsets: Tensor, level: int) -> Tens
     return whole
 
 
-@BOTH_FUSIONS
-def test_level_by_level_equals_all_levels_at_once(fusion):
+@pytest.mark.parametrize(
+    ("fusion", "pixels"), [("deep", False), ("shallow", False), ("deep", True)]
+)
+def test_level_by_level_equals_all_levels_at_once(fusion, pixels):
     """Sampling runs one level at a time on boxes of coarser features; training runs all jointly.
 
     Both see the same, if no window reaches past the border of its parent's.
     """
     config = tiny_config(
         pyramid={"levels": 3, "patch_size": [4, 8, 8], "clip_size": [16, 32, 32]},
-        model={"levels_per_block": [1, 2, 3, 3], "token_size": [1, 2, 2], "fusion": fusion},
+        model={
+            "levels_per_block": [1, 2, 3, 3],
+            "token_size": [1, 2, 2],
+            "fusion": fusion,
+            "coarse_pixels": pixels,
+        },
         sampling={"steps": [1, 1, 1]},
     )
     model, inputs = stirred_model(config), random_inputs(config)
@@ -150,7 +157,8 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
     for level in range(3):
         offsets, kept = inputs["offsets"][:, level], {}
         for block, coarser in model.config.context_features(level):
-            low, shape = model.grid.support(level, offsets, coarser)
+            grid = model.pixel_grid if block == PIXELS else model.grid
+            low, shape = grid.support(level, offsets, coarser)
             whole = wholes[block, coarser].movedim(4, 1)
             boxes = [cut_tile(*pair, shape) for pair in zip(whole, low.tolist(), strict=True)]
             kept[block, coarser] = torch.stack(boxes).movedim(1, 4)
@@ -159,6 +167,8 @@ def test_level_by_level_equals_all_levels_at_once(fusion):
             window = features[:, 0].unflatten(1, model.grid.shape)
             wholes[block, level] = around(model.grid, window, at, level)
 
+        patch = inputs["x"][:, level].movedim(1, 4)
+        wholes[PIXELS, level] = around(model.pixel_grid, patch, offsets, level)
         own = {key: value[:, level, None] for key, value in inputs.items() if key != "condition"}
         alone, own_latents = model(
             **own, condition=inputs["condition"], level=level, kept=kept, watch=watch
@@ -210,14 +220,17 @@ def test_level_0_of_a_warm_started_pyramid_is_its_base(name):
     torch.testing.assert_close(latents[:, :1], expected_latents, rtol=1e-4, atol=1e-4)
 
 
-def test_before_training_context_does_not_matter():
+@pytest.mark.parametrize("pixels", [False, True])
+def test_before_training_context_does_not_matter(pixels):
     """Fusion starts as the identity: at step 0 a finer level is its base without context."""
-    config = three_levels()
+    config = three_levels(coarse_pixels=pixels)
     model, inputs = stirred_model(config), random_inputs(config)
     generator = torch.Generator().manual_seed(0)
     for block in model.blocks:
         if block.fusion is not None:
             block.fusion.init_weights(generator)
+    if model.coarse_tokenizer is not None:
+        torch.nn.init.zeros_(model.coarse_tokenizer.weight)
     output, _ = model(**inputs)
     changed = inputs | {"x": inputs["x"].clone()}
     changed["x"][:, 0] += 1

@@ -12,8 +12,9 @@ from torch import Tensor
 from t2v.methods.hpdm.context import TokenGrid
 from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_out, c_skip
 from t2v.methods.hpdm.memory import plan_memory
-from t2v.methods.hpdm.sampling import denoising_step, generate, noise_levels
+from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import level_tilings, network_calls
+from t2v.methods.hpdm.solver import Solver, noise_levels
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiling import OVERLAPS, cut_tile
 from t2v.network.conditioning import Condition
@@ -103,9 +104,9 @@ def test_noise_levels_are_those_of_edm(steps):
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("second_order", [True, False])
-def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, second_order):
-    config = three_levels(overlap=overlap, second_order=second_order, steps=[6, 3, 2], tile_batch=5)
+@pytest.mark.parametrize("solver", [["heun", "euler"], "unipc", ["euler", "dpm++", "heun"]])
+def test_the_sampler_finds_the_clip_that_the_network_knows(overlap, solver):
+    config = three_levels(overlap=overlap, solver=solver, steps=[6, 3, 2], tile_batch=5)
     clips = random_clips(config, 3)
     found = sample(Painter(config, clips), config, labels=[2, 0], seeds=[5, 6])
     for level, canvas in enumerate(found):
@@ -160,16 +161,44 @@ class LinearDenoiser:
         return x_noisy * ((scaled + following**2) / (scaled + sigma**2)) ** 0.5
 
 
-@pytest.mark.parametrize(("second_order", "order"), [(False, 1), (True, 2)])
-def test_a_step_follows_the_exact_trajectory_with_its_order(second_order, order):
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2), ("unipc", 2)]
+)
+def test_steps_follow_the_exact_trajectory_with_their_order(solver, order):
     denoiser, start, errors = LinearDenoiser(), torch.ones(1, dtype=torch.float64), []
     for steps in (64, 128):
-        x_noisy = start
+        x_noisy, stepper = start, Solver(solver)
         sigmas = torch.linspace(2.0, 0.1, steps + 1, dtype=torch.float64).tolist()
         for sigma, following in pairwise(sigmas):
-            x_noisy = denoising_step(denoiser, x_noisy, sigma, following, second_order=second_order)
+            x_noisy = stepper.step(denoiser, x_noisy, sigma, following)
         errors.append(float((x_noisy - denoiser.exact(start, 2.0, 0.1)).abs()))
-    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+    # UniPC begins with a step of order 2.
+    assert 0.9 * 2**order < errors[0] / errors[1] < 1.1 * 2 ** (3 if solver == "unipc" else order)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "unipc"])
+@pytest.mark.parametrize("detail_std", [0.5, 0.2, 0.05])
+def test_every_level_keeps_the_detail_that_an_exact_network_knows(solver, detail_std):
+    """At the paper's numbers of steps and no more calls, where the range follows the scale."""
+    config = load_config(
+        CONFIGS / "t2v_64x288x512.yaml",
+        ["method.diffusion.range_follows_scale=1.0", f"method.sampling.solver=[heun, {solver}]"],
+    )
+    sampling, diffusion = config.method.sampling, config.method.diffusion
+    kept = []
+    for level, steps in enumerate(sampling.steps):
+        denoiser = LinearDenoiser()
+        denoiser.input_scale, denoiser.data_std = diffusion.level_input_scale(level), detail_std
+        sigmas = noise_levels(diffusion, steps, level).tolist()
+        stepper, x = Solver(sampling.level_solver(level)), torch.ones(1).double() * sigmas[0]
+        for sigma, following in pairwise(sigmas):
+            x = stepper.step(denoiser, x, sigma, following)
+        kept.append(float(x) * denoiser.input_scale / detail_std)
+    assert all(0.95 < share < 1.15 for share in kept), kept
+    paper = load_config(CONFIGS / "t2v_64x288x512.yaml").method
+    assert network_calls(sampling, config.method.pyramid) == network_calls(
+        paper.sampling, paper.pyramid
+    )
 
 
 @pytest.mark.parametrize(

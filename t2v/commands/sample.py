@@ -22,7 +22,8 @@ def add_sample_verb(verbs) -> None:
         "--given",
         action="append",
         metavar="FILE",
-        help="an image or a clip that clips begin with: one for all, or one for each",
+        help="an image or a clip that clips begin with, or a coarse clip to refine: one for all, "
+        "or one for each",
     )
     verb.add_argument("--out", required=True, help="folder for mp4, contact sheet, samples.json")
     verb.add_argument("--encoder", help="folder or hub id of the text encoder of the training set")

@@ -186,6 +186,10 @@ class Method(ABC):
         """Why a clip cannot begin with as many given frames, and what to do."""
         return "the checkpoint's method makes whole clips; leave it out"
 
+    def given_sizes(self, frames: int) -> list[tuple[int, int]]:
+        """(height, width) that as many given frames may have."""
+        return [self.outputs[-1].size[1:]]
+
     def clips_at_once(self, network: Any, most: int, room: Room, team: Team) -> int:
         """How many clips to make together, at most `most`; ConfigError where not one fits."""
         return most
@@ -204,5 +208,5 @@ class Method(ABC):
         given: Clips | None = None,
     ) -> list[Clips]:
         """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed, its
-        condition and the frames it is given to begin with, which come back as they are.
+        condition and the frames it is given, to begin with or to refine.
         `progress` is told of calls as they are done."""

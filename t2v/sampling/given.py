@@ -1,4 +1,5 @@
-"""Frames that clips begin with: an image to be brought to life, a clip to be gone on from."""
+"""Frames that clips are made from: an image to be brought to life, a clip to be gone on from, or
+a coarse one to be refined."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +21,7 @@ IMAGES = (".jpeg", ".jpg", ".png", ".webp")
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """The first frames of a clip, and what they were read from."""
+    """The frames that a clip is made from, and what they were read from."""
 
     file: str
     digest: str
@@ -28,8 +29,7 @@ class Given:
 
 
 def read_given(path: str, method: Method) -> Given:
-    """An image or a video whose every frame begins a clip of the method's; ConfigError where it
-    cannot."""
+    """An image or a video that a clip of the method's can be made from; ConfigError where not."""
     file = Path(path)
     if not file.is_file():
         raise InputMissing(f"--given {path}: no such file; give an image or a video.")
@@ -41,15 +41,16 @@ def read_given(path: str, method: Method) -> Given:
         raise ConfigError(
             f"--given {path}: is wrong because it {error}; give an image or a video."
         ) from None
-    size, wanted = frames.shape[1:3], tuple(method.outputs[-1].size[1:])
+    size = frames.shape[1:3]
     if problem := method.problem_with_given(len(frames)):
         many = "1 frame is" if len(frames) == 1 else f"{len(frames)} frames are"
         raise ConfigError(f"--given {path}: {many} wrong because {problem}.")
-    if size != wanted:
-        found, asked = ("x".join(map(str, sides)) for sides in (size, wanted))
+    wanted = method.given_sizes(len(frames))
+    if size not in wanted:
+        found, *asked = ("x".join(map(str, sides)) for sides in (size, *wanted))
         raise ConfigError(
-            f"--given {path}: {found} is wrong because the checkpoint makes {asked} (height x "
-            "width); resize or crop it."
+            f"--given {path}: {found} is wrong because the checkpoint makes {' or '.join(asked)} "
+            "(height x width); resize or crop it."
         )
     return Given(file.name, sha256(media).hexdigest(), frames)
 

@@ -5,12 +5,18 @@ in [-1, 1] is corrupted to `x / input_scale + sigma * noise`, so that finer leve
 more redundant, see relatively more noise.
 """
 
+from math import log
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from data_pipeline.strict import Strict
+from data_pipeline.strict import Share, Strict
+
+Weighting = Literal["edm", "min_snr", "sigmoid"]
+MOST_SNR = 5.0  # gamma of min-SNR (arXiv 2303.09556)
 
 PerSample = Float[Tensor, " batch"]
 Patch = Float[Tensor, "batch channels frames height width"]
@@ -18,7 +24,12 @@ Patch = Float[Tensor, "batch channels frames height width"]
 
 class DiffusionConfig(Strict):
     """Noise levels of training and sampling; the input scale of level l is
-    `input_scale * input_scale_growth ** l`."""
+    `input_scale * input_scale_growth ** l`.
+
+    Noise of sigma at level l drowns a pixel as noise of `sigma * growth ** l` does at level 0. What
+    follows the input scale by 1 is the same at every level in these units, by 0 (the paper, as far
+    as it is published) in units of sigma.
+    """
 
     input_scale: float = Field(gt=0, description="input scaling factor of level 0")
     input_scale_growth: float = Field(ge=1, description="factor from one level to the next")
@@ -27,6 +38,28 @@ class DiffusionConfig(Strict):
     sigma_min: float = Field(default=0.002, gt=0, description="last noise level of sampling")
     sigma_max: float = Field(default=80.0, gt=0, description="first noise level of sampling")
     rho: float = Field(default=7.0, gt=0, description="bend of the sampling schedule")
+    noise_follows_scale: Share = Field(
+        default=0.0, description="of training's noise levels: 0: alike at all levels; 1: in pixels"
+    )
+    weight_follows_scale: Share = Field(default=0.0, description="of the loss weight, likewise")
+    weighting: Weighting = Field(
+        default="edm",
+        description="of the loss by noise: EDM's, min-SNR's (gamma 5), or a sigmoid in ln SNR",
+    )
+    sigmoid_bias: float = Field(default=0.0, description="sigmoid: ln of the SNR where it bends")
+    range_follows_scale: Share = Field(
+        default=0.0, description="of sampling's first and last noise level, likewise"
+    )
+    coarse_noise: Literal["independent", "low"] = Field(
+        default="independent",
+        description="low: coarser levels have little noise where a sample teaches a finer one",
+    )
+    coarse_noise_quantile: float = Field(
+        default=0.2, gt=0, le=1, description="low: below this quantile of a level's noise"
+    )
+    coarse_noise_share: Share = Field(
+        default=0.5, description="low: in this share of samples; independent in the others"
+    )
 
     @model_validator(mode="after")
     def _refuse_empty_range(self) -> "DiffusionConfig":
@@ -37,6 +70,20 @@ class DiffusionConfig(Strict):
     def level_input_scale(self, level: int) -> float:
         """Input scaling factor of a level."""
         return self.input_scale * self.input_scale_growth**level
+
+    def level_sigma_mean(self, level: int) -> float:
+        """Mean of ln sigma in training at a level."""
+        return self.sigma_mean - self.noise_follows_scale * level * log(self.input_scale_growth)
+
+    def level_range(self, level: int) -> tuple[float, float]:
+        """(last, first) noise level of sampling at a level."""
+        ratio = self.input_scale_growth ** (level * self.range_follows_scale)
+        return self.sigma_min / ratio, self.sigma_max / ratio
+
+    def sigma_at(self, quantile: float, level: int) -> float:
+        """The noise level of training below which this share of a level's samples lies."""
+        normal = torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64))
+        return float(torch.exp(self.level_sigma_mean(level) + self.sigma_std * normal))
 
 
 def add_noise(x: Patch, noise: Patch, sigma: PerSample, input_scale: PerSample) -> Patch:
@@ -91,15 +138,48 @@ def denoised(x_noisy: Patch, output: Patch, sigma: PerSample, input_scale: PerSa
     return _wide(skip) * x_noisy + _wide(out) * output
 
 
-def loss_weight(sigma: PerSample, input_scale: PerSample) -> PerSample:
-    """Weight of the squared error of the network's output,
-    `(sigma^2 + 1)^2 / (sigma^2 + 1 / s)^2` (Snap Video, Appendix D)."""
-    return ((sigma**2 + 1) / (sigma**2 + 1 / input_scale)) ** 2
+def loss_weight(
+    sigma: PerSample,
+    input_scale: PerSample,
+    pixel_ratio: PerSample | float = 1.0,
+    *,
+    weighting: Weighting = "edm",
+    bias: float = 0.0,
+) -> PerSample:
+    """Weight of the squared error of the network's output; EDM's is
+    `(sigma^2 + 1)^2 / (sigma^2 + 1 / s)^2` (Snap Video, Appendix D).
+
+    On the denoised patch that is `1 + SNR` with `SNR = 1 / (r * sigma)^2`, where `pixel_ratio` r is
+    1. Instead, min-SNR's is `min(SNR, 5)` (arXiv 2303.09556), and the sigmoid's
+    `SNR * sigmoid(bias - ln SNR)` (Simpler Diffusion, arXiv 2410.19324).
+    """
+    if weighting == "edm":
+        relative = (sigma**2 + pixel_ratio**-2) / (sigma**2 + 1)
+    else:
+        snr = (pixel_ratio * sigma) ** -2
+        most = snr.clamp(max=MOST_SNR)
+        on_patch = most if weighting == "min_snr" else snr * torch.sigmoid(bias - snr.log())
+        relative = on_patch * sigma**2 / (sigma**2 + 1)
+    return ((sigma**2 + 1) / (sigma**2 + 1 / input_scale)) ** 2 * relative
 
 
-def draw_sigma(unit_normal: PerSample, config: DiffusionConfig) -> PerSample:
-    """Training noise levels, `ln sigma ~ N(sigma_mean, sigma_std^2)`, from unit normal draws."""
-    return torch.exp(config.sigma_mean + config.sigma_std * unit_normal)
+def draw_sigma(
+    unit_normal: Float[Tensor, "*batch levels"], config: DiffusionConfig
+) -> Float[Tensor, "*batch levels"]:
+    """Training noise levels of levels 0 and on, `ln sigma ~ N(mean, sigma_std^2)` with each level's
+    own mean, from unit normal draws."""
+    means = [config.level_sigma_mean(level) for level in range(unit_normal.shape[-1])]
+    return torch.exp(unit_normal.new_tensor(means) + config.sigma_std * unit_normal)
+
+
+def lowered(
+    unit_normal: Float[Tensor, "batch levels"], taught: Float[Tensor, " batch"], quantile: float
+) -> Float[Tensor, "batch levels"]:
+    """Draws of the levels below each sample's `taught` one squeezed into the distribution's lowest
+    part: a draw's share of the normal distribution becomes `quantile` times what it was."""
+    levels = torch.arange(unit_normal.shape[1], device=unit_normal.device)
+    low = torch.special.ndtri(quantile * torch.special.ndtr(unit_normal.double()))
+    return torch.where(levels < taught[:, None], low.to(unit_normal.dtype), unit_normal)
 
 
 def _wide(values: PerSample) -> Float[Tensor, "batch 1 1 1 1"]:

@@ -49,8 +49,9 @@ def fixed_noise(
 
 
 def sigma_at(
-    quantile: Float[Tensor, " quantiles"], diffusion: DiffusionConfig
-) -> Float[Tensor, " quantiles"]:
-    """Noise levels at quantiles of the training distribution, short of its endless tails."""
+    quantile: Float[Tensor, "*batch levels"], diffusion: DiffusionConfig
+) -> Float[Tensor, "*batch levels"]:
+    """Noise levels of levels 0 and on at quantiles of the training distribution, short of its
+    endless tails."""
     normal = torch.special.ndtri(quantile.double().clamp(1e-4, 1 - 1e-4))
     return draw_sigma(normal.float(), diffusion)

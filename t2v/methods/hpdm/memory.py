@@ -7,13 +7,14 @@ from math import prod
 import torch
 
 from data_pipeline.errors import ConfigError
-from t2v.methods.hpdm.network import HPDM
+from t2v.methods.hpdm.network import HPDM, PIXELS
 from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.store import Where
 from t2v.methods.hpdm.tiling import Slab, Tiling
 from t2v.methods.method import Room
 
 CANVASES = 4  # of the level at hand: noisy, average, stepped, and what the allocator holds
+KEPT_CANVASES = {"euler": 0, "heun": 0, "dpm++": 2, "unipc": 4}  # of the steps before
 FP32 = 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,7 +74,8 @@ def plan_memory(
     batches: list[int] = []
     free = Free([], host_bytes)
     for level in levels:
-        spare = device_bytes - CANVASES * clips * canvas_bytes(model, level)
+        canvases = CANVASES + KEPT_CANVASES[sampling.level_solver(level)]
+        spare = device_bytes - canvases * clips * canvas_bytes(model, level)
         branches = len(sampling.branches(level))
         row = row_bytes(model, level)
         if spare < 2 * branches * row:
@@ -159,7 +161,10 @@ def volume_bytes(model: HPDM, coarse: int, level: int, itemsize: int) -> int:
         if coarse == level or level in model.config.fused_levels(block)
     ]
     tokens = prod(model.grid.level_shape(coarse))
-    return len(blocks) * tokens * model.config.feature_dim * itemsize
+    values = len(blocks) * tokens * model.config.feature_dim
+    if model.config.coarse_pixels and level <= coarse + 1:
+        values += 3 * prod(model.pyramid.size(coarse))
+    return values * itemsize
 
 
 def row_bytes(model: HPDM, level: int) -> int:
@@ -169,9 +174,11 @@ def row_bytes(model: HPDM, level: int) -> int:
     latents = 18 * config.num_latents * config.latent_dim
     inputs = len(config.context_blocks(level)) * tokens * config.feature_dim
     corner = torch.zeros(1, 3, dtype=torch.long)
-    boxes = config.feature_dim * sum(
-        prod(model.grid.support(level, corner, coarser)[1])
-        for _, coarser in config.context_features(level)
+    boxes = sum(
+        3 * prod(model.pixel_grid.support(level, corner, coarser)[1])
+        if block == PIXELS
+        else config.feature_dim * prod(model.grid.support(level, corner, coarser)[1])
+        for block, coarser in config.context_features(level)
     )
     # Boxes are there three times: in use, fetched for the next batch, and on their way.
     return FP32 * (activations + latents + inputs + 3 * boxes)

@@ -33,7 +33,9 @@ class HPDMMethod(Method):
 
     Config = HPDMConfig
     title = "Hierarchical Patch Diffusion Model"
-    new_parameters = re.compile(r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding")
+    new_parameters = re.compile(
+        r"blocks\.\d+\.fusion\..+|conditioning\.level_embedding|coarse_tokenizer\..+"
+    )
     position_tables = re.compile(r"positions\.(frames|height|width)")
     bin_axis = "sigma"
 
@@ -75,43 +77,35 @@ class HPDMMethod(Method):
         numbers = batch.numbers.tolist()
         places = noise_bins(numbers, turns, bins=bins, levels=len(self.parts), seed=seed)
         drawn = fixed_noise(self.config, numbers, turns, places, bins=bins, seed=seed)
-        noise, sigma, chance = (values.to(device) for values in drawn)
-        return weighted_errors(network, batch, self.config, noise, sigma, chance), places
+        on_device = (values.to(device) for values in drawn)
+        return weighted_errors(network, batch, self.config, *on_device), places
 
     def bin_edges(self, bins: int) -> list[float]:
-        return sigma_at(torch.linspace(0, 1, bins + 1), self.config.diffusion).tolist()[1:-1]
+        """Of level 0; a finer level's lie as much lower as its noise follows the input scale."""
+        quantiles = torch.linspace(0, 1, bins + 1)[:, None]
+        return sigma_at(quantiles, self.config.diffusion)[1:-1, 0].tolist()
 
     def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
         return first_difference(self.config, base, resized=resized)
 
     def kind_of(self, parameter: str) -> str:
-        top, _, rest = parameter.partition(".")
-        if top != "blocks":
-            kinds = {"conditioning", "self_conditioning", "latents"}
-            return top if top in kinds else "tokenizer"
-        if ".fusion." in parameter:
-            return "fusion"
-        if ".modulation." in parameter:
-            return "modulation"
-        return "latent layers" if ".layers." in rest else "read and write"
+        return kind_of(parameter)
 
     def facts(self) -> dict[str, Any]:
-        patch, token = self.config.pyramid.patch_size, self.config.model.token_size
-        calls = network_calls(self.config.sampling, self.config.pyramid)
-        told = {"tokens per patch": prod(patch) // prod(token)}
-        return told | {"network calls per sampled clip": calls}
+        pyramid, patch = self.config.pyramid, self.config.pyramid.patch_size
+        calls = network_calls(self.config.sampling, pyramid)
+        tokens = prod(patch) // prod(self.config.model.token_size)
+        return {"tokens per patch": tokens, "network calls per sampled clip": calls}
 
     @property
     def outputs(self) -> list[Output]:
-        pyramid, sampling = self.config.pyramid, self.config.sampling
-        return [
-            Output(
-                pyramid.size(level),
-                pyramid.stride(level)[0],
-                tile_borders(level_tilings(sampling, pyramid, level)),
-            )
-            for level in range(pyramid.levels)
-        ]
+        return outputs_of(self.config)
+
+    def problem_with_given(self, frames: int) -> str | None:
+        return problem_with_coarse(self.outputs[:-1], frames)
+
+    def given_sizes(self, frames: int) -> list[tuple[int, int]]:
+        return [output.size[1:] for output in self.outputs[:-1] if output.size[0] == frames]
 
     def clips_at_once(self, network: HPDM, most: int, room: Room, team: Team) -> int:
         return clips_that_fit(network, self.config.sampling, most, room, team_size=team.size)
@@ -147,7 +141,45 @@ class HPDMMethod(Method):
                 store=store,
                 team=team,
                 progress=progress,
+                given=given,
             )
+
+
+def kind_of(parameter: str) -> str:
+    """What a parameter is for."""
+    top, _, rest = parameter.partition(".")
+    if top != "blocks":
+        kinds = {"conditioning", "self_conditioning", "latents"}
+        return top if top in kinds else "tokenizer"
+    if ".fusion." in parameter:
+        return "fusion"
+    if ".modulation." in parameter:
+        return "modulation"
+    return "latent layers" if ".layers." in rest else "read and write"
+
+
+def outputs_of(config: HPDMConfig) -> list[Output]:
+    """The clips of all levels."""
+    pyramid, sampling = config.pyramid, config.sampling
+    return [
+        Output(
+            pyramid.size(level),
+            pyramid.stride(level)[0],
+            tile_borders(level_tilings(sampling, pyramid, level)),
+        )
+        for level in range(pyramid.levels)
+    ]
+
+
+def problem_with_coarse(coarser: list[Output], frames: int) -> str | None:
+    """Why as many frames are no clip of a coarser level, and what to do."""
+    fits = sorted({output.size[0] for output in coarser})
+    if frames in fits:
+        return None
+    if not fits:
+        return "the checkpoint has one level, so that nothing is finer; leave it out"
+    known = " or ".join(map(str, fits))
+    return f"clips of coarser levels, to be refined, have {known} frames; give as many"
 
 
 def first_difference(

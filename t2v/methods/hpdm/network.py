@@ -10,6 +10,7 @@ from math import prod
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ Patches = Float[Tensor, "batch levels channels frames height width"]
 Tokens = Float[Tensor, "batch levels tokens token_dim"]
 Latents = Float[Tensor, "batch levels latents latent_dim"]
 CHANNELS = 3
+PIXELS = -1  # where features of blocks are kept: the pixels themselves
 LARGEST_WIDTH = 65536  # far more than any GPU holds; more digits are a slip
 
 
@@ -57,6 +59,10 @@ class ModelConfig(Strict):
     coordinates: bool = Field(
         default=True, description="give each fused token its place in the clip"
     )
+    coarse_pixels: bool = Field(
+        default=False,
+        description="give a finer level's tokenizer the pixels of the level before, interpolated",
+    )
 
     @property
     def token_pixels(self) -> int:
@@ -81,7 +87,8 @@ class ModelConfig(Strict):
 
     def context_features(self, level: int) -> list[tuple[int, int]]:
         """(block, coarser level) of all features that a level takes context from."""
-        return [
+        pixels = [(PIXELS, level - 1)] if self.coarse_pixels and level > 0 else []
+        return pixels + [
             (block, coarser)
             for block in range(len(self.levels_per_block))
             if level in self.fused_levels(block)
@@ -186,7 +193,11 @@ class HPDM(Network):
         self.config = config
         self.pyramid = pyramid
         self.grid = TokenGrid(pyramid, config.token_size)
+        self.pixel_grid = TokenGrid(pyramid, (1, 1, 1))
         self.tokenizer = nn.Linear(config.token_pixels, config.token_dim)
+        self.coarse_tokenizer = None
+        if config.coarse_pixels and pyramid.levels > 1:
+            self.coarse_tokenizer = nn.Linear(config.token_pixels, config.token_dim)
         self.tokenizer_norm = nn.LayerNorm(config.token_dim, eps=NORM_EPS)
         self.positions = AxialPositions(self.grid.shape, config.token_dim)
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.latent_dim))
@@ -215,6 +226,8 @@ class HPDM(Network):
             if module is not self and callable(own):
                 own(generator)
         nn.init.zeros_(self.detokenizer.weight)
+        if self.coarse_tokenizer is not None:
+            nn.init.zeros_(self.coarse_tokenizer.weight)
 
     def forward(
         self,
@@ -236,7 +249,14 @@ class HPDM(Network):
         """
         levels = list(range(self.pyramid.levels)) if level is None else [level]
         pixels = self.grid.cut(x)
-        tokens = self.tokenizer_norm(self.tokenizer(pixels)) + self.positions()
+        tokens = self.tokenizer(pixels)
+        if self.coarse_tokenizer is not None and levels[-1] > 0:
+            seen = self.coarse_tokenizer(
+                self.grid.cut(self._coarse(x, levels, offsets, kept or {}))
+            )
+            alone = len(levels) - seen.shape[1]
+            tokens = torch.cat([tokens[:, :alone], tokens[:, alone:] + seen], dim=1)
+        tokens = self.tokenizer_norm(tokens) + self.positions()
         latents = self.latents.expand(len(x), len(levels), -1, -1)
         if self.self_conditioning is not None:
             latents = self.self_conditioning(latents, previous_latents)
@@ -266,3 +286,18 @@ class HPDM(Network):
             latents = torch.cat([new_latents, latents[:, active:]], dim=1)
         output = self.detokenizer(self.head_norm(tokens)).float()
         return self.grid.join(output), latents
+
+    def _coarse(
+        self,
+        x: Patches,
+        levels: list[int],
+        offsets: Int[Tensor, "batch levels 3"],
+        kept: Mapping[tuple[int, int], Volume],
+    ) -> Patches:
+        """For each of the levels but level 0: the pixels of the level before, at its window."""
+        fine = [level for level in levels if level > 0]
+        looks = {level: range(max(level - 1, 0), level) for level in levels}
+        context = Context(self.pixel_grid, looks, offsets, kept)
+        seen, _ = context(PIXELS, fine, rearrange(x, "b l c t h w -> b l (t h w) c"))
+        (t, h, w) = self.pixel_grid.shape
+        return rearrange(seen, "b l (t h w) c -> b l c t h w", t=t, h=h, w=w)

@@ -14,6 +14,7 @@ from t2v.methods.hpdm.diffusion import (
     c_nrm,
     draw_sigma,
     loss_weight,
+    lowered,
     v_target,
 )
 from t2v.methods.hpdm.network import CHANNELS
@@ -50,10 +51,13 @@ def weighted_errors(
     a sample's pass see the latents of an earlier one."""
     device = noise.device
     x = to_patches(batch.patches.to(device))
-    input_scale = torch.empty_like(sigma)
-    for level in range(config.pyramid.levels):
-        input_scale[:, level].fill_(config.diffusion.level_input_scale(level))
-    input_scale = input_scale.flatten()
+    diffusion, levels = config.diffusion, range(config.pyramid.levels)
+    input_scale, pixel_ratio = torch.empty_like(sigma), torch.empty_like(sigma)
+    for level in levels:
+        input_scale[:, level].fill_(diffusion.level_input_scale(level))
+        follows = level * diffusion.weight_follows_scale
+        pixel_ratio[:, level].fill_(diffusion.input_scale_growth**follows)
+    input_scale, pixel_ratio = input_scale.flatten(), pixel_ratio.flatten()
     flat_x, flat_noise, flat_sigma = x.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()
 
     x_noisy = add_noise(flat_x, flat_noise, flat_sigma, input_scale)
@@ -71,7 +75,14 @@ def weighted_errors(
     output, _ = model(scaled, told, offsets, condition, previous)
 
     error = (output.flatten(0, 1) - target).square().mean(dim=(1, 2, 3, 4))
-    return (loss_weight(flat_sigma, input_scale) * error).unflatten(0, sigma.shape)
+    weight = loss_weight(
+        flat_sigma,
+        input_scale,
+        pixel_ratio,
+        weighting=diffusion.weighting,
+        bias=diffusion.sigmoid_bias,
+    )
+    return (weight * error).unflatten(0, sigma.shape)
 
 
 def to_patches(pixels: Int[Tensor, "batch levels frames height width channels"]) -> Patches:
@@ -88,16 +99,24 @@ def draw_noise(
     device: torch.device,
 ) -> tuple[Patches, Float[Tensor, "batch levels"], Float[Tensor, " batch"]]:
     """(noise, sigma, 1 or 0 for self-conditioning) of each sample, from (seed, sample number)."""
+    diffusion, levels = config.diffusion, shape[0]
     generator = torch.Generator(device)
     noise = torch.empty(len(numbers), *shape, device=device)
-    normal = torch.empty(len(numbers), shape[0], device=device)
+    normal = torch.empty(len(numbers), levels, device=device)
     chance = torch.empty(len(numbers), device=device)
+    taught = torch.empty(len(numbers), device=device)
     for row, number in enumerate(numbers.tolist()):
         generator.manual_seed(mix(seed, number))
         noise[row].normal_(generator=generator)
         normal[row].normal_(generator=generator)
         chance[row].uniform_(generator=generator)
-    sigma = draw_sigma(normal.flatten(), config.diffusion).view_as(normal)
+        taught[row].uniform_(generator=generator)
+    if diffusion.coarse_noise == "low" and levels > 1:
+        # Of those that teach a finer level above clean coarser ones, each finer level as often.
+        taught = taught / max(diffusion.coarse_noise_share, 1e-9)
+        finer = 1 + (taught * (levels - 1)).floor()
+        normal = lowered(normal, finer * (taught < 1), diffusion.coarse_noise_quantile)
+    sigma = draw_sigma(normal, diffusion)
     return noise, sigma, (chance < config.model.self_conditioning_rate).float()
 
 

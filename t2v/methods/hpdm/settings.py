@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.pyramid import AXES, Pyramid
+from data_pipeline.strict import Strict
+from t2v.methods.hpdm.diffusion import DiffusionConfig
+from t2v.methods.hpdm.solver import MULTISTEP, SolverName
 from t2v.methods.hpdm.tiling import OVERLAPS, Blending, Tiling, tile_level
 from t2v.methods.method import SamplingConfig
 
@@ -19,6 +22,34 @@ def _known_axes(value: str | list[str]) -> str | list[str]:
                 "''; name axes by f, h, w in this order"
             )
     return value
+
+
+Interval = Annotated[
+    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
+]
+
+
+class ContextReading(Strict):
+    """At which noise level a finished level is read for the finer ones: at `sigma`, at a `quantile`
+    of the level's training noise, or, without either, at the last noise level of sampling."""
+
+    sigma: float | None = Field(default=None, gt=0)
+    quantile: float | None = Field(default=None, gt=0, lt=1)
+    noised: bool = Field(default=False, description="add the noise, or only tell of it")
+
+    @model_validator(mode="after")
+    def _refuse_two_noise_levels(self) -> "ContextReading":
+        if self.sigma is not None and self.quantile is not None:
+            raise ValueError(
+                f"sigma: {self.sigma} is wrong beside a quantile; leave one of the two out"
+            )
+        return self
+
+    def level_sigma(self, diffusion: DiffusionConfig, level: int) -> float:
+        """The noise level at which a level is read."""
+        if self.quantile is not None:
+            return diffusion.sigma_at(self.quantile, level)
+        return self.sigma or diffusion.level_range(level)[0]
 
 
 class HPDMSamplingConfig(SamplingConfig):
@@ -40,7 +71,18 @@ class HPDMSamplingConfig(SamplingConfig):
     blending: Blending = Field(
         default="uniform", description="weights of overlapping tiles; tapered: less at their ends"
     )
-    second_order: bool = Field(default=True, description="Heun steps at level 0 (EDM, Algorithm 1)")
+    guidance_interval: Interval | list[Interval] | None = Field(
+        default=None, description="(lowest, highest) sigma with guidance; one, or one per level"
+    )
+    solver: SolverName | list[SolverName] = Field(
+        default=["heun", "euler"],
+        min_length=1,
+        description="of each level; the last holds for the finer ones",
+    )
+    context: ContextReading = ContextReading()
+    coarse_projection: bool = Field(
+        default=False, description="make finer clips shrink to the coarser one at every step"
+    )
     churn: float = Field(
         default=0.0, ge=0, description="EDM's S_churn at level 0; 0: deterministic"
     )
@@ -50,6 +92,15 @@ class HPDMSamplingConfig(SamplingConfig):
     keep: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of features and latents kept between passes"
     )
+
+    @model_validator(mode="after")
+    def _refuse_churn_between_steps(self) -> "HPDMSamplingConfig":
+        if self.churn and (solver := self.level_solver(0)) in MULTISTEP:
+            raise ValueError(
+                f"churn: {self.churn:g} is wrong because solver '{solver}' goes on from the step "
+                "before; use 0, or solver heun"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_axes_that_overlap_and_shift(self) -> "HPDMSamplingConfig":
@@ -70,6 +121,19 @@ class HPDMSamplingConfig(SamplingConfig):
         scale = self.guidance_scale
         return scale[level] if isinstance(scale, list) else scale
 
+    def level_solver(self, level: int) -> SolverName:
+        """Solver of a level."""
+        if isinstance(self.solver, str):
+            return self.solver
+        return self.solver[min(level, len(self.solver) - 1)]
+
+    def guides_at(self, level: int, sigma: float) -> bool:
+        """Whether a level is guided at a noise level."""
+        interval = self.guidance_interval
+        if isinstance(interval, list):
+            interval = interval[level]
+        return interval is None or interval[0] <= sigma <= interval[1]
+
     def branches(self, level: int) -> tuple[Branch, ...]:
         """The conditions under which a level's tiles are denoised."""
         return ("prompt",) if self.level_guidance(level) == 1 else ("prompt", "null")
@@ -81,7 +145,7 @@ class HPDMSamplingConfig(SamplingConfig):
 
     def problem_with(self, pyramid: Pyramid, token_size: tuple[int, int, int]) -> str | None:
         """Why these settings do not suit a pyramid, beginning with the field's name."""
-        for name in ("steps", "overlap", "guidance_scale"):
+        for name in ("steps", "overlap", "guidance_scale", "guidance_interval"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != pyramid.levels:
                 return (
@@ -120,6 +184,6 @@ def network_calls(sampling: HPDMSamplingConfig, pyramid: Pyramid) -> list[int]:
     for level, steps in enumerate(sampling.steps):
         tilings = level_tilings(sampling, pyramid, level)
         counts = [len(tilings[step % len(tilings)]) for step in range(steps)]
-        second_order = level == 0 and sampling.second_order
-        calls.append(sum(counts) + (sum(counts[:-1]) if second_order else 0))
+        twice = sampling.level_solver(level) == "heun"
+        calls.append(sum(counts) + (sum(counts[:-1]) if twice else 0))
     return calls

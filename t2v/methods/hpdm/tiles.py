@@ -11,13 +11,14 @@ from torch import Tensor
 
 from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, denoised
 from t2v.methods.hpdm.memory import LevelRoom
-from t2v.methods.hpdm.network import HPDM, Latents
+from t2v.methods.hpdm.network import HPDM, PIXELS, Latents
+from t2v.methods.hpdm.settings import HPDMSamplingConfig
+from t2v.methods.hpdm.solver import Canvas
 from t2v.methods.hpdm.store import Box, Fetched, Kept, Store
 from t2v.methods.hpdm.tiling import Slab, Tiling, cut_tile
 from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
 
-Canvas = Float[Tensor, "clips channels frames height width"]
 TileBatch = Float[Tensor, "rows channels tile_frames tile_height tile_width"]
 # (block, coarser level) -> features of the whole level, by (branch and clip, frame, row, column).
 FeatureVolumes = dict[tuple[int, int], Kept]
@@ -34,6 +35,11 @@ class Batch:
     clips: list[int]
     tiles: list[int]
     rows: list[int]
+
+    @property
+    def unguided(self) -> "Batch":
+        """The same tiles under the first branch alone."""
+        return replace(self, rows=self.rows[: len(self.tiles)])
 
 
 class LevelNetwork:
@@ -60,7 +66,6 @@ class LevelNetwork:
         self.clips, self.branches = len(branches[0].fps), len(branches)
         self.condition = joined(branches)
         self.volumes = {key: volumes[key] for key in model.config.context_features(level)}
-        self.sigma_min = diffusion.sigma_min
         self.input_scale = diffusion.level_input_scale(level)
         self.device = branches[0].fps.device
         self.rows_at_once = max(1, room.tile_batch // self.branches)
@@ -78,12 +83,16 @@ class LevelNetwork:
     def features(self, batch: Batch, tiling: Tiling) -> Fetched:
         """The boxes of kept features that tiles look at."""
         boxes = {}
-        for coarser in self.model.config.context_levels(self.level):
-            low, shape = self.model.grid.support(self.level, tiling.offsets[batch.tiles], coarser)
-            corners = zip(batch.rows, low.tolist() * self.branches, strict=True)
-            boxes[coarser] = [box(row, corner, shape) for row, corner in corners]
+        for block, coarser in self.volumes:
+            if (block == PIXELS, coarser) in boxes:
+                continue
+            grid = self.model.pixel_grid if block == PIXELS else self.model.grid
+            low, shape = grid.support(self.level, tiling.offsets[batch.tiles], coarser)
+            corners = zip(batch.rows, low.tolist() * self.branches, strict=False)
+            places = [box(row, corner, shape) for row, corner in corners]
+            boxes[block == PIXELS, coarser] = places
         return {
-            (block, coarser): kept.read(boxes[coarser])[:, 0]
+            (block, coarser): kept.read(boxes[block == PIXELS, coarser])[:, 0]
             for (block, coarser), kept in self.volumes.items()
         }
 
@@ -97,13 +106,14 @@ class LevelNetwork:
         watch: Callable[[int, Tensor], None] = lambda block, features: None,
     ) -> tuple[Float[Tensor, "branches rows channels frames height width"], Latents]:
         """Denoised tiles and last latents, given features and perhaps earlier latents."""
-        x_noisy = x_noisy.repeat(self.branches, 1, 1, 1, 1)
+        branches = len(batch.rows) // len(batch.tiles)
+        x_noisy = x_noisy.repeat(branches, 1, 1, 1, 1)
         sigmas = torch.full((len(x_noisy),), sigma, device=self.device)
         scales = torch.full_like(sigmas, self.input_scale)
         output, latents = self.model(
             (c_in(sigmas, scales)[:, None, None, None, None] * x_noisy)[:, None],
             c_noise(sigmas)[:, None],
-            tiling.offsets[batch.tiles].repeat(self.branches, 1).to(self.device)[:, None],
+            tiling.offsets[batch.tiles].repeat(branches, 1).to(self.device)[:, None],
             self.condition.rows(torch.tensor(batch.rows, device=self.device)),
             given.get("latents"),
             level=self.level,
@@ -111,7 +121,7 @@ class LevelNetwork:
             watch=watch,
         )
         answers = denoised(x_noisy, output[:, 0], sigmas, scales)
-        return answers.unflatten(0, (self.branches, -1)), latents
+        return answers.unflatten(0, (branches, -1)), latents
 
     def shared(
         self,
@@ -143,7 +153,8 @@ class LevelNetwork:
 class TiledDenoiser:
     """The denoised clips of one slab of a level: the guided answers on overlapping tiles, averaged.
 
-    Tiles see their latents of the step before.
+    Tiles see their latents of the step before. Given `coarse` clips, the average is moved to the
+    nearest clips that shrink to these.
     """
 
     def __init__(
@@ -152,12 +163,16 @@ class TiledDenoiser:
         tiling: Tiling,
         slab: Slab,
         *,
-        guidance_scale: float,
+        sampling: HPDMSamplingConfig,
+        coarse: Canvas | None = None,
         progress: Callable[[int], None] = lambda tiles: None,
     ) -> None:
         self.network, self.tiling, self.slab = network, tiling, slab
-        self.guidance_scale, self.progress = guidance_scale, progress
+        self.sampling, self.progress = sampling, progress
+        self.guidance_scale = sampling.level_guidance(network.level)
         self.input_scale = network.input_scale
+        growth = network.model.pyramid.growth
+        self.coarse = None if coarse is None else slab.shrunk(growth).of(coarse)
         self.batches = network.batches(tiling.inside(slab))
         self.latents = None
         self.kept_rows = network.rows_at_once * network.branches
@@ -170,14 +185,20 @@ class TiledDenoiser:
     def __call__(self, x_noisy: Canvas, sigma: float) -> Canvas:
         """The clean clips, in [-1, 1], that the noisy ones stand for (MultiDiffusion average)."""
         average, patch = torch.zeros_like(x_noisy), self.tiling.patch
+        batches = self.batches
+        if not self.sampling.guides_at(self.network.level, sigma):
+            batches = [batch.unguided for batch in batches]
         compute = partial(self._denoise, x_noisy, sigma)
         shape = x_noisy.shape[1], *patch
-        for batch, _, tiles in self.network.shared(self.batches, self._given, compute, shape):
+        for batch, _, tiles in self.network.shared(batches, self._given, compute, shape):
             for clip, number, tile in zip(batch.clips, batch.tiles, tiles, strict=True):
                 place = cut_tile(average[clip], self.tiling.corner(number, self.slab), patch)
                 place.addcmul_(tile, self.tiling.share(number).to(tile.device))
             self.progress(len(batch.tiles))
-        return average.clamp_(-1, 1)
+        average.clamp_(-1, 1)
+        if self.coarse is not None:
+            project(average, self.coarse, self.network.model.pyramid.growth)
+        return average
 
     def _given(self, batch: Batch) -> Fetched:
         given = self.network.features(batch, self.tiling)
@@ -203,9 +224,32 @@ class TiledDenoiser:
         return (slice(first, first + len(batch.rows)),)
 
 
-def read_level(network: LevelNetwork, tiling: Tiling, x: Canvas) -> FeatureVolumes:
-    """Inputs of the blocks that finer levels look at, over the whole of a finished level, at the
-    smallest noise level; tiles that overlap are averaged."""
+def project(fine: Canvas, coarse: Canvas, growth: tuple[int, int, int]) -> None:
+    """Move clips, in place, to the nearest ones that shrink to the coarse ones: what a block of
+    pixels lacks is added to each (the null-space projection of DDNM, arXiv 2212.00490). Frames
+    that shrinking leaves out stay as they are."""
+    lacking = coarse - shrink(fine, growth)
+    blocks(fine, growth).add_(lacking[:, :, :, :, None, :, None])
+
+
+def shrink(fine: Canvas, growth: tuple[int, int, int]) -> Canvas:
+    """Clips as the level before sees them: frames by stride, pixels by area average."""
+    return blocks(fine, growth).mean(dim=(4, 6))
+
+
+def blocks(
+    fine: Canvas, growth: tuple[int, int, int]
+) -> Float[Tensor, "clips channels frames height by_height width by_width"]:
+    """Pixels by the pixel of the level before that shows them; memory is shared."""
+    by_t, by_h, by_w = growth
+    return fine[:, :, ::by_t].unflatten(4, (-1, by_w)).unflatten(3, (-1, by_h))
+
+
+def read_level(
+    network: LevelNetwork, tiling: Tiling, x_noisy: Canvas, sigma: float
+) -> FeatureVolumes:
+    """Inputs of the blocks that finer levels look at, over the whole of a finished level, at a
+    noise level; tiles that overlap are averaged."""
     model, level = network.model, network.level
     config, grid = model.config, model.grid
     blocks, token_size = config.context_blocks(level), config.token_size
@@ -214,7 +258,16 @@ def read_level(network: LevelNetwork, tiling: Tiling, x: Canvas) -> FeatureVolum
         (block, level): network.store.keep(shape, network.room.dtype, network.room.volumes)
         for block in blocks
     }
-    x_noisy, whole = x / network.input_scale, Slab(0, 0, tiling.size[0])
+    whole = Slab(0, 0, tiling.size[0])
+    if config.coarse_pixels:
+        scales = x_noisy.new_full((1,), network.input_scale)
+        seen = c_in(torch.full_like(scales, sigma), scales) * x_noisy
+        shape = network.branches * network.clips, *tiling.size, x_noisy.shape[1]
+        pixels = network.store.keep(shape, network.room.dtype, network.room.volumes)
+        for branch in range(network.branches):
+            rows = slice(branch * network.clips, (branch + 1) * network.clips)
+            pixels.write((rows,), seen.movedim(1, 4))
+        volumes[PIXELS, level] = pixels
 
     def compute(batch: Batch, given: Fetched) -> dict[int, Tensor]:
         """The first of two passes makes the latents that the second one sees, as in training."""
@@ -227,9 +280,9 @@ def read_level(network: LevelNetwork, tiling: Tiling, x: Canvas) -> FeatureVolum
 
         tiles = cut_tiles(x_noisy, batch, tiling, whole)
         if model.self_conditioning is not None:
-            latents = network(tiles, batch, tiling, network.sigma_min, given)[1]
+            latents = network(tiles, batch, tiling, sigma, given)[1]
             given = given | {"latents": latents}
-        network(tiles, batch, tiling, network.sigma_min, given, watch)
+        network(tiles, batch, tiling, sigma, given, watch)
         return inputs
 
     answers = network.shared(

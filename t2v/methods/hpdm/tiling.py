@@ -31,6 +31,10 @@ class Slab:
         """The canvas inside the slab; memory is shared."""
         return canvas.narrow(self.axis + 2, self.low, self.high - self.low)
 
+    def shrunk(self, growth: Size3) -> "Slab":
+        """The same part of the level before."""
+        return Slab(self.axis, self.low // growth[self.axis], self.high // growth[self.axis])
+
 
 @dataclass(frozen=True)
 class Tiling:
