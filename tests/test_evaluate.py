@@ -67,13 +67,19 @@ def test_shipped_protocols_are_whole_and_fit_their_recipes():
 
 def test_distance_between_halves_is_near_zero_and_rises_with_noise(home, tmp_path):
     """Of a stand-in network with random weights: no distance that could be published."""
-    protocol = write_rules(tmp_path / "p.yaml", rules(home))
-    values = []
+    content = rules(home)
+    content["views"][0] |= {"metrics": ["fvd", "mmd"]}
+    protocol = write_rules(tmp_path / "p.yaml", content)
+    values, kernel_distances = [], []
     for noise in (0.0, 12.0, 24.0, 48.0):
         folder = write_samples(tmp_path / f"noise{noise}", range(500, 500 + CLIPS), noise)
         assert run_evaluate(folder, protocol, tmp_path / f"out{noise}") == 0
-        values.append(result_of(tmp_path / f"out{noise}")["views"]["whole"]["fvd"]["value"])
+        found = result_of(tmp_path / f"out{noise}")["views"]["whole"]
+        values.append(found["fvd"]["value"])
+        kernel_distances.append(found["mmd"]["value"])
     assert values == sorted(values)
+    assert kernel_distances[1:] == sorted(kernel_distances[1:])
+    assert abs(kernel_distances[0]) < 0.05 * kernel_distances[-1]
     # Two halves of one set differ by less than a twentieth of what noise makes of them.
     assert values[0] < 0.05 * values[-1]
     known = write_samples(tmp_path / "same", range(CLIPS))

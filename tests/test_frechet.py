@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from t2v.evaluation.scores import (
+    KernelDistance,
     Moments,
     frechet_distance,
     inception_score,
@@ -171,3 +172,33 @@ def test_distance_between_halves_is_small_and_grows_with_every_shift():
     shifted = [frechet_distance(known, moments(halves[1] + by)) for by in (0, 0.1, 0.2, 0.4, 0.8)]
     assert shifted[0] < 0.05  # 8 dimensions, 2000 clips
     assert shifted == sorted(shifted)
+
+
+def test_kernel_distance_is_the_mean_over_pairs_of_different_clips():
+    rng = np.random.default_rng(11)
+    real, made = rng.normal(size=(7, 3)), rng.normal(0.5, 2.0, size=(5, 3))
+
+    def mean(a: np.ndarray, b: np.ndarray, skip: bool) -> float:
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (skip and i == j)]
+        return float(np.mean([(a[i] @ b[j] / 3 + 1) ** 2 for i, j in pairs]))
+
+    def plain(made: np.ndarray) -> float:
+        return mean(real, real, True) + mean(made, made, True) - 2 * mean(real, made, False)
+
+    distance = KernelDistance(real, made)
+    assert distance() == pytest.approx(plain(made), rel=1e-12)
+    counts = np.array([1, 0, 1, 1, 0])
+    assert distance(counts) == pytest.approx(plain(made[counts == 1]), rel=1e-12)
+
+
+def test_kernel_distance_has_no_bias_where_the_frechet_distance_has():
+    """Few clips of one distribution: 0 on average, against a Fréchet distance far above it."""
+    rng = np.random.default_rng(12)
+    sets = [rng.normal(size=(2, 30, 8)) for _ in range(200)]
+    found = np.array([KernelDistance(*pair)() for pair in sets])
+    # Five standard errors.
+    assert abs(found.mean()) < 5 * found.std() / len(sets) ** 0.5
+    assert (found < 0).any()
+    assert min(frechet_distance(*map(moments, pair)) for pair in sets) > 0.5
+    apart = KernelDistance(sets[0][0], 1.5 * sets[0][1] + 0.5)()
+    assert apart > found.max()

@@ -15,7 +15,10 @@ def add_evaluate_verbs(verbs) -> None:
                     "torchrun --nproc-per-node 8 -m t2v.cli evaluate runs/ucf101_s --protocol"
                     " configs/evaluation/ucf101_2048.yaml --out scores/ucf101_s")  # fmt: skip
     verb.add_argument("target", help="a folder of samples; or a run or a step, which is sampled")
-    verb.add_argument("--protocol", required=True, help="see configs/evaluation")
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--protocol", help="see configs/evaluation")
+    what.add_argument("--export", choices=["vbench"],
+                      help="copy samples under another program's names")  # fmt: skip
     verb.add_argument("--out", required=True, help="folder for result.json, result.md, samples")
     verb.add_argument("--cache", help="where measured values are kept; by default in T2V_CACHE")
     verb.add_argument("--workers", type=int, default=default_workers(),
@@ -36,8 +39,12 @@ def add_evaluate_verbs(verbs) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     from t2v.evaluation.evaluate import Job, evaluate
     from t2v.evaluation.protocol import load_protocol
+    from t2v.evaluation.vbench import export_vbench
     from t2v.sampling.generate import Means
 
+    if options.export:
+        print(f"{options.out}: {export_vbench(Path(options.target), Path(options.out))} clips.")
+        return 0
     cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
     job = Job(
         target=Path(options.target),

@@ -27,6 +27,7 @@ from t2v.evaluation.measures import (
 from t2v.evaluation.protocol import Metric, Protocol, View, dump_protocol
 from t2v.evaluation.results import RESULT, markdown, read_result, score
 from t2v.evaluation.scores import (
+    KernelDistance,
     frechet_distance,
     inception_score,
     interval,
@@ -38,6 +39,9 @@ from t2v.sampling.generate import Means, Recipe, sample_recipe, sampling_world, 
 from t2v.sampling.source import open_source
 
 PROTOCOL, TABLE = "protocol.yaml", "result.md"
+
+# Metrics of the numbers that another one measures, too.
+SEEN_BY: dict[Metric, Metric] = {"mmd": "fvd"}
 
 Measures = dict[str, dict[str, Measure]]  # by view and metric
 
@@ -134,7 +138,7 @@ def load_measures(protocol: Protocol, generated: GeneratedClips, device: torch.d
     for view in protocol.views:
         shape = (view.frames, *view.size[1:])
         found: dict[str, Measure] = {}
-        if "fvd" in view.metrics and protocol.i3d:
+        if {"fvd", "mmd"} & set(view.metrics) and protocol.i3d:
             found["fvd"] = load_i3d(protocol.i3d, shape, device)
         if "inception_score" in view.metrics and protocol.c3d:
             found["inception_score"] = load_c3d(protocol.c3d, shape, device)
@@ -186,7 +190,12 @@ def write_result(
     for view in pinned.views:
         both = [values[name][view.name] for name in ("real", "generated")]
         views[view.name] = {
-            metric: score_metric(metric, both[0][metric], both[1][metric], pinned)
+            metric: score_metric(
+                metric,
+                both[0][SEEN_BY.get(metric, metric)],
+                both[1][SEEN_BY.get(metric, metric)],
+                pinned,
+            )
             for metric in view.metrics
         }
         for told in views[view.name].values():
@@ -281,6 +290,9 @@ def score_metric(
                 full_rank=known.is_full_rank and own.is_full_rank,
                 fewest_clips=fewest.clips,
             )
+        case "mmd":
+            distance = KernelDistance(real, generated)
+            return score(estimate(distance(), distance))
         case "inception_score":
             assert protocol.c3d is not None
             splits, seed = protocol.c3d.splits, settings.seed

@@ -12,7 +12,7 @@ from data_pipeline.strict import Size, Strict
 from t2v.recipe.reading import apply_override, parse, read_mapping
 
 FrameRule = Literal["first", "center", "random"]
-Metric = Literal["fvd", "inception_score", "text_score", "seam"]
+Metric = Literal["fvd", "mmd", "inception_score", "text_score", "seam"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PATHS = {"real": ("dataset",), "i3d": ("path",), "c3d": ("path",), "clip": ("path",)}
 
@@ -116,7 +116,7 @@ class Protocol(Strict):
         names = [view.name for view in self.views]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"views: name '{twice[0]}' is there twice; rename one")
-        needs = {"fvd": "i3d", "inception_score": "c3d", "text_score": "clip"}
+        needs = {"fvd": "i3d", "mmd": "i3d", "inception_score": "c3d", "text_score": "clip"}
         for view in self.views:
             for metric in view.metrics:
                 needed = needs.get(metric)

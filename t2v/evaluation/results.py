@@ -9,7 +9,13 @@ from data_pipeline.shards.dataset import digest_json
 from t2v.evaluation.scores import Estimate
 
 RESULT = "result.json"
-BETTER = {"fvd": "lower", "inception_score": "higher", "text_score": "higher", "seam": "near 1"}
+BETTER = {
+    "fvd": "lower",
+    "mmd": "lower",
+    "inception_score": "higher",
+    "text_score": "higher",
+    "seam": "near 1",
+}
 
 
 def score(estimate: Estimate, **facts: Any) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""Samples under the names that VBench's programs look for (arXiv 2311.17982): PROMPT-INDEX.mp4."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.store import storage
+
+LONGEST_NAME = 255  # bytes, of most file systems
+
+
+def export_vbench(samples: Path, out: Path) -> int:
+    """Copy the finest clips of a folder of samples; the clips of one prompt count up from 0, in the
+    order of the samples. Returns how many there are."""
+    summary = samples / "samples.json"
+    if not summary.is_file():
+        raise InputMissing(f"{samples}: holds no samples.json; give a folder of `t2v sample`.")
+    if not storage.is_empty(str(out)):
+        raise ConfigError(f"{out}: is not empty; give --out a new folder.")
+    records, seen, names = json.loads(summary.read_text()), Counter[str](), []
+    for record in records:
+        prompt = record.get("prompt")
+        name = f"{prompt}-{seen[prompt]}.mp4"
+        seen[prompt] += 1
+        if not isinstance(prompt, str) or "/" in prompt or len(name.encode()) > LONGEST_NAME:
+            raise ConfigError(
+                f"{summary}: prompt {str(prompt)[:80]!r} is wrong because no file can be named so; "
+                "sample prompts of VBench's lists."
+            )
+        names.append(name)
+    out.mkdir(parents=True, exist_ok=True)
+    for record, name in zip(records, names, strict=True):
+        shutil.copyfile(samples / record["file"], out / name)
+    return len(records)
