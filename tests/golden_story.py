@@ -1,4 +1,5 @@
-"""The quickstart's recipes for a few steps, by public commands, and digests of what they make."""
+"""Two small recipes at the paper's settings for a few steps, by public commands, and digests of
+what they make."""
 
 import hashlib
 import json
@@ -6,19 +7,24 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.making.toy import all_toys
+from data_pipeline.making.toy import Staging, all_toys, write_toy
 from data_pipeline.text.embed import make_tiny_encoder
 from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
 from t2v.cli import main
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = Path(__file__).parent / "golden"
 STEPS = 20
 PROMPT = "a red circle moves left"
 
 
 def tell(folder: Path) -> dict:
     """Losses of 20 steps of base and pyramid, digests of the last checkpoint and of a sample."""
-    command("data", "toy", folder / "media", "--videos=24", "--images=8")
+    write_toy(
+        folder / "media",
+        videos=24,
+        images=8,
+        staging=Staging(radius=0.25, travel=0.36, jitter=0.07),
+    )
     make_tiny_encoder(folder / "encoder", sorted({t.caption for t in all_toys()}), width=64, seed=0)
     for kind in ("videos", "images"):
         data = folder / "data" / kind
@@ -34,7 +40,7 @@ def tell(folder: Path) -> dict:
         ]  # fmt: skip
         if recipe == "quickstart_pyramid":
             overrides.append(f"warm_start.checkpoint={folder / 'quickstart_base'}")
-        command("train", CONFIGS / f"{recipe}.yaml", *overrides)
+        command("train", RECIPES / f"{recipe}.yaml", *overrides)
         lines = (folder / recipe / "metrics.jsonl").read_text().splitlines()
         losses[recipe] = [json.loads(line)["loss"] for line in lines]
     out = folder / "samples"

@@ -25,9 +25,6 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-RADIUS = 0.25  # this and the next two are shares of the height
-TRAVEL = 0.36  # over the whole clip
-JITTER = 0.07  # of the mid-clip place around the middle
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,18 @@ class Toy:
         """What a prompt says of it."""
         motion = f" moving {self.direction}" if self.direction else ""
         return f"a {self.color} {self.shape}{motion}"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How large an object is and where it goes, in shares of the clip's height."""
+
+    radius: float = 0.25
+    travel: float = 0.36  # over the whole clip
+    jitter: float = 0.07  # of the mid-clip place around the middle
+
+
+STAGING = Staging()
 
 
 def all_toys() -> list[Toy]:
@@ -75,29 +84,35 @@ def render(
     toy: Toy,
     size: tuple[int, int, int],
     center: tuple[float, float] = (0.5, 0.5),
-    radius: float = RADIUS,
+    staging: Staging = STAGING,
 ) -> Clip:
     """The object on black; `center` (y, x) in [0, 1] is where it is in mid-clip."""
     frames, height, width = size
     dy, dx = DIRECTIONS[toy.direction] if toy.direction else (0, 0)
-    time = np.linspace(-0.5, 0.5, frames)[:, None, None] * TRAVEL if frames > 1 else 0.0
+    time = np.linspace(-0.5, 0.5, frames)[:, None, None] * staging.travel if frames > 1 else 0.0
     y = (np.arange(height)[:, None] + 0.5) / height - (center[0] + dy * time)
     x = (np.arange(width) + 0.5) / height - (center[1] * width / height + dx * time)
-    y, x = np.broadcast_arrays(y / radius, x / radius)
-    pixel = 1 / (radius * height)
+    y, x = np.broadcast_arrays(y / staging.radius, x / staging.radius)
+    pixel = 1 / (staging.radius * height)
     coverage = np.clip(0.5 - shape_mask(toy.shape, y, x) / pixel, 0, 1)
     clip = coverage[..., None] * np.array(COLORS[toy.color])
     return np.round(np.broadcast_to(clip, (frames, height, width, 3))).astype(np.uint8)
 
 
-def random_center(aspect: float, rng: np.random.Generator) -> tuple[float, float]:
+def random_center(
+    aspect: float, rng: np.random.Generator, staging: Staging = STAGING
+) -> tuple[float, float]:
     """A mid-clip place near the middle, whole path in sight; `aspect` is width / height."""
-    y, x = rng.uniform(-JITTER, JITTER, size=2)
+    y, x = rng.uniform(-staging.jitter, staging.jitter, size=2)
     return 0.5 + y, 0.5 + x / aspect
 
 
 def toy_clips(
-    count: int, size: tuple[int, int, int], seed: int, moving: bool
+    count: int,
+    size: tuple[int, int, int],
+    seed: int,
+    moving: bool,
+    staging: Staging = STAGING,
 ) -> Iterator[tuple[Toy, Clip]]:
     """Random places, every kind equally often."""
     rng = np.random.default_rng(seed)
@@ -106,7 +121,8 @@ def toy_clips(
         toy = toys[number % len(toys)]
         if not moving:
             toy = Toy(toy.color, toy.shape, None)
-        yield toy, render(toy, size, random_center(size[2] / size[1], rng))
+        center = random_center(size[2] / size[1], rng, staging)
+        yield toy, render(toy, size, center, staging)
 
 
 def write_toy(
@@ -117,6 +133,7 @@ def write_toy(
     size: tuple[int, int, int] = (16, 96, 128),
     fps: float = 8.0,
     seed: int = 0,
+    staging: Staging = STAGING,
 ) -> None:
     """Raw media as a collector would have them: OUT/videos and OUT/images, each with its
     captions.jsonl."""
@@ -129,7 +146,7 @@ def write_toy(
         folder = out / kind
         folder.mkdir(parents=True, exist_ok=True)
         frames = size[0] if kind == "videos" else 1
-        clips = toy_clips(count, (frames, *size[1:]), seed, moving=kind == "videos")
+        clips = toy_clips(count, (frames, *size[1:]), seed, kind == "videos", staging)
         lines = []
         for number, (toy, clip) in enumerate(track(clips, f"toy {kind}", total=count)):
             file = folder / f"{number:06d}.{suffix}"
