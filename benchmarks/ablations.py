@@ -1,0 +1,276 @@
+"""The paper's switches and ours, trained at equal steps on clips whose fine levels have something
+to know: two textured objects that pass before each other on a slope of light.
+
+Every row is one training from scratch of a tiny two-level model, unconditional, on one thread. What
+is done is kept: started again, it goes on with what is missing. Intervals are 95 % of Student's law
+over seeds; noise, data and evaluation of a seed are the same in every row.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+
+from data_pipeline.feeding.config import NoConditioning
+from data_pipeline.feeding.loader import Batch
+from data_pipeline.making.toy import SHAPES, shape_mask
+from data_pipeline.pyramid import Clip, Pyramid, cut_patches, draw_offsets
+from t2v.engine.optimizer import (
+    NEW,
+    Groups,
+    OptimizerConfig,
+    build_optimizer,
+    parameter_groups,
+    set_rates,
+    start_moments,
+)
+from t2v.evaluation.scores import KernelDistance
+from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.method import HPDMMethod
+from t2v.methods.hpdm.sampling import generate
+from t2v.methods.hpdm.tiles import shrink
+from t2v.network.conditioning import Condition
+from t2v.train.ema import Ema
+from t2v.train.schedule import learning_rate
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+STEPS, BATCH, HELD_OUT, SAMPLED = 600, 16, 48, 48
+PATCH, CLIP = (2, 8, 8), (4, 16, 16)
+LOW_NOISE = {"coarse_noise": "low", "coarse_noise_share": 0.75}
+AT_QUANTILE = {"context": {"quantile": 0.1, "noised": True}}
+# Changes by section of the method, or of the optimizer.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "the paper": {},
+    "shallow fusion": {"model": {"fusion": "shallow"}},
+    "detached context": {"model": {"detach_context": True}},
+    "no adaptive computation": {"model": {"levels_per_block": [2, 2, 2]}},
+    "no coordinates": {"model": {"coordinates": False}},
+    "context at a quantile": {"sampling": AT_QUANTILE},
+    "coarse noise low": {"diffusion": LOW_NOISE, "sampling": AT_QUANTILE},
+    "coarse pixels": {"model": {"coarse_pixels": True}},
+    "coarse projection": {"sampling": {"coarse_projection": True}},
+    "all four": {
+        "model": {"coarse_pixels": True},
+        "diffusion": LOW_NOISE,
+        "sampling": AT_QUANTILE | {"coarse_projection": True},
+    },
+    "unipc": {"sampling": {"solver": "unipc"}},
+    "weights follow": {"diffusion": {"weight_follows_scale": 1.0}},
+    "all follow": {
+        "diffusion": dict.fromkeys(
+            ("noise_follows_scale", "weight_follows_scale", "range_follows_scale"), 1.0
+        )
+    },
+    "min-SNR": {"diffusion": {"weighting": "min_snr"}},
+    "sigmoid": {"diffusion": {"weighting": "sigmoid"}},
+    "LAMB": {"optimizer": {"name": "lamb", "learning_rate": 0.02}},
+    "LAMB with a floor": {"optimizer": {"name": "lamb", "learning_rate": 0.02, "trust_floor": 1.0}},
+}
+MEASURES = ("loss 0", "loss 1", "mismatch", "mmd 0", "mmd 1")
+
+
+def scene(rng: np.random.Generator) -> Clip:
+    """Two striped objects, one behind the other, that cross a slope of light."""
+    frames, height, width = CLIP
+    y, x = np.mgrid[:height, :width] / height + 0.5 / height
+    time_ = np.linspace(-0.5, 0.5, frames)
+    slope = rng.uniform(-60, 60, 2)
+    light = 90 + slope[0] * (y - 0.5) + slope[1] * (x - 0.5)
+    clip = np.repeat(light[None, :, :, None], frames, axis=0).repeat(3, axis=3)
+    for _ in range(2):
+        shape, colour = SHAPES[rng.integers(4)], rng.uniform(60, 255, 3)
+        place, way = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.4, 0.4, 2)
+        radius, turn, dark = rng.uniform(0.2, 0.3), rng.uniform(0, math.pi), rng.uniform(0.2, 0.6)
+        for number, moment in enumerate(time_):
+            dy, dx = (
+                (a - c - w * moment) / radius for a, c, w in zip((y, x), place, way, strict=True)
+            )
+            cover = np.clip(0.5 - shape_mask(shape, dy, dx) * radius * height, 0, 1)[..., None]
+            stripes = np.sin(7 * (dy * math.cos(turn) + dx * math.sin(turn))) > 0
+            painted = colour * np.where(stripes, 1.0, dark)[..., None]
+            clip[number] = clip[number] * (1 - cover) + painted * cover
+    return np.clip(clip, 0, 255).round().astype(np.uint8)
+
+
+def batch_of(numbers: range, pyramid: Pyramid, seed: int) -> Batch:
+    """Samples of an endless dataset: clip and windows are functions of (seed, number)."""
+    patches, offsets = [], []
+    for number in numbers:
+        rng = np.random.default_rng([seed, number])
+        clip, places = scene(rng), draw_offsets(pyramid, rng)
+        patches.append(cut_patches(clip, pyramid, places))
+        offsets.append(places)
+    count = len(numbers)
+    return Batch(
+        numbers=torch.tensor(list(numbers)),
+        ids=[str(number) for number in numbers],
+        patches=torch.from_numpy(np.stack(patches)),
+        offsets=torch.from_numpy(np.stack(offsets)),
+        latents=None,
+        latent_frames=None,
+        fps=torch.full((count,), 8.0),
+        original_size=torch.full((count, 2), 16.0),
+        text_tokens=None,
+        text_mask=None,
+        label=None,
+        quarantined=[],
+    )
+
+
+def method_with(changes: dict[str, dict[str, Any]]) -> HPDMMethod:
+    """The tiny method with sections changed."""
+    content: dict[str, Any] = {
+        "kind": "hpdm",
+        "pyramid": {"levels": 2, "patch_size": PATCH, "clip_size": CLIP},
+        "model": {
+            "token_size": [1, 2, 2],
+            "token_dim": 48,
+            "num_latents": 16,
+            "latent_dim": 48,
+            "latent_layers": 1,
+            "token_head_dim": 16,
+            "latent_head_dim": 16,
+            "levels_per_block": [1, 2, 2],
+            "conditioning_dim": 48,
+            "self_conditioning_rate": 0.0,
+        },
+        "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0, "sigma_mean": -0.4},
+        "sampling": {"steps": [16, 8], "overlap": "hw", "tile_batch": 64},
+    }
+    for section, change in changes.items():
+        if section != "optimizer":
+            content[section] |= change
+    return HPDMMethod(HPDMConfig.model_validate(content), NoConditioning(kind="none"))
+
+
+def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.Module:
+    """The averaged network after `STEPS` steps."""
+    network = method.network()
+    network.init_weights(seed)
+    parameters = dict(network.named_parameters())
+    settings = OptimizerConfig.model_validate(
+        {"name": "adamw", "learning_rate": 0.002, "warmup_steps": 50} | changes
+    )
+    shapes = {name: tuple(part.shape) for name, part in parameters.items()}
+    groups = parameter_groups(settings, Groups(method.new_parameters), parameters, shapes)
+    optimizer = build_optimizer(settings, groups, lambda values: values)
+    start_moments(optimizer, parameters.values())
+    average = Ema(parameters, 40.0)
+    for step in range(STEPS):
+        numbers = range(step * BATCH, (step + 1) * BATCH)
+        batch = batch_of(numbers, method.config.pyramid, seed)
+        method.losses(network, batch, seed=seed, device=CPU).sum().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+        rate = learning_rate(settings, step, STEPS)
+        set_rates(optimizer, {"base": rate, NEW: rate})
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step + 1)
+    network.load_state_dict(average.averages)
+    return network
+
+
+@torch.no_grad()
+def judged(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
+    """Held-out loss of both levels, and of sampled clips what they miss of each other and of real
+    ones. The loss weighs as the row trains, so rows of other weights have none to compare."""
+    pyramid, sampling = method.config.pyramid, method.config.sampling
+    numbers = range(10**6, 10**6 + HELD_OUT)
+    batch = batch_of(numbers, pyramid, seed)
+    losses = [
+        method.held_out(network, batch, turns=[turn] * HELD_OUT, bins=4, seed=seed, device=CPU)[0]
+        for turn in range(4)
+    ]
+    told = Condition(torch.full((SAMPLED,), 8.0), torch.full((SAMPLED, 2), 16.0))
+    levels = generate(
+        network,
+        condition=told,
+        null=told,
+        seeds=list(range(SAMPLED)),
+        sampling=sampling,
+        diffusion=method.config.diffusion,
+    )
+    real = np.stack(
+        [scene(np.random.default_rng([seed, 2 * 10**6 + n])) for n in range(4 * SAMPLED)]
+    )
+    fine = torch.from_numpy(real).movedim(-1, 1).float() / 127.5 - 1
+    known = [shrink(fine, pyramid.growth), fine]
+    found: dict[str, float] = {
+        f"loss {level}": float(torch.stack(losses)[:, :, level].mean()) for level in range(2)
+    }
+    apart = shrink(levels[1], pyramid.growth) - levels[0]
+    found["mismatch"] = float(apart.square().mean().sqrt())
+    for level in range(2):
+        pair = (features(known[level]), features(levels[level]))
+        found[f"mmd {level}"] = KernelDistance(*pair)()
+    return found
+
+
+def features(clips: torch.Tensor) -> np.ndarray:
+    """Fixed features: mean, contrast, edges along each axis and their spread, by quarter of the
+    picture."""
+    parts = []
+    for rows in clips.chunk(2, dim=3):
+        for block in rows.chunk(2, dim=4):
+            values = [block.mean((2, 3, 4)), block.std((2, 3, 4))]
+            for axis in (2, 3, 4):
+                edges = block.diff(dim=axis).abs()
+                values += [edges.mean((2, 3, 4)), edges.std((2, 3, 4))]
+            parts.append(torch.cat(values, dim=1))
+    return torch.cat(parts, dim=1).double().numpy()
+
+
+def runs(rows: list[str], seeds: int) -> Iterator[tuple[str, int]]:
+    """Seed by seed, so that an interrupted benchmark has whole comparisons."""
+    yield from ((row, seed) for seed in range(seeds) for row in rows)
+
+
+def summary(done: list[dict[str, Any]], row: str, measure: str) -> str:
+    """Mean and half the 95 % interval over seeds."""
+    values = np.array([one[measure] for one in done if one["row"] == row])
+    if len(values) < 2:
+        return f"{values.mean():.4f}" if len(values) else "-"
+    reach = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.4f} ± {reach:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "ablations.json"
+    size = {"steps": STEPS, "batch": BATCH, "clip": CLIP, "held_out": HELD_OUT, "sampled": SAMPLED}
+    done = json.loads(path.read_text())["runs"] if path.is_file() else []
+    for row, seed in runs(options.rows, options.seeds):
+        if any((one["row"], one["seed"]) == (row, seed) for one in done):
+            continue
+        started = time.process_time()
+        method = method_with(ROWS[row])
+        found = judged(method, trained(method, ROWS[row].get("optimizer", {}), seed), seed)
+        cpu = {"cpu_seconds": round(time.process_time() - started, 1), "date": str(date.today())}
+        done.append({"row": row, "seed": seed} | found | cpu)
+        path.write_text(json.dumps(size | {"runs": done}, indent=1) + "\n")
+        print(row, seed, {name: round(value, 4) for name, value in found.items()}, flush=True)
+    table = Table("row", *MEASURES)
+    for row in options.rows:
+        table.add_row(row, *(summary(done, row, measure) for measure in MEASURES))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
