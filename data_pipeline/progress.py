@@ -4,8 +4,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
+
+from data_pipeline.plain import plain
+from data_pipeline.terminal import Terminal
 
 Item = TypeVar("Item")
 
@@ -15,4 +18,5 @@ def progress(items: Iterable[Item], description: str, total: int | None = None) 
     if not sys.stderr.isatty():
         yield from items
         return
-    yield from track(items, description, total=total, console=Console(stderr=True))
+    shown = escape(plain(description))  # a bar reads its markup itself
+    yield from track(items, shown, total=total, console=Terminal(stderr=True))

@@ -7,6 +7,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.plain import plain
 from t2v.commands.checkpoint import add_checkpoint_verbs
 from t2v.commands.cluster import add_cluster_verbs
 from t2v.commands.data import add_data_verbs
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except UserError as error:
         if is_mine(error):
-            print(error, file=sys.stderr)
+            print(plain(error), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
         print(
-            f"{error.filename}: cannot be used because of '{error.strerror}'; check path, "
-            f"permissions and free space.",
+            plain(f"{error.filename}: cannot be used because of '{error.strerror}'; check path, ")
+            + "permissions and free space.",
             file=sys.stderr,
         )
         return 66 if missing else 74

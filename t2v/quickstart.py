@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import ConfigError, InputMissing, NumericError, UserError
@@ -19,6 +18,7 @@ from data_pipeline.making.toy import Toy, all_toys, write_toy
 from data_pipeline.making.toy_score import read_toy
 from data_pipeline.media.video import decode_clip
 from data_pipeline.store import storage
+from data_pipeline.terminal import Terminal
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.recipe.recipe import RunConfig, load_config
@@ -36,14 +36,14 @@ BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
 
 def run_quickstart(workdir: Path, method: str) -> int:
     """Run every part in `workdir`; prints what was measured and where everything is."""
-    console, started = Console(), time.monotonic()
+    console, started = Terminal(), time.monotonic()
     if not storage.is_empty(str(workdir)):
         raise ConfigError(f"{workdir}: is not empty; remove it or give --workdir another folder.")
     if not (CONFIGS / "quickstart_base.yaml").is_file():
         raise InputMissing(f"{CONFIGS}: no recipes here; run from a clone of the repository.")
 
     def part(text: str) -> None:
-        console.print(f"[bold]{time.monotonic() - started:5.0f} s[/]  {text}", highlight=False)
+        console.print(f"{time.monotonic() - started:5.0f} s  {text}", highlight=False)
 
     *earlier, last = recipes = STORIES[method]
     configs = {recipe: load_config(CONFIGS / f"{recipe}.yaml") for recipe in recipes}
@@ -133,7 +133,7 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
 
 def follow(job: subprocess.Popen, run_dir: Path, total_steps: int, preempt_at: int | None) -> None:
     """Show a job's progress until it ends; touch its flag file at the step asked for."""
-    console = Console()
+    console = Terminal()
     asked = False
     with console.status("starting") as status:
         while job.poll() is None:
@@ -185,7 +185,7 @@ def score(samples: Path, toys: list[Toy]) -> dict[str, float]:
 
 
 def report(
-    console: Console, workdir: Path, method: str, scores: dict[str, float], seconds: float
+    console: Terminal, workdir: Path, method: str, scores: dict[str, float], seconds: float
 ) -> list[str]:
     """Print and write measurements, losses and places; returns what missed its bound."""
     table = Table(title="40 sampled clips, read from their pixels")
@@ -222,5 +222,5 @@ def report(
     )
     missed = [name for name, bound in BOUNDS.items() if scores[name] < bound]
     if missed:
-        console.print(f"[red]below its bound: {', '.join(missed)}[/]")
+        console.print(f"below its bound: {', '.join(missed)}", style="red")
     return missed

@@ -6,7 +6,6 @@ from itertools import islice
 
 import psutil
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline import stages
@@ -16,6 +15,7 @@ from data_pipeline.feeding.loader import Loader
 from data_pipeline.progress import progress
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.strict import Strict
+from data_pipeline.terminal import Terminal
 
 
 class LoaderSpeed(Strict):
@@ -97,7 +97,7 @@ def bench(
 
 def print_speed(speed: LoaderSpeed, gpu_samples_per_second: float) -> None:
     """The tables, and how many GPUs of a given appetite the machine feeds."""
-    console = Console()
+    console = Terminal()
     table = Table("stage", "ms per sample", title="one process")
     for name, milliseconds in speed.milliseconds_by_stage.items():
         table.add_row(name, f"{milliseconds:.2f}")

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from data_pipeline.terminal import Terminal
 from t2v.checkpoint.finding import verify_checkpoint
 from t2v.checkpoint.tensor_files import TensorKind, read_whole, tensor_kinds
 
@@ -75,5 +75,5 @@ def print_differences(total: int, found: list[Difference]) -> None:
             numbers = (str(row.differing), f"{row.largest:.3e}", f"{row.relative:.3e}")
             table.add_row(row.name, *kinds, *(numbers if alike else ("", "", "")))
         # Names must not be cut, not even in a log.
-        Console(width=160).print(table)
+        Terminal(width=160).print(table)
     print(f"{total - len(found)} of {total} tensors are identical.")

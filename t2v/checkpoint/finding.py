@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from data_pipeline.errors import InputMissing, StorageError
+from data_pipeline.plain import plain
+from data_pipeline.terminal import Terminal
 from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_digests, wrong_sizes
 from t2v.checkpoint.tensor_files import read_slices, tensor_kinds, whole
@@ -103,7 +104,7 @@ def newest_valid(
             return (info.folder, read_manifest(info.folder)), list(refused)
         refused[info.folder] = problems[0]
         if world.is_first:
-            print(f"checkpoint refused: {'; '.join(problems)}", flush=True)
+            print(plain(f"checkpoint refused: {'; '.join(problems)}"), flush=True)
     if refused:
         reason = next(iter(refused.values()))
         raise StorageError(
@@ -145,10 +146,10 @@ def print_checkpoints(infos: list[CheckpointInfo]) -> None:
         loss = "" if info.held_out_loss is None else f"{info.held_out_loss:.5f}"
         state = "refused" if info.problem else "committed"
         table.add_row(str(info.step), size, info.saved_at, loss, state)
-    Console().print(table)
+    Terminal().print(table)
     for info in infos:
         if info.problem:
-            print(info.problem)
+            print(plain(info.problem))
 
 
 def load_weights(

@@ -68,11 +68,11 @@ def columns_from(options: argparse.Namespace) -> Columns:
 
 def say_dataset(dataset: "Dataset | None") -> None:
     """What a dataset holds, and what of its source it does not."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
+    from data_pipeline.plain import plain
     from data_pipeline.shards.warnings import caption_warnings
+    from data_pipeline.terminal import Terminal
 
     if dataset is None:
         print("this task is done; the dataset is complete when the other tasks are.")
@@ -84,10 +84,10 @@ def say_dataset(dataset: "Dataset | None") -> None:
     if rows := info.account.rows():
         table = Table("", "because", "how many", "for example")
         for side, reason, number, examples in rows:
-            table.add_row(side, escape(reason), str(number), escape(examples))
-        Console().print(table)
+            table.add_row(side, reason, str(number), examples)
+        Terminal().print(table)
     for warning in caption_warnings(dataset):
-        print(warning)
+        print(plain(warning))
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ def data_index(options: argparse.Namespace) -> None:
 
 def data_verify(options: argparse.Namespace) -> int:
     from data_pipeline.making.verify import mend_shards, repair, verify
+    from data_pipeline.plain import plain
     from data_pipeline.shards.dataset import MANIFEST, open_dataset
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.store import storage
@@ -80,7 +81,7 @@ def data_verify(options: argparse.Namespace) -> int:
         return 0
     faults = verify(options.dataset, decode=not options.no_decode, workers=options.workers)
     for fault in faults:
-        print(fault)
+        print(plain(fault))
     if faults and options.repair:
         say_dataset(repair(options.dataset, faults))
         print("embed and encode it again as before: only what is missing or changed is made.")
@@ -88,20 +89,19 @@ def data_verify(options: argparse.Namespace) -> int:
     dataset = open_dataset(options.dataset)
     print(f"{options.dataset}: {dataset.info.samples} samples, {len(faults)} faults.")
     for warning in caption_warnings(dataset):
-        print(warning)
+        print(plain(warning))
     return DataError.exit_code if faults else 0
 
 
 def data_stats(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from data_pipeline.making.stats import measure, write_page
+    from data_pipeline.terminal import Terminal
 
     stats = measure(options.dataset, count=options.samples)
     table = Table(show_header=False)
     for name, value in stats.rows():
-        table.add_row(escape(name), escape(value))
-    Console().print(table)
+        table.add_row(name, value)
+    Terminal().print(table)
     print(f"{write_page(stats, options.out)}: written.")

@@ -5,12 +5,12 @@ from math import prod
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import text_shape
 from data_pipeline.strict import Strict
+from data_pipeline.terminal import Terminal
 from t2v.plan.communication import Communication, communication
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, PARTS, Memory, explain_too_large, fullest, memory, moments_of
@@ -201,9 +201,9 @@ def _forecast(config: RunConfig, step_seconds: float, utilisation: float) -> For
     )
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan, console: Terminal | None = None) -> None:
     """The plan as tables."""
-    console = console or Console()
+    console = console or Terminal()
     step = plan.step
     console.print(f"{plan.recipe}, GPUs: {plan.gpus} ({plan.engine}, {plan.precision})")
     console.print(_model_table(plan), _memory_table(plan))

@@ -23,7 +23,6 @@ import yaml
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from data_pipeline.host_memory import available_memory
 from data_pipeline.media.video import decode_clip, encode_clip
 from data_pipeline.pyramid import Clip
 from data_pipeline.store import storage
+from data_pipeline.terminal import Terminal
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
@@ -145,7 +145,9 @@ def sample_pending(
     # Whatever moves the budget: the program and its weights are in memory now.
     room = room_left(world.device, means)
     codec.refuse_more_than(room)
-    with Progress(console=Console(stderr=True), transient=True, disable=not world.is_first) as bars:
+    with Progress(
+        console=Terminal(stderr=True), transient=True, disable=not world.is_first
+    ) as bars:
         total = (len(own) + len(shared)) * method.calls_per_clip
         bar = bars.add_task("sampling", total=total)
         for subjects, mates in ((own, Team()), (shared, team)):

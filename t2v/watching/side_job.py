@@ -25,6 +25,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked
+from data_pipeline.plain import plain
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 
@@ -143,7 +144,7 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
     if os.path.lexists(folder):
         reason = f"{folder} is there already and holds no samples.json; move it away"
         write_state(run_dir, state="failed", step=step, reason=reason)
-        print(f"step {step}: not sampled because {reason}", flush=True)
+        print(plain(f"step {step}: not sampled because {reason}"), flush=True)
         return ConfigError.exit_code
     write_state(run_dir, state="sampling", step=step)
     command = sample_command(run_dir / "checkpoints" / name, staging, config, encoder)
@@ -153,7 +154,7 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
         reason = (done.stderr.strip().splitlines() or [otherwise])[-1][-500:]
         shutil.rmtree(staging, ignore_errors=True)
         write_state(run_dir, state="failed", step=step, reason=reason)
-        print(f"step {step}: not sampled because {reason}", flush=True)
+        print(plain(f"step {step}: not sampled because {reason}"), flush=True)
         return max(done.returncode, 1)
     staging.rename(folder)
     write_state(run_dir, state="done", step=step)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipeline.terminal import Terminal
 from t2v.watching.lines import numbers
 
 PLAIN_LINE_SECONDS = 10.0
@@ -86,7 +86,7 @@ class ProgressView:
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
-                console=Console(),
+                console=Terminal(),
             )
             self.task = self.bar.add_task("training", total=total_steps, completed=step, text="")
             self.bar.start()

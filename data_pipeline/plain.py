@@ -1,0 +1,20 @@
+"""Words of others as plain text, whose every character can be seen, and not without end."""
+
+MOST_CHARACTERS = 10_000
+
+
+def plain(text: object, *, most: int = MOST_CHARACTERS) -> str:
+    """A text whose every character but line ends and tabs can be seen: others as in Python's
+    literals, such as `\\x1b`."""
+    whole = str(text)
+    shown = "".join(
+        character if character.isprintable() or character in "\n\t" else _spelled(character)
+        for character in whole[:most]
+    )
+    if len(whole) <= most:
+        return shown
+    return f"{shown} ... ({len(whole):,} characters)"
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()
