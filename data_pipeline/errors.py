@@ -42,6 +42,12 @@ class NumericError(UserError):
     exit_code = 70
 
 
+class NodeUnfit(UserError):
+    """A node that cannot do what was promised of it, and that a job should avoid."""
+
+    exit_code = 69
+
+
 class RunLocked(UserError):
     """Another live process owns the run folder."""
 

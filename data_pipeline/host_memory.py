@@ -18,13 +18,13 @@ def available_memory(*, cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) 
     """Bytes: the least of what the machine has left and what each control group around this process
     (a container, a job of SLURM) has left."""
     left = [psutil.virtual_memory().available]
-    for folder in _groups(cgroups, membership):
+    for folder in control_groups("memory", cgroups, membership):
         left += [left_in_group for names in FILES for left_in_group in _left(folder, names)]
     return max(min(left), 0)
 
 
-def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process's memory groups, and of those around them."""
+def control_groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
+    """The folders of this process's groups of a controller, and of those around them."""
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -33,8 +33,8 @@ def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
         number, controllers, path = line.split(":", 2)
         if number == "0":
             root = cgroups
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
+        elif controller in controllers.split(","):
+            root = cgroups / controller
         else:
             continue
         folder = root / path.strip("/")

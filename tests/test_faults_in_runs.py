@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.job import Job
 from data_pipeline.errors import ConfigError, InputMissing, NumericError
-from t2v.attempt.failure import heard_alarm, ring
+from t2v.attempt.alarm import heard_alarm, ring
 from t2v.loop import train
 from tests.faulty_runs import TIMES, ends_of, recipe_of, run_job, steps_of, train_with
 from tests.test_loop import (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from t2v.attempt.failure import Failure, advice, failure_page, first_failure, record_failure, ring
+from t2v.attempt.alarm import ring
+from t2v.attempt.failure import Failure, advice, failure_page, first_failure, record_failure
 from t2v.attempt.hang import Position, culprit
 
 

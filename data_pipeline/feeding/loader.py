@@ -32,6 +32,7 @@ from data_pipeline.feeding.mixture import Mixture, Part, told_changes
 from data_pipeline.feeding.order import SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.feeding.sources import OpenSource, makers_of, open_sources
+from data_pipeline.orphans import end_with
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.stages import stage
@@ -175,7 +176,7 @@ class Loader:
             num_workers=self.config.num_workers,
             prefetch_factor=self.config.prefetch_batches,
             timeout=POLL_SECONDS,
-            worker_init_fn=partial(_begin_worker, dict(os.environ)),
+            worker_init_fn=partial(_begin_worker, dict(os.environ), os.getpid()),
             multiprocessing_context=_worker_context(),
         )
         others = set(multiprocessing.active_children())
@@ -365,11 +366,13 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(environment: dict[str, str], _worker: int) -> None:
-    """Workers have the environment of now, not of when their server process started.
+def _begin_worker(environment: dict[str, str], owner: int, _worker: int) -> None:
+    """Workers have the environment of now, not of when their server process started, and end with
+    the rank that reads what they send.
 
     Stopping is the run's decision: a worker that died of a signal would turn it into a crash.
     """
+    end_with(owner)
     os.environ.update(environment)
     signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
 

@@ -15,13 +15,16 @@ import yaml
 from data_pipeline.errors import ConfigError, InputMissing, UserError
 from data_pipeline.store import storage
 from t2v.attempt import preemption
-from t2v.attempt.failure import Failure, failure_page, first_failure, heard_alarm, ring, wait_until
+from t2v.attempt.alarm import heard_alarm, ring
+from t2v.attempt.failure import Failure, first_failure, wait_until
 from t2v.attempt.failure import record_failure as record
+from t2v.attempt.last_word import end_line, write_page
 from t2v.attempt.record import FILE as ATTEMPTS
 from t2v.attempt.record import (
     INTERRUPTED,
     append_attempt,
     failures_in_a_row,
+    job_id,
     killed_line,
     next_number,
     read_attempts,
@@ -166,28 +169,6 @@ class Attempt:
         self.end("preempted", exit_code=preemption.EXIT_CODE)
 
 
-def write_page(failure: Failure, run_dir: Path, logs: Path, attempt: int) -> None:
-    """failure.md: what failed first, for people."""
-    page = failure_page(failure, run_dir=run_dir, logs=logs, attempt=attempt)
-    storage.write_atomic(run_dir / "failure.md", page.encode())
-
-
-def end_line(
-    number: int, state: State, exit_code: int, reason: str | None, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """The record's line on how an attempt ended, after what its status knows."""
-    return {
-        "attempt": number,
-        "event": "end",
-        "at": timestamp(),
-        "state": state,
-        "exit_code": exit_code,
-        "reason": reason,
-        "step": facts.get("step") or 0,
-        "last_checkpoint": facts.get("last_checkpoint"),
-    }
-
-
 class Preempted(UserError):
     """A request to stop was answered without a save."""
 
@@ -290,6 +271,7 @@ def _begin(run_dir: Path, status: StatusFile, told: dict[str, Any], *, clear_fai
         lines.append(killed_line(start))
         append_attempt(run_dir, lines[-1])
     number = next_number(lines)
+    preemption.forget_old_requests(run_dir, number)
     committed = [info for info in list_checkpoints(run_dir) if info.problem is None]
     facts = {}
     if committed:
@@ -354,11 +336,3 @@ def _leave_nothing(run_dir: Path, made: list[str], error: BaseException | None) 
         files = [run_dir / name for name in ("config.yaml", *RECORDS, ATTEMPTS, LOCK)]
         folders = [*made, run_dir / "checkpoints", logs.parent, logs]
         storage.take_back(map(str, [*records, *files]), map(str, folders))
-
-
-def job_id() -> str | None:
-    """The scheduler's name for this job."""
-    for name in ("SLURM_JOB_ID", "JOB_NAME", "TORCHELASTIC_RUN_ID"):
-        if os.environ.get(name):
-            return os.environ[name]
-    return None

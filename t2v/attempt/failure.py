@@ -1,8 +1,6 @@
 """What failed first, on which rank, and what may help: records for programs, a page for people."""
 
 import contextlib
-import json
-import os
 import resource
 import socket
 import sys
@@ -12,19 +10,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from pydantic import ValidationError
 
+from data_pipeline.plain import plain
 from data_pipeline.strict import Strict
-from t2v.attempt.run_folder import timestamp
+from t2v.attempt.alarm import RECORD
 from t2v.engine.device import Pace, to_host
 
 WAITS = {to_host.__code__, Pace.wait.__code__}  # where a host waits for its device
 HANG = 71
 SIGNALLED = 75
-RECORD = "failure-rank-{:05d}.json"
-ALARM = "alarm.json"
+LONGEST_QUOTE = 100_000  # characters: the stacks of many threads
 
 ADVICE = {
     65: "Look at quarantine.jsonl, then repair the datasets with `t2v data verify --repair`, or "
@@ -93,32 +90,6 @@ def _read_record(path: Path) -> Failure | None:
         return None
 
 
-def ring(folder: Path, *, rank: int, is_hang: bool, exit_code: int, reason: str = "") -> str:
-    """Wake the other ranks; the first to ring is heard. Returns when, for later records to be
-    later whatever their host's clock says."""
-    with contextlib.suppress(OSError):
-        # A run folder that is gone was taken back: its start was refused.
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        alarm = {"rank": rank, "is_hang": is_hang, "exit_code": exit_code, "at": timestamp()}
-        alarm |= {"reason": reason}
-        staging = folder / f".{ALARM}.{rank}"
-        staging.write_text(json.dumps(alarm), encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(staging, folder / ALARM)  # whole, or not there; never replaced
-        staging.unlink()
-    found = heard_alarm(folder)
-    return max(timestamp(), found["at"]) if found and found["rank"] != rank else timestamp()
-
-
-def heard_alarm(folder: Path) -> dict[str, Any] | None:
-    """The alarm that another rank has rung."""
-    try:
-        return json.loads((folder / ALARM).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def all_stacks() -> dict[str, str]:
     """The stack of every thread of this process, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -149,10 +120,11 @@ def _is_waiting(frame: FrameType) -> bool:
 
 def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -> str:
     """failure.md: everything needed to decide what to do next."""
-    samples = "\n".join(f"- `{name}`" for name in failure.samples) or "- none were being read"
+    samples = "\n".join(f"- `{quoted(name)}`" for name in failure.samples)
+    reason = quoted(failure.reason)
     return f"""# Attempt {attempt} failed
 
-{failure.reason.splitlines()[0] if failure.reason else "no reason was given"}
+{reason.splitlines()[0] if reason else "no reason was given"}
 
 | | |
 |---|---|
@@ -171,20 +143,25 @@ def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -
 
 ## Samples that rank was at
 
-{samples}
+{samples or "- none were being read"}
 
 ## Reason
 
 ```
-{failure.reason}
+{reason}
 ```
 
 ## Stack
 
 ```
-{failure.stack.rstrip() or "none"}
+{quoted(failure.stack).rstrip() or "none"}
 ```
 """
+
+
+def quoted(text: str) -> str:
+    """Words of others between our quotes."""
+    return plain(text, most=LONGEST_QUOTE).replace("`", "'")
 
 
 def advice(failure: Failure) -> str:

@@ -1,4 +1,5 @@
-"""Being told to stop: SIGTERM, SIGUSR1, SIGUSR2, or a file named PREEMPT in the run folder.
+"""Being told to stop: SIGTERM, SIGUSR1, SIGUSR2, or a file named PREEMPT in the run folder, or
+PREEMPT-JOB for the one job of that name.
 
 Nothing here imports torch: handlers are armed before that long import, during which a signal would
 otherwise end the process at once. A thread hears of signals while the main thread is deep in C
@@ -31,7 +32,7 @@ class _Ear:
         self.heard = False
         self.something_to_save = False
         self.on_leaving: Callable[[], None] | None = None
-        self.flag_file: Path | None = None
+        self.flags: tuple[Path, ...] = ()
         # Ranks whose launcher was killed have nobody to tell them to stop, or to end them.
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.read_end, self.write_end = os.pipe()
@@ -63,7 +64,7 @@ class _Ear:
                 self._leave()
 
     def _sees_flag(self) -> bool:
-        return self.flag_file is not None and self.flag_file.exists()
+        return any(flag.exists() for flag in self.flags)
 
     def _leave(self) -> None:
         """End at once; what was committed stands."""
@@ -111,7 +112,7 @@ def leaving(run_dir: Path, action: Callable[[], None]) -> Iterator[None]:
     """Do something quick where a request ends the process at once."""
     if _ear is not None:
         _ear.something_to_save, _ear.on_leaving = False, action
-        _ear.flag_file = run_dir / FLAG_FILE
+        _ear.flags = flags(run_dir)
     try:
         yield
     finally:
@@ -127,12 +128,37 @@ def heard() -> bool:
 
 def requested(run_dir: Path) -> bool:
     """Whether this process was told to stop; ranks must still agree on when."""
-    return heard() or (run_dir / FLAG_FILE).exists()
+    return heard() or any(flag.exists() for flag in flags(run_dir))
 
 
 def acknowledge(run_dir: Path) -> None:
     """The request is answered: the next attempt must not see its flag file."""
-    (run_dir / FLAG_FILE).unlink(missing_ok=True)
+    for flag in flags(run_dir):
+        flag.unlink(missing_ok=True)
+
+
+def flags(run_dir: Path) -> tuple[Path, ...]:
+    """The files that ask this process to stop: an operator's, and its own job's."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return (run_dir / FLAG_FILE, *([own_flag(run_dir, job)] if job else []))
+
+
+def own_flag(run_dir: Path, job: str) -> Path:
+    """The request to one job on a run folder, as its scheduler and its wrappers make it: another
+    job on the same folder must neither be stopped by it nor take it away."""
+    return run_dir / f"{FLAG_FILE}-{job}"
+
+
+def forget_old_requests(run_dir: Path, attempt: int) -> None:
+    """The owner of a run takes away what earlier attempts were asked: flags older than their last
+    word. All times are the shared disk's."""
+    told = [run_dir / "status.json", *run_dir.glob("logs/attempt-*/node-*.json")]
+    own = f"attempt-{attempt:04d}"
+    words = [path.stat().st_mtime for path in told if path.exists() and path.parent.name != own]
+    for flag in run_dir.glob(f"{FLAG_FILE}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if flag.stat().st_mtime < max(words, default=0.0):
+                flag.unlink()
 
 
 def _receive(number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,9 @@ from t2v.attempt.run_folder import timestamp
 FILE = "attempts.jsonl"
 FAILURES_IN_A_ROW = 3
 INTERRUPTED = 130  # by whoever watched: no failure of the run
+LOCKED, PREEMPTED = 73, 75
+# Before the second and the third start, and for a scheduler that waits two minutes by itself.
+PAUSES_SECONDS = (30.0, 120.0, 480.0)
 KILLED = "ended without a word: killed, or its host went down"
 
 Lines = list[dict[str, Any]]
@@ -71,6 +74,56 @@ def killed_line(start: dict[str, Any]) -> dict[str, Any]:
         "step": start.get("step"),
         "last_checkpoint": None,
     }
+
+
+def failed_start_line(number: int, exit_code: int, reason: str) -> dict[str, Any]:
+    """The end of an attempt that never owned the run folder, and so has no start."""
+    return {
+        "attempt": number,
+        "event": "end",
+        "at": timestamp(),
+        "state": "preempted" if exit_code == PREEMPTED else "failed",
+        "exit_code": exit_code,
+        "reason": reason,
+        "step": 0,
+        "last_checkpoint": None,
+        "job_id": job_id(),
+    }
+
+
+def failed_starts(lines: Lines) -> Lines:
+    """The newest attempts in a row of one job that failed alike before they owned the folder."""
+    started = {line["attempt"] for line in lines if line["event"] == "start"}
+    found: Lines = []
+    for line in reversed(lines):
+        is_start = line["event"] == "end" and line["attempt"] not in started
+        code, alike = line.get("exit_code"), [found[0].get("exit_code")] if found else []
+        of_job = not found or line.get("job_id") == found[0].get("job_id")
+        if not is_start or line.get("state") != "failed" or code in (LOCKED, INTERRUPTED):
+            break
+        if not of_job or (alike and code not in alike):
+            break
+        found.insert(0, line)
+    return found
+
+
+def pause_seconds(failures: int) -> float:
+    """How long to wait before the start after so many failures in a row."""
+    return PAUSES_SECONDS[min(failures, len(PAUSES_SECONDS)) - 1] if failures else 0.0
+
+
+def count_anew(run_dir: Path) -> None:
+    """Failures so far count no more."""
+    number = next_number(read_attempts(run_dir))
+    append_attempt(run_dir, {"attempt": number, "event": "clear", "at": timestamp()})
+
+
+def job_id() -> str | None:
+    """The scheduler's name for this job."""
+    for name in ("SLURM_JOB_ID", "JOB_NAME", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return None
 
 
 def failures_in_a_row(lines: Lines, *, fingerprint: str, progress: int) -> Lines:

@@ -16,20 +16,20 @@ from pathlib import Path
 from pydantic import Field
 
 from data_pipeline.strict import Strict
+from t2v.attempt.alarm import heard_alarm, ring
 from t2v.attempt.collectives import leave_record, progress, recorded
 from t2v.attempt.failure import (
     HANG,
     Failure,
     all_stacks,
     first_failure,
-    heard_alarm,
     hostname,
     peak_memory_gib,
-    ring,
     wait_until,
     waits_for_others,
 )
 from t2v.attempt.hang import ANSWER_SECONDS, Position, culprit, exchange, tell_hang
+from t2v.attempt.trace import given_trace
 
 POLL_SECONDS = 0.5
 # Thirty years; beyond, timers overflow, and a watchdog that died of that would watch nothing.
@@ -96,6 +96,7 @@ class Watchdog:
         self.measured = Measured()
         self.section, self.step, self.entered = "setup", 0, 0
         self.samples: tuple[str, ...] = ()
+        self.trace = given_trace()
         self.since = time.monotonic()
         self.rank, self.world_size = int(os.environ.get("RANK", "0")), 1
         self.folder: Path | None = None
@@ -136,6 +137,8 @@ class Watchdog:
         self.samples = tuple(samples)
         self.section, self.step, self.since = section, step, now
         self.entered += 1
+        if self.trace is not None:
+            self.trace.tell(section, step, self.samples)
 
     def close(self, exit_code: int, seconds: float = CLOSING_SECONDS) -> None:
         """The run is ending; it has some seconds to do so by itself."""

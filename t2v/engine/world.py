@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.errors import ConfigError, NodeUnfit, StorageError, UserError
 from t2v.engine.config import EngineConfig
 
 T = TypeVar("T")
@@ -126,6 +126,11 @@ def join_world(config: EngineConfig) -> Iterator[World]:
             "use 'fsdp', or start one process."
         )
     device = torch.device("cpu")
+    if _from_environment("T2V_GPUS", 0) and not torch.cuda.is_available():
+        raise NodeUnfit(
+            "T2V_GPUS: this job was promised GPUs, and torch sees none here; see `nvidia-smi` and "
+            "the image's NVIDIA_VISIBLE_DEVICES. It does not compute on the CPU instead."
+        )
     if torch.cuda.is_available():
         device = _cuda_device(_from_environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from data_pipeline.errors import ConfigError
 
 Model = typing.TypeVar("Model", bound=BaseModel)
+# 24:00:00 is 86400 to YAML 1.1.
+BASE_60 = re.compile(r"tag:yaml.org,2002:(int|float)")
 # How pydantic names a member of a union, or a check of one, in the location of an error.
 UNION_MEMBER = re.compile(r"str|float|constrained-.*|.*\[.*\]")
 
@@ -20,6 +22,9 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML whose mappings have no key twice: the earlier value would be lost without a word."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> typing.Any:
+        if BASE_60.fullmatch(str(node.tag)) and ":" in str(node.value):
+            problem = f"{node.value} would be a number of base 60; put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except ValueError:  # a date such as 2026-99-99, or an integer of 5,000 digits

@@ -1,0 +1,36 @@
+"""A process that has no reason to live without its parent ends with it."""
+
+import ctypes
+import os
+import select
+import signal
+import threading
+
+KILLED = 128 + signal.SIGKILL
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it ends, however that
+    ends; where it has ended already, this one does so now. Kept through `exec`."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(KILLED)
+
+
+def end_with(process: int) -> None:
+    """From now on this process ends when another one of this host does. For one that is no child
+    of it, such as a worker that a server process made: the server lives as long as its workers."""
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        os._exit(KILLED)
+
+    def wait() -> None:
+        select.select([watched], [], [])
+        os._exit(KILLED)
+
+    threading.Thread(target=wait, name="end with its owner", daemon=True).start()
