@@ -31,6 +31,10 @@ class MetricsConfig(Strict):
         description="as wandb is set up, offline where it knows no key; none: not used",
     )
     tensorboard: bool = Field(default=False, description="event files in the run folder")
+    prometheus: bool = Field(default=False, description="metrics.prom in the run folder")
+    prometheus_port: int | None = Field(
+        default=None, ge=1024, le=65535, description="of rank 0's host, for Prometheus to ask"
+    )
 
 
 class StepSums:

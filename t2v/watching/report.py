@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from t2v.checkpoint.checkpoints import Saved
 from t2v.engine.world import World
 from t2v.train.state import TrainState
 from t2v.watching.metrics import Metrics, MetricsConfig, StepSums
+from t2v.watching.prometheus import PrometheusView
 from t2v.watching.rates import Rates, device_name, first_start, peak_memory
 from t2v.watching.side_job import SamplesConfig, SideJob
 from t2v.watching.views import Guarded, ProgressView, say
@@ -133,6 +135,8 @@ class Report:
             if self.lines is not None:
                 self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
+                if self.lines is not None:
+                    self.lines.committed(saved.step)
                 with contextlib.suppress(OSError):
                     told = {"last_checkpoint": saved.step, "save_seconds": saved.seconds}
                     self.status.write("running", **told)
@@ -149,7 +153,11 @@ class Lines:
 
     def __init__(self, run_dir: Path, run: Watched, world: World, step: int) -> None:
         self.metrics = Metrics(run_dir, run.metrics, name=run.name, step=step)
-        self.view = Guarded("progress", lambda: ProgressView(run.total_steps, step))
+        self.views = [Guarded("progress", lambda: ProgressView(run.total_steps, step))]
+        if run.metrics.prometheus or run.metrics.prometheus_port:
+            port, total = run.metrics.prometheus_port, float(run.total_steps)
+            make = partial(PrometheusView, run_dir, name=run.name, port=port, total_steps=total)
+            self.views.append(Guarded("prometheus", make))
         self.rates = Rates(run.tflop_per_sample(), run.precision, world.world_size, world.device)
         self.first_start = first_start(run_dir)
         self.productive_seconds, self.last_step = self.metrics.measured
@@ -173,7 +181,13 @@ class Lines:
 
     def write(self, values: dict[str, Any]) -> None:
         self.metrics.write(values)
-        self.view.write(values)
+        for view in self.views:
+            view.write(values)
+
+    def committed(self, step: int) -> None:
+        """A checkpoint was committed now, which is a number for dashboards."""
+        for view in self.views[1:]:
+            view.write({"last_checkpoint": step, "last_checkpoint_at": time.time()})
 
     def side_job(self) -> dict[str, Any]:
         """The state of the job that samples beside the run, if there is one, for its status."""
@@ -183,4 +197,5 @@ class Lines:
         if self.samples is not None:
             self.samples.close()
         self.metrics.close()
-        self.view.close()
+        for view in self.views:
+            view.close()
