@@ -1,15 +1,38 @@
-"""How fast the nodes of a job exchange data, all together and in pairs that tell who is slow."""
+"""How fast the nodes of a job exchange data, all together and in pairs that tell who is slow.
 
+The launcher starts this as it starts training, and ranks join the same groups: what is tried is the
+very path that training takes.
+"""
+
+import json
 import statistics
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t2v.engine.world import World, join_world
+from t2v.recipe.recipe import load_config
+
 CPU_BYTES, GPU_BYTES, REPEATS = 4 << 20, 256 << 20, 5
+
+
+def main(folder: str, seconds: str, ranks_per_node: str, config: str, *overrides: str) -> None:
+    """One rank: its rates, or what went wrong, into a file of the folder."""
+    engine = load_config(config, list(overrides)).engine
+    engine = engine.model_copy(update={"collective_timeout_seconds": float(seconds)})
+    with join_world(engine) as world:
+        deadline = timedelta(seconds=float(seconds))
+        rates = measure(world, ranks_per_node=int(ranks_per_node), deadline=deadline)
+        world.gather(rates)  # none leaves while another still measures
+        on_gpu = float(world.device.type == "cuda")
+        told = json.dumps(rates | {"on_gpu": on_gpu})
+        (Path(folder) / f"rank-{world.rank:05d}.json").write_text(told, encoding="utf-8")
 
 
 def pairings(count: int) -> list[list[tuple[int, int]]]:
@@ -40,44 +63,32 @@ def slow_members(rates: dict[tuple[int, int], float], *, least_share: float = 0.
     return sorted(member for member, rate in best.items() if rate < least_share * usual)
 
 
-def measure(
-    store: dist.Store, rank: int, world_size: int, *, ranks_per_node: int, timeout_seconds: float
-) -> dict[str, float]:
+def measure(world: World, *, ranks_per_node: int, deadline: timedelta) -> dict[str, float]:
     """Bytes per second that a rank saw: `all` together, and `A-B` for each pair of nodes it was in.
 
     What is summed is checked: a fabric that returns wrong sums is worse than a slow one.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", rank % ranks_per_node)
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
-    try:
-        values = torch.ones(_bytes(device) // 4, device=device)
-        rates = {"all": _all_reduce(values, world_size, None)}
-        rates |= _pairs(values, rank, world_size // ranks_per_node, ranks_per_node)
-    finally:
-        dist.destroy_process_group()
-    return rates
+    values = torch.ones(_bytes(world.device) // 4, device=world.device)
+    if world.world_size == 1:
+        return {}
+    rates = {"all": _all_reduce(values, world.world_size, None)}
+    return rates | _pairs(values, world, ranks_per_node, deadline)
 
 
-def _pairs(values: Tensor, rank: int, nodes: int, ranks_per_node: int) -> dict[str, float]:
-    rates = {}
+def _pairs(
+    values: Tensor, world: World, ranks_per_node: int, deadline: timedelta
+) -> dict[str, float]:
+    rates, nodes = {}, world.world_size // ranks_per_node
     for pairs in pairings(nodes):
         groups = {
             pair: dist.new_group(
-                [node * ranks_per_node + local for node in pair for local in range(ranks_per_node)]
+                [node * ranks_per_node + local for node in pair for local in range(ranks_per_node)],
+                timeout=deadline,
             )
             for pair in pairs
         }
         for pair, group in groups.items():
-            if rank // ranks_per_node in pair:
+            if world.rank // ranks_per_node in pair:
                 rate = _all_reduce(values, 2 * ranks_per_node, group)
                 rates["-".join(map(str, pair))] = rate
         dist.barrier()
@@ -102,3 +113,7 @@ def _all_reduce(values: Tensor, members: int, group: Any) -> float:
 
 def _bytes(device: torch.device) -> int:
     return GPU_BYTES if device.type == "cuda" else CPU_BYTES
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

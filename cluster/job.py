@@ -18,6 +18,8 @@ from t2v.recipe.recipe import RunConfig
 SLACK, MARGIN_SECONDS, LEAST_GRACE_SECONDS = 2.0, 60, 120
 # What the wrapper needs after its last rank, to say how it ended before it is killed.
 GOODBYE_SECONDS = 30
+# Of work, at an eviction that leaves no time to save.
+MOST_LOST_SECONDS = 1800.0
 NCCL_SHM_GIB = 1  # an allowance for the buffers between ranks of a node
 BYTES_PER_PARAMETER = 16  # of a checkpoint: weights, two moments, averaged weights, in fp32
 
@@ -76,16 +78,22 @@ class DataJob:
     memory_gib: int
     gpus: int
     record: dict[str, Any]
+    program: tuple[str, ...] = ("t2v", "data")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each task is told its number."""
+        return self.program == ("t2v", "data")
 
     @property
     def downloads(self) -> bool:
         """Whether tasks may fetch an encoder or autoencoder from the model hub."""
-        return self.arguments[:1] in (("embed",), ("encode",))
+        return not self.is_split or self.arguments[:1] in (("embed",), ("encode",))
 
     @property
     def snapshot(self) -> str:
         """Names the arguments and the code."""
-        return digest_of("\0".join(self.arguments) + record_text(self.record))
+        return digest_of("\0".join(self.program + self.arguments) + record_text(self.record))
 
 
 def run_folder(run_dir: str, profile: Profile) -> Path:
@@ -112,16 +120,39 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
         else f"{size:.1f} GiB written and proved at {profile.storage_gib_per_second:g} GiB/s"
     )
     seconds = max(needed, LEAST_GRACE_SECONDS)
+    notice = profile.eviction_notice_seconds
+    if notice is not None and notice < seconds + GOODBYE_SECONDS:
+        short = _too_short(config, notice, step=step, needed=seconds)
+        if not isinstance(profile, SlurmProfile):  # which tells of its time limit when we ask it to
+            return short
     reason = (
         f"{SLACK:g} x ({step:.1f} s for a step, {how_step} + {save:.1f} s for a save, {how_save}) "
         f"+ {MARGIN_SECONDS} s; at least {LEAST_GRACE_SECONDS} s"
     )
-    if isinstance(profile, SlurmProfile) and seconds * 2 > profile.time_limit_minutes * 60:
+    if isinstance(profile, SlurmProfile) and seconds * 2 > profile.limit_minutes * 60:
         raise ConfigError(
             f"time_limit_minutes: {profile.time_limit_minutes} is wrong because stopping takes "
             f"{seconds} s ({reason}), more than half of it; ask for more time."
         )
     return Grace(seconds, reason)
+
+
+def _too_short(config: RunConfig, notice: int, *, step: float, needed: int) -> Grace:
+    """The grace of a job whose nodes are taken before it could save: what was saved before counts,
+    so that must not be long ago. ConfigError where it would be."""
+    every = config.checkpoint.every_steps
+    lost = every * step
+    reason = (
+        f"eviction_notice_seconds: {notice} are too few to save, which takes {needed} s; at an "
+        f"eviction up to {lost / 60:.0f} min since the last checkpoint are lost"
+    )
+    if lost > MOST_LOST_SECONDS:
+        most = max(int(MOST_LOST_SECONDS / step), 1)
+        raise ConfigError(
+            f"checkpoint.every_steps: {every} is wrong because {reason}; save at "
+            f"least every {most} steps."
+        )
+    return Grace(max(notice - GOODBYE_SECONDS, 1), reason)
 
 
 def shared_memory_of(config: RunConfig, profile: Profile) -> SharedMemory:

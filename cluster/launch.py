@@ -1,10 +1,14 @@
 """From a recipe and a profile to a submitted job; every check comes before the queue."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import join, quote
@@ -14,14 +18,15 @@ from cluster.job import DataJob, TrainingJob, grace_of, run_folder, shared_memor
 from cluster.names import DIRECTIVE_VALUE
 from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
-from cluster.render_kubernetes import object_name
 from cluster.render_slurm import SCRIPT
-from data_pipeline.errors import ConfigError, InputMissing
+from cluster.status import seconds_of
+from data_pipeline.errors import ConfigError
 from data_pipeline.store import storage
+from t2v.evaluation.protocol import load_protocol
 from t2v.plan.plan import Plan, plan
 from t2v.recipe.recipe import RunConfig, dump_config, load_config
 
-SUBMIT_SECONDS = 120
+GIT_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,12 @@ class Launch:
 
 
 def prepare_run(
-    config_path: str, overrides: list[str], profile_path: str, *, nodes: int | None = None
+    config_path: str,
+    overrides: list[str],
+    profile_path: str,
+    *,
+    nodes: int | None = None,
+    avoid: Sequence[str] = (),
 ) -> Launch:
     """The job of a recipe; ConfigError for one that cannot run on these nodes."""
     profile, config = load_profile(profile_path), load_config(config_path, overrides)
@@ -43,7 +53,60 @@ def prepare_run(
     refuse_secrets_in(config_path, config.model_dump(mode="json"))
     forecast = _forecast(config, profile, nodes, profile_path)
     job = training_job(config, profile, forecast, nodes=nodes, code=code_version())
+    job = replace(job, bad_nodes=tuple(sorted({*job.bad_nodes, *avoid})))
     return Launch(job, profile, render(job, profile), forecast)
+
+
+def prepare_evaluation(protocol: str, run: Launch, profile_path: str) -> Launch:
+    """The job that judges a run by a protocol, on the GPUs of one node."""
+    profile, training = load_profile(profile_path), run.job
+    assert isinstance(training, TrainingJob)
+    load_protocol(protocol, [])  # whatever is wrong is told now
+    folder = run_folder(training.run_dir, profile)
+    ranks = profile.ranks_per_node
+    job = DataJob(
+        name=f"{training.name[:30]}-evaluate",
+        arguments=(
+            *(str(folder), "--protocol", str(Path(protocol).resolve())),
+            *("--out", str(folder / "scores" / Path(protocol).stem)),
+        ),
+        tasks=1,
+        at_once=1,
+        cpus=profile.cpus_per_node,
+        memory_gib=profile.memory_gib,
+        gpus=profile.gpus_per_node,
+        record=_record(profile, code_version()) | {"protocol": protocol},
+        program=(
+            *("torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "t2v.cli"),
+            "evaluate",
+        ),
+    )
+    return Launch(job, profile, render(job, profile))
+
+
+def prepare_chain(
+    first: Launch, then: Sequence[str], profile_path: str, *, nodes: int | None = None
+) -> list[Launch]:
+    """A run and what follows it: recipes with overrides, each warm-started from the run before
+    where it has a warm start, and `evaluate:PROTOCOL` of that run."""
+    chain, run = [first], first
+    for stage in then:
+        kind, colon, protocol = stage.partition(":")
+        if colon and kind == "evaluate":
+            chain.append(prepare_evaluation(protocol, run, profile_path))
+            continue
+        recipe, *overrides = shlex.split(stage) or [""]
+        before = run.job
+        assert isinstance(before, TrainingJob)
+        if load_config(recipe, overrides).warm_start is not None:
+            folder = run_folder(before.run_dir, run.profile)
+            overrides.append(f"warm_start.checkpoint={json.dumps(str(folder))}")
+        run = prepare_run(recipe, overrides, profile_path, nodes=nodes)
+        assert isinstance(run.job, TrainingJob)
+        if run.job.run_dir in {e.job.run_dir for e in chain if isinstance(e.job, TrainingJob)}:
+            raise ConfigError(f"--then: {stage!r} has the run_dir of one before; change it.")
+        chain.append(run)
+    return chain
 
 
 def training_job(
@@ -133,13 +196,6 @@ def write_out(launch: Launch, folder: Path) -> list[str]:
     return [f"{written}: written; nothing is submitted.", "submit:", *(f"  {s}" for s in steps)]
 
 
-def submit(launch: Launch) -> list[str]:
-    """Hand the job to the scheduler; returns how to watch, stop and resume it."""
-    if isinstance(launch.profile, SlurmProfile):
-        return _submit_slurm(launch, launch.profile)
-    return _submit_kubernetes(launch)
-
-
 def snapshot_folder(launch: Launch) -> Path:
     """Where a SLURM job's files are kept: a run's in its run folder."""
     return log_folder(launch).parent / "launch" / launch.job.snapshot
@@ -162,85 +218,8 @@ def code_version() -> str:
     if not (root / ".git").exists() or shutil.which("git") is None:
         return package
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
-    described = subprocess.run(command, capture_output=True, text=True, timeout=SUBMIT_SECONDS)
+    described = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
     return f"{package} ({described.stdout.strip()})" if described.returncode == 0 else package
-
-
-def _submit_slurm(launch: Launch, profile: SlurmProfile) -> list[str]:
-    if not Path(profile.workdir).is_dir():
-        raise InputMissing(
-            f"workdir: {profile.workdir} is not on this machine; run this where the shared disk "
-            "is, or use --out."
-        )
-    home = snapshot_folder(launch)
-    for folder in (home, log_folder(launch)):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, text in launch.files.items():
-        storage.write_atomic(home / name, text.encode())
-    answer = _call(["sbatch", "--parsable", str(home / SCRIPT)])
-    number = answer.strip().splitlines()[-1].partition(";")[0]
-    if not isinstance(launch.job, TrainingJob):
-        return [
-            f"job {number}: {launch.job.tasks} tasks.",
-            f"watch:   squeue -j {number}; tail -F {log_folder(launch)}/*-{number}-*.out",
-            f"stop:    scancel {number}",
-            "resume:  the same command again; what is done is not done twice.",
-        ]
-    run = run_folder(launch.job.run_dir, profile)
-    return [
-        f"job {number}: {launch.job.nodes} nodes; recipe and code are in {home}.",
-        f"watch:   t2v status {run}; tail -F {run}/slurm/{launch.job.name}-{number}.out",
-        f"restart: scancel --signal=USR1 --batch {number}   (saves, is requeued, goes on)",
-        f"stop:    scontrol update JobId={number} Requeue=0 && "
-        f"scancel --signal=USR1 --batch {number}   (saves and ends)",
-        "resume:  the same command again.",
-    ]
-
-
-def _submit_kubernetes(launch: Launch) -> list[str]:
-    profile = launch.profile
-    assert not isinstance(profile, SlurmProfile)
-    # create, not apply: a finished job of the same name would be left as it is, without a word.
-    *support, workload = launch.files[OBJECTS].split("\n---\n")
-    if support:
-        _call(["kubectl", "apply", "-f", "-"], "\n---\n".join(support))
-    answer = _call(["kubectl", "create", "-f", "-"], workload)
-    name = object_name(launch.job.name, room=0)
-    at = f"kubectl -n {profile.namespace}"
-    kind = profile.flavour if isinstance(launch.job, TrainingJob) else "job"
-    pods = f"-l app.kubernetes.io/instance={name}"
-    lines = [
-        answer.strip(),
-        f"watch:   {at} get pods {pods} -w; {at} logs {pods} --prefix -f",
-        f"stop:    {at} delete {kind} {name}",
-    ]
-    if isinstance(launch.job, TrainingJob):
-        run = run_folder(launch.job.run_dir, profile)
-        lines.insert(2, f"status:  {at} exec POD -- t2v status {run}")
-        lines[-1] += "   (its pods save before they end)"
-    return [*lines, f"resume:  {at} delete {kind} {name}; then the same command again."]
-
-
-def _call(command: list[str], text: str = "") -> str:
-    """What a scheduler's command answers; its refusal as one line."""
-    if shutil.which(command[0]) is None:
-        raise InputMissing(
-            f"{command[0]}: not found on this machine; run this where jobs are submitted, or use "
-            "--out."
-        )
-    try:
-        called = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=SUBMIT_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"{command[0]}: no answer in {SUBMIT_SECONDS} s; see whether the scheduler is up, and "
-            "whether the job was taken, before trying again."
-        ) from None
-    if called.returncode:
-        said = " ".join((called.stderr or called.stdout).split())
-        raise ConfigError(f"{' '.join(command[:2])}: refused because '{said}'; correct it.")
-    return called.stdout
 
 
 def _nodes(asked: int | None, profile: Profile, origin: str) -> int:
@@ -271,10 +250,16 @@ def _record(profile: Profile, code: str) -> dict[str, Any]:
 
 
 def _bad_nodes(folder: Path) -> tuple[str, ...]:
-    """Nodes that failed a preflight of this run, a name per line; the file is the operator's."""
+    """Nodes that failed a preflight of this run and whose time is not over: a name per line, and
+    until when; without a time they are an operator's."""
     path = folder / "bad_nodes"
-    names = path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
-    for name in names:
-        if not re.fullmatch(DIRECTIVE_VALUE, name):
-            raise ConfigError(f"{path}: {name!r} is no node's name; write one name per line.")
-    return tuple(sorted(set(names)))
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found, now = set(), datetime.now(UTC).isoformat()
+    for line in filter(str.strip, text.splitlines()):
+        name, *until = line.split()
+        is_time = all(seconds_of(word) is not None for word in until)
+        if not re.fullmatch(DIRECTIVE_VALUE, name) or len(until) > 1 or not is_time:
+            raise ConfigError(f"{path}: {line!r} is no node's name; write one name per line.")
+        if not until or until[0] > now:
+            found.add(name)
+    return tuple(sorted(found))

@@ -12,6 +12,8 @@ LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 ABSOLUTE_PATH = r"^/[^\x00-\x1f\x7f:]*$"
+# https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
+QUANTITY = r"\d+(\.\d+)?(m|k|[KMGTPE]i|[MGTPE]|e\d+)?"
 IMAGE_BY_DIGEST = r"^[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}$"
 
 Directive = Annotated[str, Field(pattern=DIRECTIVE_VALUE)]

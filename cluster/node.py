@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,50 +21,79 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import psutil
 
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
-from cluster.status import PREEMPTED, NodeRecord, last_nodes, read_json, seconds_of
-from data_pipeline.errors import ConfigError, StorageError
+from cluster.launcher import (
+    Place,
+    end_group,
+    ignore_user_signals,
+    split_endpoint,
+    start_launcher,
+)
+from cluster.status import (
+    PREEMPTED,
+    NodeRecord,
+    last_nodes,
+    read_json,
+    run_status,
+    seconds_of,
+)
+from data_pipeline.errors import ConfigError, StorageError, UserError
+from data_pipeline.plain import plain
 from data_pipeline.store import storage
-from t2v.attempt.preemption import FLAG_FILE
-from t2v.attempt.record import next_number, read_attempts
+from t2v.attempt.preemption import FLAG_FILE, own_flag
+from t2v.attempt.record import (
+    FAILURES_IN_A_ROW,
+    append_attempt,
+    count_anew,
+    failed_start_line,
+    failed_starts,
+    job_id,
+    next_number,
+    pause_seconds,
+    read_attempts,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.2
+# Beyond the port where ranks meet.
+PREFLIGHT_PORTS = 100
+# What a site's own program may take at the end of an attempt.
+SITE_SECONDS = 60.0
 # How long ranks may take to follow one that is gone: by then every collective has failed.
 FOLLOW_SECONDS = 120.0
 ROOT_CAUSE = re.compile(
     r"Root Cause.*?rank\s*:\s*(?P<rank>\d+).*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL
 )
-ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>\d{1,5})")
 
 
-@dataclass(frozen=True)
-class NodeJob:
+@dataclass(frozen=True, kw_only=True)
+class NodeJob(Place):
     """One node's part of a job."""
 
     run_dir: Path
     train_arguments: tuple[str, ...]  # recipe and overrides of `t2v train`
-    nnodes: int = 1
-    nproc_per_node: int = 1
-    rdzv_endpoint: str = "localhost:29400"
-    rdzv_id: str = "t2v"
-    node_rank: int = 0
-    is_host: bool = False
-    grace_seconds: float = 600.0
-    rendezvous_timeout_seconds: float = 600.0
+    preflight: tuple[str, ...] | None = None  # its options, where nodes check each other first
+    on_end: str | None = None  # a program of the site's, with arguments
 
     @property
     def name(self) -> str:
         return f"node-{self.node_rank:05d}"
 
     @property
-    def hosts_rendezvous(self) -> bool:
-        """The first node does: in Kubernetes all are given the same words but their number."""
-        return self.is_host or self.node_rank == 0
+    def flag(self) -> Path:
+        """The request to stop this job alone: another one's on the same folder goes on."""
+        return own_flag(self.run_dir, self.rdzv_id)
+
+    def is_asked_to_stop(self, since: float) -> bool:
+        """Whether an operator, or another node of this job, asks for it; a flag older than an
+        earlier attempt's last word was meant for that one."""
+        return any(
+            flag.exists() and not is_older(flag, since)
+            for flag in (self.run_dir / FLAG_FILE, self.flag)
+        )
 
 
 def run_node(job: NodeJob) -> int:
@@ -72,19 +102,92 @@ def run_node(job: NodeJob) -> int:
     requests = Requests()
     job.run_dir.mkdir(parents=True, exist_ok=True)
     since = last_word(job.run_dir)
-    log_dir = next_log_dir(job.run_dir)
+    number = next_number(read_attempts(job.run_dir))
+    log_dir = log_folder(job.run_dir, number)
     log_dir.mkdir(parents=True, exist_ok=True)
     record = NodeRecord(node=job.name, host=socket.gethostname(), started=time.time())
     write_record(log_dir, record)
-    if job.hosts_rendezvous and not request_is_open(job.run_dir, since=since):
-        (job.run_dir / FLAG_FILE).unlink(missing_ok=True)
+    if job.node_rank == 0 and is_older(job.flag, since):
+        job.flag.unlink(missing_ok=True)
     try:
-        code, reason = see_through(job, log_dir, record, requests, since)
-    except StorageError as failure:
+        pause_after_failures(job, requests.heard)
+        code, reason = begin(job, log_dir, record, requests, since)
+    except UserError as failure:
         code, reason = failure.exit_code, str(failure)
+    tell_failed_start(job.run_dir, number, code, reason)
     write_record(log_dir, replace(record, ended=time.time(), exit_code=code, reason=reason))
-    print(f"{job.name}: {reason} (exit code {code}; logs: {log_dir})", flush=True)
+    if job.on_end and job.node_rank == 0:
+        tell_site(job.on_end, job.run_dir)
+    print(plain(f"{job.name}: {reason} (exit code {code}; logs: {log_dir})"), flush=True)
     return code
+
+
+def begin(
+    job: NodeJob, log_dir: Path, record: NodeRecord, requests: "Requests", since: float
+) -> tuple[int, str]:
+    """Check this node among its peers, then train; (exit code, why)."""
+    if is_done(job):
+        return 0, "done already: a pod that is made anew waits for nobody"
+    if job.preflight is not None:
+        code = run_preflight(job, requests, since)
+        if code == PREEMPTED:
+            return code, "told to stop before the ranks began"
+        if code:
+            return code, "preflight failed; the first node's log says what of which node"
+    return see_through(job, log_dir, record, requests, since)
+
+
+def is_done(job: NodeJob) -> bool:
+    """Whether this very job has finished its run, and this node of it is only started again."""
+    status = read_json(job.run_dir / "status.json")
+    return status.get("state") == "done" and status.get("job_id") == job.rdzv_id
+
+
+def run_preflight(job: NodeJob, requests: "Requests", since: float) -> int:
+    """The exit code of `t2v preflight` on this node, at a port of its own."""
+    host, port = split_endpoint(job.rdzv_endpoint)
+    if not wait_for_name(host, job.rendezvous_timeout_seconds, requests.heard):
+        return PREEMPTED
+    command = [
+        *(sys.executable, "-m", "t2v.cli", "preflight", "--nnodes", str(job.nnodes)),
+        *("--nproc-per-node", str(job.nproc_per_node), "--node-rank", str(job.node_rank)),
+        *("--rdzv-endpoint", f"{host}:{port + PREFLIGHT_PORTS}"),
+        *("--timeout-seconds", str(job.rendezvous_timeout_seconds), *(job.preflight or ())),
+        # `--clear-failures` is training's alone.
+        *("--", *(word for word in job.train_arguments if not word.startswith("--"))),
+        f"run_dir={json.dumps(str(job.run_dir))}",
+    ]
+    checking = subprocess.Popen(command, process_group=0, preexec_fn=ignore_user_signals)
+    next_beat = 0.0
+    while checking.poll() is None:
+        if requests.heard() or job.is_asked_to_stop(since):
+            end_group(checking, signal.SIGKILL)
+            checking.wait()
+            return PREEMPTED
+        if time.monotonic() >= next_beat:
+            with contextlib.suppress(OSError):
+                beat(heartbeat_file(), state="starting", step=0)
+            next_beat = time.monotonic() + BEAT_SECONDS
+        time.sleep(POLL_SECONDS)
+    return checking.returncode if checking.returncode >= 0 else 128 - checking.returncode
+
+
+def tell_site(program: str, run_dir: Path) -> None:
+    """Run the site's program about an attempt that has ended; whatever it does changes nothing."""
+    try:
+        status = run_status(run_dir)
+        told = {
+            "T2V_RUN_DIR": str(run_dir),
+            "T2V_STATE": status.state,
+            "T2V_EXIT_CODE": str(status.exit_code if status.exit_code is not None else ""),
+            "T2V_REASON": plain(status.reason or ""),
+            "T2V_DECISION": status.decision,
+        }
+        subprocess.run(
+            shlex.split(program), env=os.environ | told, timeout=SITE_SECONDS, check=True
+        )
+    except (OSError, UserError, subprocess.SubprocessError) as failure:
+        print(plain(f"on_end: {failure}"), flush=True)
 
 
 def see_through(
@@ -93,12 +196,43 @@ def see_through(
     """(exit code, why) once the ranks have ended."""
     host, _ = split_endpoint(job.rdzv_endpoint)
     if not wait_for_name(host, job.rendezvous_timeout_seconds, requests.heard):
-        request_stop(job.run_dir)
+        job.flag.touch()
         return PREEMPTED, "told to stop before the ranks began"
     with (log_dir / f"launcher-{job.name}.log").open("w", encoding="utf-8") as log:
-        launcher = start_launcher(job, log_dir, log)
+        arguments = [
+            *(str(log_dir), *job.train_arguments),
+            # Ranks and wrapper must look at the same flag file, wherever relative paths begin.
+            f"run_dir={json.dumps(str(job.run_dir))}",
+        ]
+        launcher = start_launcher(job, "cluster.rank", arguments, log)
         returned = watch(job, launcher, requests, since)
     return exit_code_of(job, log_dir, record, returned, asked=requests.heard())
+
+
+def pause_after_failures(job: NodeJob, told_to_stop: Callable[[], bool]) -> None:
+    """Back off after starts of this job that failed before the run began; ConfigError after three
+    alike, which also begins the count anew for whoever starts it again."""
+    failed = failed_starts(read_attempts(job.run_dir))
+    if not failed or failed[-1].get("job_id") != job_id():
+        return
+    if len(failed) >= FAILURES_IN_A_ROW:
+        if job.node_rank == 0:
+            count_anew(job.run_dir)
+        raise ConfigError(
+            f"{job.run_dir}: is not started again because its last {len(failed)} starts failed "
+            f"alike before the run began: {failed[-1].get('reason')}; correct the cause, then "
+            "launch it again."
+        )
+    ended = seconds_of(failed[-1].get("at")) or 0.0
+    while time.time() < ended + pause_seconds(len(failed)) and not told_to_stop():
+        time.sleep(POLL_SECONDS)
+
+
+def tell_failed_start(run_dir: Path, number: int, code: int, reason: str) -> None:
+    """A line in the run record for an attempt that ended before any rank owned the run: it counts,
+    and the next one has another number and folder. The first node to end writes it."""
+    if code and all(line["attempt"] < number for line in read_attempts(run_dir)):
+        append_attempt(run_dir, failed_start_line(number, code, reason))
 
 
 class Requests:
@@ -116,50 +250,6 @@ class Requests:
         self.first = self.first or time.monotonic()
 
 
-def start_launcher(job: NodeJob, log_dir: Path, log: TextIO) -> subprocess.Popen:
-    """torchrun, its stderr in a file, in a process group of its own: a terminal's Ctrl-C must reach
-    the ranks as a request, not as a signal."""
-    environment = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // job.nproc_per_node)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    environment.setdefault("PYTHONFAULTHANDLER", "1")
-    return subprocess.Popen(
-        launcher_command(job, log_dir),
-        stderr=log,
-        env=environment,
-        process_group=0,
-        preexec_fn=ignore_user_signals,
-    )
-
-
-def ignore_user_signals() -> None:
-    """A scheduler may signal every process of a job (`scancel` without `--batch`): that must not
-    kill torchrun, and with it the ranks as they save. Ranks arm handlers of their own."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def launcher_command(job: NodeJob, log_dir: Path) -> list[str]:
-    """The command line of torchrun: no restarts of its own, for a gang is only ever whole."""
-    timeout = int(job.rendezvous_timeout_seconds)
-    is_host = int(job.hosts_rendezvous)
-    return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        f"--nnodes={job.nnodes}",
-        f"--nproc-per-node={job.nproc_per_node}",
-        "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={job.rdzv_endpoint}",
-        f"--rdzv-id={job.rdzv_id}",
-        f"--rdzv-conf=is_host={is_host},join_timeout={timeout},read_timeout={timeout}",
-        f"--shutdown-timeout={max(int(job.grace_seconds) - 30, 30)}",
-        *("-m", "cluster.rank", str(log_dir), *job.train_arguments),
-        # Ranks and wrapper must look at the same flag file, wherever relative paths begin.
-        f"run_dir={json.dumps(str(job.run_dir))}",
-    ]
-
-
 def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: float) -> int:
     """See the launcher through: pass requests on, beat, and bound how long anything may linger.
 
@@ -172,11 +262,11 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: f
         now = time.monotonic()
         ranks = ranks_of(launcher)
         most = max(most, len(ranks))
-        # Again while no rank has begun: the start of the node that hosts may have removed it.
+        # Again while no rank has begun: the start of the first node may have removed it.
         if requests.heard() and not (passed_on and most):
-            request_stop(job.run_dir)
+            job.flag.touch()
             passed_on = True
-        if not most and request_is_open(job.run_dir, since=since):
+        if not most and job.is_asked_to_stop(since):
             end_group(launcher, signal.SIGTERM)  # no rank here has begun: none can answer
             launcher.wait()
             return PREEMPTED
@@ -216,7 +306,9 @@ def exit_code_of(
     if fresh:
         first = min(fresh, key=lambda failure: seconds_of(failure["at"]) or 0.0)
         if first["exit_code"] != PREEMPTED:
-            return int(first["exit_code"]), f"rank {first.get('rank')}: {first.get('reason')}"
+            rank, reason = f"rank {first.get('rank')}", str(first.get("reason"))
+            said = reason if reason.startswith(f"{rank} ") else f"{rank}: {reason}"
+            return int(first["exit_code"]), said
     if is_fresh and status.get("state") == "preempted":
         return PREEMPTED, f"preempted at step {status.get('step')}, saved"
     if is_fresh and status.get("state") == "failed" and status.get("exit_code"):
@@ -246,20 +338,15 @@ def last_words(job: NodeJob, log_dir: Path) -> str:
     return lines[-1].strip()[-300:] if lines else "its log says why"
 
 
-def next_log_dir(run_dir: Path) -> Path:
-    """Where the attempt that begins now keeps its logs; every node finds the same, for the number
-    is only raised once all nodes have met."""
-    return run_dir / "logs" / f"attempt-{next_number(read_attempts(run_dir)):04d}"
+def log_folder(run_dir: Path, attempt: int) -> Path:
+    """Where an attempt keeps its logs; every node finds the same, for the number of the one that
+    begins is only raised once nodes have met, or failed to."""
+    return run_dir / "logs" / f"attempt-{attempt:04d}"
 
 
 def write_record(log_dir: Path, record: NodeRecord) -> None:
     content = json.dumps(asdict(record)).encode()
     storage.write_atomic(log_dir / f"{record.node}.json", content)
-
-
-def request_stop(run_dir: Path) -> None:
-    """Ask all ranks of all nodes to save and stop."""
-    (run_dir / FLAG_FILE).touch()
 
 
 def last_word(run_dir: Path) -> float:
@@ -268,24 +355,12 @@ def last_word(run_dir: Path) -> float:
     return max([told, *(node.ended or 0.0 for node in last_nodes(run_dir))])
 
 
-def request_is_open(run_dir: Path, *, since: float) -> bool:
-    """Whether this attempt is asked to stop; a flag older than an earlier attempt's last word was
-    meant for that one."""
+def is_older(path: Path, seconds: float) -> bool:
+    """Whether a file is there and older than a time."""
     try:
-        return (run_dir / FLAG_FILE).stat().st_mtime >= since
+        return path.stat().st_mtime < seconds
     except FileNotFoundError:
         return False
-
-
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of a meeting point."""
-    match = ENDPOINT.fullmatch(endpoint)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        raise ConfigError(
-            f"--rdzv-endpoint: {endpoint!r} is wrong because it is not HOST:PORT; give the first "
-            "node's name and a free port."
-        )
-    return match["host"], int(match["port"])
 
 
 def wait_for_name(host: str, patience_seconds: float, told_to_stop: Callable[[], bool]) -> bool:
@@ -317,14 +392,6 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 def end_process(process: psutil.Process) -> None:
-    try:
+    """A rank goes with the parent that tells of its death."""
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        return
-
-
-def end_group(launcher: subprocess.Popen, number: signal.Signals) -> None:
-    try:
-        os.killpg(launcher.pid, number)
-    except ProcessLookupError:
-        return

@@ -1,50 +1,37 @@
 """What one node can say of itself before a run: its GPUs, disks, memory, clock and its data."""
 
 import os
+import resource
 import shutil
 import socket
-import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from cluster.checks import Check, Verdict
+from cluster.gpus import Promise, check_gpus, query_gpus
 from cluster.job import BYTES_PER_PARAMETER, sample_bytes
-from data_pipeline.errors import DataError, StorageError, UserError
+from data_pipeline.errors import ConfigError, DataError, StorageError, UserError
 from data_pipeline.feeding.sources import open_sources
 from t2v.recipe.recipe import RunConfig, method_of
 
-Verdict = Literal["ok", "warning", "failed"]
-
 GIB = 2**30
 LEAST_INODES = 10_000
-IDLE_MEMORY_SHARE, IDLE_UTILISATION = 0.05, 10.0
+LEAST_OPEN_FILES, LEAST_LOCKED_BYTES = 1024, 1 << 30
 SKEW_WARNING_SECONDS, SKEW_LIMIT_SECONDS = 1.0, 10.0
-GPU_FIELDS = ("index", "name", "memory.total", "memory.used", "utilization.gpu", "driver_version",
-              "ecc.errors.uncorrected.volatile.total")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding; `exit_code` is what it means if every node says the same."""
-
-    name: str
-    verdict: Verdict
-    found: str
-    exit_code: int = 0
-
-
-def check_node(config: RunConfig, *, ranks: int) -> list[Check]:
+def check_node(config: RunConfig, *, ranks: int, promise: Promise | None = None) -> list[Check]:
     """All checks of this node for `ranks` ranks of a run."""
     run_dir = Path(config.run_dir)
     return [
         check_versions(),
-        *check_gpus(query_gpus(), ranks=ranks),
+        *check_gpus(query_gpus(), ranks=ranks, promise=promise or Promise()),
+        check_limits(),
         check_shared_memory(config, ranks=ranks),
         _guarded("run folder", lambda: check_run_folder(run_dir)),
         _guarded("disk", lambda: check_disk(run_dir, needed_bytes=missing_bytes(config))),
@@ -54,7 +41,8 @@ def check_node(config: RunConfig, *, ranks: int) -> list[Check]:
 
 def node_name() -> str:
     """What the scheduler calls this node."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    told = os.environ.get("SLURMD_NODENAME") or os.environ.get("T2V_NODE")
+    return told or socket.gethostname()
 
 
 def check_versions() -> Check:
@@ -66,51 +54,25 @@ def check_versions() -> Check:
     return Check("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions.items()))
 
 
-def query_gpus() -> list[dict[str, str]] | None:
-    """What the driver says of each GPU; None without a driver, empty if it does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return []
-    return parse_gpus(done.stdout)
-
-
-def parse_gpus(text: str) -> list[dict[str, str]]:
-    """The lines of nvidia-smi's CSV."""
-    rows = [
-        [cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()
-    ]
-    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
-
-
-def check_gpus(gpus: list[dict[str, str]] | None, *, ranks: int) -> list[Check]:
-    """GPUs are there, one per rank, idle, and without memory errors."""
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus is None and not seen:
-        return [Check("GPUs", "ok", "none: ranks compute on the CPU")]
-    gpus = gpus or []
-    if len(gpus) < ranks or seen < ranks:
-        found = f"{len(gpus)} by the driver, {seen} by torch, for {ranks} ranks"
-        return [Check("GPUs", "failed", found)]
-    problems = []
-    for gpu in gpus:
-        used, total = _number(gpu["memory.used"]), _number(gpu["memory.total"])
-        busy = _number(gpu["utilization.gpu"])
-        errors = _number(gpu["ecc.errors.uncorrected.volatile.total"])
-        if used > IDLE_MEMORY_SHARE * total:
-            problems.append(f"GPU {gpu['index']} holds {used:.0f} of {total:.0f} MiB")
-        elif busy > IDLE_UTILISATION:
-            problems.append(f"GPU {gpu['index']} is busy at {busy:.0f} %")
-        if errors:
-            problems.append(f"GPU {gpu['index']} has {errors:.0f} uncorrected memory errors")
-    drivers = sorted({gpu["driver_version"] for gpu in gpus})
-    found = f"{len(gpus)} x {gpus[0]['name']}, driver {', '.join(drivers)}"
+def check_limits() -> Check:
+    """What the system allows this process, in the environment that training will have."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    core, _ = resource.getrlimit(resource.RLIMIT_CORE)
+    has_rdma = any(Path("/sys/class/infiniband").glob("*"))
+    problems, warnings = [], []
+    if files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES:
+        problems.append(f"{files} open files are less than {LEAST_OPEN_FILES} (ulimit -n)")
+    if has_rdma and locked != resource.RLIM_INFINITY and locked < LEAST_LOCKED_BYTES:
+        problems.append(f"{locked / GIB:.2f} GiB may be locked for RDMA (ulimit -l); unlimited is")
+    if core == resource.RLIM_INFINITY or core > GIB:
+        warnings.append("a crash may write all memory to the disk (ulimit -c 0 prevents it)")
     if problems:
-        return [Check("GPUs", "failed", f"{'; '.join(problems)} ({found})")]
-    return [Check("GPUs", "ok", f"{found}, idle")]
+        found = "; ".join(problems)
+        return Check("limits", "failed", found, ConfigError.exit_code, is_of_node=True)
+    if warnings:
+        return Check("limits", "warning", "; ".join(warnings))
+    return Check("limits", "ok", f"{files} open files")
 
 
 def check_shared_memory(config: RunConfig, *, ranks: int) -> Check:
@@ -202,11 +164,6 @@ def check_data(config: RunConfig) -> Check:
     return Check("data", "ok", found)
 
 
-def failed(checks: Iterable[Check]) -> list[Check]:
-    """Those that stop a run."""
-    return [check for check in checks if check.verdict == "failed"]
-
-
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
     """A check whose own failure is a finding."""
     try:
@@ -216,10 +173,3 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     except OSError as failure:
         reason = f"{failure.filename or name}: {failure.strerror or failure}"
         return Check(name, "failed", reason, StorageError.exit_code)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0  # "[N/A]": this GPU does not count it

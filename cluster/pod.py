@@ -20,6 +20,11 @@ RENDEZVOUS_SECONDS = 600
 # Ranks import torch before their watchdog begins, and it asks all ranks before it ends them.
 WATCHDOG_SECONDS = 300
 HEARTBEAT_SECONDS = 900
+PREFLIGHT_SECONDS = 900
+
+
+# The root of a large volume is looked at, not every file of it.
+GROUP_OF_VOLUMES: Object = {"fsGroupChangePolicy": "OnRootMismatch"}
 
 
 def literal(text: str) -> str:
@@ -44,8 +49,8 @@ def probes(setup_seconds: float) -> Object:
         }
 
     aged = ("--max-age", str(HEARTBEAT_SECONDS))
-    # Nodes wait for the first one's name, then for each other.
-    startup_seconds = 2 * RENDEZVOUS_SECONDS + setup_seconds + WATCHDOG_SECONDS
+    # Nodes wait for the first one's name, check each other, and wait for each other.
+    startup_seconds = 2 * RENDEZVOUS_SECONDS + PREFLIGHT_SECONDS + setup_seconds + WATCHDOG_SECONDS
     failures = math.ceil(startup_seconds / PROBE_SECONDS)
     return {
         "startupProbe": probe(*aged, "--startup", failures=failures),
@@ -63,7 +68,7 @@ def pod_template(
     grace_seconds: int,
 ) -> Object:
     """A pod template that passes the restricted Pod Security Standard."""
-    annotations = {}
+    annotations = dict(profile.annotations)
     if profile.topology:
         annotations["kueue.x-k8s.io/podset-required-topology"] = profile.topology
     spec: Object = {
@@ -76,9 +81,7 @@ def pod_template(
             "runAsNonRoot": True,
             "runAsUser": profile.user,
             "runAsGroup": profile.user,
-            "fsGroup": profile.user,
-            # The root of a large volume is looked at, not every file of it.
-            "fsGroupChangePolicy": "OnRootMismatch",
+            **(GROUP_OF_VOLUMES | {"fsGroup": profile.user} if profile.fs_group else {}),
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
@@ -96,10 +99,12 @@ def pod_template(
                 "key": toleration.key,
                 "operator": "Exists" if toleration.value is None else "Equal",
                 **toleration.model_dump(include={"value", "effect"}, exclude_none=True),
+                **({} if toleration.seconds is None else {"tolerationSeconds": toleration.seconds}),
             }
             for toleration in profile.tolerations
         ]
-    labels = {"app.kubernetes.io/name": "t2v", "app.kubernetes.io/instance": name}
+    ours = {"app.kubernetes.io/name": "t2v", "app.kubernetes.io/instance": name}
+    labels = {**profile.labels, **ours}
     return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
 
@@ -155,14 +160,14 @@ def _volumes(profile: KubernetesProfile, config: Object, shared_memory_gib: int)
     return volumes
 
 
-def environment_of(profile: KubernetesProfile, *, hub_gib: int = 0) -> list[Object]:
+def environment_of(profile: KubernetesProfile, *, hub_gib: int = 0, **more: str) -> list[Object]:
     """Variables of a pod, of whose cache `hub_gib` are kept for what the model hub gives."""
     # Nothing else of the container's root can be written to; a user that the image does not know
     # has no name, which torch.compile asks for.
     own = {"HOME": "/tmp", "USER": "t2v"}
     quota = {"T2V_CACHE": CACHE_FOLDER, "T2V_CACHE_GIB": str(profile.cache_gib - hub_gib - 1)}
     hub = {"HF_HOME": HUB_FOLDER} if hub_gib else {}
-    values = {**own, **quota, **hub, **profile.variables}
+    values = {**own, **quota, **hub, **more, **profile.variables}
     secrets = [
         {
             "name": secret.variable,
@@ -184,4 +189,5 @@ def resources_of(profile: KubernetesProfile, cpus: int, memory_gib: int, gpus: i
         amounts[profile.gpu_resource] = str(gpus)
         if profile.rdma_resource:
             amounts[profile.rdma_resource] = "1"
+        amounts |= {name: str(amount) for name, amount in profile.resources.items()}
     return {"requests": dict(amounts), "limits": dict(amounts)}

@@ -1,46 +1,43 @@
 """All nodes of a job checked before it trains, and the bad one named.
 
-What fails on every node is the job's fault; what fails on some is theirs.
+What fails on every node is the job's fault; what fails on some is theirs. A node that does not
+come, falls silent or is reached by nobody cannot say so: the first node judges for all.
 """
 
 import json
-import multiprocessing
 import os
 import statistics
+import subprocess
+import tempfile
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from cluster.fabric import measure, slow_members
-from cluster.node_checks import Check, check_node, failed, node_name, skew_verdict
-from data_pipeline.errors import StorageError, UserError
+from cluster.checks import Check, failed
+from cluster.fabric import slow_members
+from cluster.gpus import Promise
+from cluster.launcher import Place, start_launcher
+from cluster.meeting import Meeting, agreed_clock, await_keys, knock, meet, open_door
+from cluster.node_checks import check_node, node_name, skew_verdict
+from data_pipeline.errors import NodeUnfit, StorageError
+from data_pipeline.plain import plain
+from data_pipeline.terminal import Terminal
 from t2v.recipe.recipe import RunConfig
 
-PREFIX = "preflight"
-
-
-class BadNode(UserError):
-    """A node that a job should avoid."""
-
-    exit_code = 69
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the nodes of a job compare notes, and who of them this one is."""
-
-    nnodes: int
-    node_rank: int
-    host: str
-    port: int
-    timeout_seconds: float = 120.0
+# Longer than any check of a healthy node takes; what comes later hangs.
+CHECK_SECONDS = 120.0
+# A node that is mended is tried again after a while, and a name in `bad_nodes` need not be removed.
+BAD_NODE_DAYS = 7
+STARTING_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,9 @@ class NodeReport:
 
     node: str
     checks: list[Check]
-    clock: float  # when it heard the first node's call
+    clock: float = 0.0  # when it heard the first node's call
     rates: dict[str, float] = field(default_factory=dict)
+    closed: dict[str, str] = field(default_factory=dict)  # nodes that it does not reach
 
 
 @dataclass(frozen=True)
@@ -62,41 +60,187 @@ class Judgement:
     bad_nodes: list[str]
 
 
-def check_alone(config: RunConfig, *, ranks: int) -> tuple[NodeReport, Judgement]:
+def check_alone(
+    config: RunConfig, *, ranks: int, promise: Promise | None = None
+) -> tuple[NodeReport, Judgement]:
     """This node by itself."""
-    report = NodeReport(node_name(), check_node(config, ranks=ranks), time.time())
+    checks = check_node(config, ranks=ranks, promise=promise)
+    report = NodeReport(node_name(), checks, time.time())
     return report, judge([report])
 
 
 def check_together(
-    config: RunConfig, meeting: Meeting, *, ranks: int
+    config: RunConfig,
+    meeting: Meeting,
+    *,
+    recipe: Sequence[str],
+    promise: Promise | None = None,
 ) -> tuple[list[NodeReport], Judgement]:
-    """This node among its peers; every node gets the same judgement."""
-    checks = check_node(config, ranks=ranks)
+    """This node among its peers; every node gets the judgement, and the first the reports.
+
+    `recipe` is the file and the overrides, for the ranks that try the fabric.
+    """
     store = meet(meeting)
-    name, rank = node_name(), meeting.node_rank
-    store.set(f"name/{rank}", name)
-    absent = await_keys(store, "name", meeting)
+    rank = meeting.node_rank
+    door, address = open_door(meeting)
+    with door:
+        store.set(f"door/{rank}", address)
+        store.set(f"name/{rank}", node_name())
+        heard: list[Check] = []
+        own = threading.Thread(target=lambda: heard.extend(_checks(config, meeting, promise)))
+        own.daemon = True  # one that hangs must not keep this process
+        own.start()
+        if rank == 0:
+            return _judge_all(store, meeting, recipe, own, heard)
+        if _await_key(store, "go", meeting.timeout_seconds + CHECK_SECONDS):
+            _tell_of_itself(store, meeting, own, heard)
+            if _await_key(store, "try", 2 * CHECK_SECONDS):
+                _tell_of_fabric(store, meeting, recipe)
+        return [], _judgement_of(store, meeting)
+
+
+def _judge_all(
+    store: dist.Store, meeting: Meeting, recipe: Sequence[str], own: threading.Thread, heard: list
+) -> tuple[list[NodeReport], Judgement]:
+    """The first node: who came, who answered, who took part; whoever falls silent ends the rest."""
+    everyone, seconds = range(meeting.nnodes), min(meeting.timeout_seconds, CHECK_SECONDS)
+    reports: list[NodeReport] = []
+    absent = await_keys(store, "name", everyone, meeting.timeout_seconds)
+    silence = f"did not come within {meeting.timeout_seconds:g} s"
+    if not absent:
+        store.set("go", "1")
+        _tell_of_itself(store, meeting, own, heard)
+        absent = await_keys(store, "report", everyone, seconds)
+        silence = f"came, and did not answer within {seconds:.0f} s: it hangs or has died"
+    there = [number for number in everyone if number not in absent]
+    if not absent or silence.startswith("came"):
+        reports = [parse_report(store.get(f"report/{n}").decode()) for n in there]
+    if absent:  # links are counted by the numbers of all nodes
+        reports = [replace(report, closed={}) for report in reports]
+    judgement = judge(reports) if reports else Judgement(0, [], [])
+    if not absent and not judgement.exit_code:
+        store.set("try", "1")
+        _tell_of_fabric(store, meeting, recipe)
+        absent = await_keys(store, "fabric", everyone, seconds + STARTING_SECONDS)
+        silence = "took part in no all-reduce and fell silent: it hangs or has died"
+        there = [number for number in everyone if number not in absent]
+        told = {n: json.loads(store.get(f"fabric/{n}")) for n in there}
+        reports = [_with_fabric(r, told[n]) if n in told else r for n, r in enumerate(reports)]
+        judgement = judge(reports) if not absent else judgement
     if absent:
-        # The others cannot be asked; each of those present comes to the same answer.
-        numbers = ", ".join(numbered(number, meeting) for number in absent)
-        raise StorageError(
-            f"preflight: of {meeting.nnodes} nodes, number {numbers} did not come within "
-            f"{meeting.timeout_seconds:.0f} s; look at their logs."
+        judgement = of_the_silent(meeting, absent, silence, judgement)
+    store.set("judgement", json.dumps(asdict(judgement)))
+    await_keys(store, "bye", [n for n in everyone if n and n not in absent], STARTING_SECONDS)
+    return reports, judgement
+
+
+def of_the_silent(
+    meeting: Meeting, absent: Sequence[int], silence: str, judgement: Judgement
+) -> Judgement:
+    """Nodes that say nothing are bad, but for all of several others: then it is the first node, or
+    what lies between."""
+    problems = [f"{meeting.name(number)}: {silence}" for number in absent]
+    everyone_else = meeting.nnodes > 2 and len(absent) == meeting.nnodes - 1
+    if everyone_else or not meeting.knows_names():
+        return Judgement(
+            StorageError.exit_code, [*problems, *judgement.problems], judgement.bad_nodes
         )
+    bad = [*judgement.bad_nodes, *(meeting.name(number) for number in absent)]
+    return Judgement(NodeUnfit.exit_code, [*problems, *judgement.problems], bad)
+
+
+def _checks(config: RunConfig, meeting: Meeting, promise: Promise | None) -> list[Check]:
+    return check_node(config, ranks=meeting.place.nproc_per_node, promise=promise)
+
+
+def _tell_of_itself(
+    store: dist.Store, meeting: Meeting, own: threading.Thread, heard: list[Check]
+) -> None:
     clock = agreed_clock(store, meeting)
-    rates = measured_rates(meeting, ranks=ranks)
-    checks += rates.pop("checks", [])
-    report = NodeReport(name, checks, clock, rates)
-    store.set(f"report/{rank}", json.dumps(asdict(report)))
-    await_keys(store, "report", meeting)
-    reports = [
-        parse_report(store.get(f"report/{number}").decode()) for number in range(meeting.nnodes)
-    ]
-    store.set(f"bye/{rank}", "1")
-    if rank == 0:
-        await_keys(store, "bye", meeting)  # the store ends with this process
-    return reports, judge(reports)
+    closed = knock(store, meeting)
+    own.join(CHECK_SECONDS - 1)
+    checks = list(heard)
+    if own.is_alive():
+        found = f"no end within {CHECK_SECONDS - 1:.0f} s: a disk or the driver does not answer"
+        checks = [Check("checks", "failed", found, StorageError.exit_code)]
+    elif not checks:
+        checks = [Check("checks", "failed", "ended with an error of their own: see its log", 1)]
+    report = NodeReport(node_name(), checks, clock, closed=closed)
+    store.set(f"report/{meeting.node_rank}", json.dumps(asdict(report)))
+
+
+def _tell_of_fabric(store: dist.Store, meeting: Meeting, recipe: Sequence[str]) -> None:
+    place = replace(meeting.place, rdzv_endpoint=next_port(meeting.place.rdzv_endpoint))
+    found = try_fabric(place, recipe, min(meeting.timeout_seconds, CHECK_SECONDS))
+    store.set(f"fabric/{meeting.node_rank}", json.dumps(found))
+
+
+def _with_fabric(report: NodeReport, told: dict[str, Any]) -> NodeReport:
+    if "failure" in told:
+        lost = Check("all-reduce", "failed", told["failure"], StorageError.exit_code)
+        return replace(report, checks=[*report.checks, lost])
+    together = Check("all-reduce", "ok", f"{gigabytes(told.get('all', 0.0))} over all ranks")
+    return replace(report, checks=[*report.checks, together], rates=told)
+
+
+def try_fabric(place: Place, recipe: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What this node's ranks saw of the fabric, the slowest of them counting; or its failure."""
+    with tempfile.TemporaryDirectory(prefix="t2v-fabric-") as folder:
+        log = Path(folder, "launcher.log")
+        arguments = [folder, str(seconds), str(place.nproc_per_node), *recipe]
+        with log.open("w", encoding="utf-8") as file:
+            launcher = start_launcher(place, "cluster.fabric", arguments, file, stdout=file)
+            try:
+                launcher.wait(seconds + STARTING_SECONDS / 2)
+            except subprocess.TimeoutExpired:
+                for process in psutil.Process(launcher.pid).children(recursive=True):
+                    process.kill()
+                launcher.kill()
+                launcher.wait()
+                return {"failure": f"no end within {seconds + STARTING_SECONDS / 2:.0f} s"}
+        found = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
+        if launcher.returncode or len(found) != place.nproc_per_node:
+            return {"failure": last_error(log.read_text(encoding="utf-8", errors="replace"))}
+    return {name: min(one[name] for one in found) for name in found[0]}
+
+
+def last_error(log: str) -> str:
+    """The line of a launcher's log that says most."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = [line for line in lines if "Error" in line and "ChildFailedError" not in line]
+    return (told or lines or ["it said nothing"])[-1][:300]
+
+
+def next_port(endpoint: str) -> str:
+    """The port beside a meeting's own, for what is started there."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + 1}"
+
+
+def _await_key(store: dist.Store, name: str, seconds: float) -> bool:
+    """Whether a key is set before the judgement is."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if store.check([name]):
+            return True
+        if store.check(["judgement"]):
+            return False
+        time.sleep(0.1)
+    return False
+
+
+def _judgement_of(store: dist.Store, meeting: Meeting) -> Judgement:
+    try:
+        if not _await_key(store, "judgement", 4 * CHECK_SECONDS):
+            raise dist.DistError("it does not judge")
+        judgement = Judgement(**json.loads(store.get("judgement")))
+        store.set(f"bye/{meeting.node_rank}", "1")
+    except (dist.DistError, RuntimeError) as failure:
+        raise StorageError(
+            f"{meeting.name(0)}: the first node is gone because "
+            f"{str(failure).splitlines()[0]}; look at its log."
+        ) from None
+    return judgement
 
 
 def judge(reports: list[NodeReport]) -> Judgement:
@@ -112,7 +256,9 @@ def judge(reports: list[NodeReport]) -> Judgement:
             for check in failed(report.checks)
             if check.name == name
         ]
+        is_alone = len(reports) == 1
         theirs = len({node for node, _ in failing}) < len(reports)
+        theirs = theirs or any(is_alone and check.is_of_node for _, check in failing)
         if not theirs and all(check.exit_code for _, check in failing):
             code = code or failing[0][1].exit_code
             problems.append(f"every node: {name}: {failing[0][1].found}")
@@ -123,7 +269,31 @@ def judge(reports: list[NodeReport]) -> Judgement:
     for report, problem in comparisons(reports):
         bad[report.node] = None
         problems.append(f"{report.node}: {problem}")
-    return Judgement(code or (BadNode.exit_code if bad else 0), problems, list(bad))
+    cut_off, open_question = unreached(reports)
+    for number in cut_off:
+        bad[reports[number].node] = None
+    problems += open_question
+    if open_question and not cut_off:
+        code = code or StorageError.exit_code
+    return Judgement(code or (NodeUnfit.exit_code if bad else 0), problems, list(bad))
+
+
+def unreached(reports: list[NodeReport]) -> tuple[list[int], list[str]]:
+    """Nodes none of whose links work, where others' do; and a line for each link that does not."""
+    links, broken = set(), {}
+    for number, report in enumerate(reports):
+        for step in (1, 2):
+            other = (number + step) % len(reports)
+            if other != number:
+                links.add(frozenset((number, other)))
+        for other, where in report.closed.items():
+            broken[frozenset((number, int(other)))] = (
+                f"{report.node}: does not reach {reports[int(other)].node} at {where}"
+            )
+    of = {n: [link for link in links if n in link] for n in range(len(reports))}
+    cut_off = [n for n, own in of.items() if own and all(link in broken for link in own)]
+    is_clear = 0 < len(cut_off) < len(reports) - 1
+    return (cut_off if is_clear else []), list(broken.values())
 
 
 def comparisons(reports: list[NodeReport]) -> list[tuple[NodeReport, str]]:
@@ -157,80 +327,6 @@ def pair_rates(reports: list[NodeReport]) -> dict[tuple[int, int], float]:
     return rates
 
 
-def meet(meeting: Meeting) -> dist.Store:
-    """The store of the first node."""
-    try:
-        store = dist.TCPStore(
-            meeting.host,
-            meeting.port,
-            is_master=meeting.node_rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=meeting.timeout_seconds),
-        )
-    except (dist.DistError, RuntimeError) as failure:
-        raise StorageError(
-            f"{meeting.host}:{meeting.port}: the nodes cannot meet because "
-            f"{str(failure).splitlines()[0].rstrip('.')}; check the first node and its port."
-        ) from None
-    return dist.PrefixStore(PREFIX, store)
-
-
-def await_keys(store: dist.Store, name: str, meeting: Meeting) -> list[int]:
-    """Wait for a key of every node; the numbers of those that did not set it in time."""
-    deadline = time.monotonic() + meeting.timeout_seconds
-    missing = list(range(meeting.nnodes))
-    while missing:
-        missing = [number for number in missing if not store.check([f"{name}/{number}"])]
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    return missing
-
-
-def numbered(number: int, meeting: Meeting) -> str:
-    """A node's number, and its name where a batch script tells those of all nodes."""
-    names = os.environ.get("T2V_NODE_NAMES", "").split()
-    return f"{number} ({names[number]})" if len(names) == meeting.nnodes else str(number)
-
-
-def agreed_clock(store: dist.Store, meeting: Meeting) -> float:
-    """This node's time when the first node called, to the 20 ms of a poll."""
-    if meeting.node_rank == 0:
-        store.set("call/0", "now")
-    while not store.check(["call/0"]):
-        time.sleep(0.02)
-    return time.time()
-
-
-def measured_rates(meeting: Meeting, *, ranks: int) -> dict[str, Any]:
-    """What this node's ranks saw of the fabric, the slowest of them counting."""
-    try:
-        if ranks == 1:
-            found = [_measure(meeting, 0, ranks)]
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(ranks, mp_context=context) as pool:
-                found = list(pool.map(_measure, [meeting] * ranks, range(ranks), [ranks] * ranks))
-    except (dist.DistError, RuntimeError, ArithmeticError) as failure:
-        reason = str(failure).splitlines()[0]
-        return {"checks": [Check("all-reduce", "failed", reason, StorageError.exit_code)]}
-    rates = {name: min(one[name] for one in found) for name in found[0]}
-    together = Check("all-reduce", "ok", f"{gigabytes(rates['all'])} over all ranks")
-    return {**rates, "on_gpu": float(torch.cuda.is_available()), "checks": [together]}
-
-
-def _measure(meeting: Meeting, local: int, ranks: int) -> dict[str, float]:
-    """One rank's measurement; it meets the others at the first node's store."""
-    store = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False)
-    return measure(
-        dist.PrefixStore("fabric", store),
-        meeting.node_rank * ranks + local,
-        meeting.nnodes * ranks,
-        ranks_per_node=ranks,
-        timeout_seconds=meeting.timeout_seconds,
-    )
-
-
 def parse_report(text: str) -> NodeReport:
     """A report as its node wrote it."""
     content = json.loads(text)
@@ -238,23 +334,37 @@ def parse_report(text: str) -> NodeReport:
     return NodeReport(checks=checks, **content)
 
 
-def own_exit_code(judgement: Judgement, node: str) -> int:
-    """A job's fault is every node's; a node's fault is its own."""
-    if judgement.exit_code != BadNode.exit_code:
+def own_exit_code(judgement: Judgement, node: str, *, speaks: bool) -> int:
+    """A job's fault is every node's; a node's fault is its own, and the first node's to say, for
+    one that has died cannot."""
+    if judgement.exit_code != NodeUnfit.exit_code or speaks or node in judgement.bad_nodes:
         return judgement.exit_code
-    return BadNode.exit_code if node in judgement.bad_nodes else 0
+    return 0
+
+
+def note_bad_nodes(judgement: Judgement) -> None:
+    """Write bad nodes into the file that `T2V_BAD_NODES` names, for the scheduler to avoid for
+    some days: a name and an end per line."""
+    path = os.environ.get("T2V_BAD_NODES")
+    if path and judgement.bad_nodes:
+        end = datetime.now(UTC) + timedelta(days=BAD_NODE_DAYS)
+        with Path(path).open("a", encoding="utf-8") as file:
+            for name in filter(str.strip, judgement.bad_nodes):
+                file.write(f"{name} {end.isoformat(timespec='seconds')}\n")
 
 
 def print_reports(reports: list[NodeReport], judgement: Judgement) -> None:
     """A table of all nodes and what is wrong."""
     table = Table("node", "check", "", "found")
-    marks = {"ok": "ok", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
+    colours = {"ok": "", "warning": "yellow", "failed": "red"}
     for report in reports:
         for check in report.checks:
-            table.add_row(report.node, check.name, marks[check.verdict], check.found)
-    Console().print(table)
+            table.add_row(
+                report.node, check.name, Text(check.verdict, colours[check.verdict]), check.found
+            )
+    Terminal().print(table)
     for problem in judgement.problems:
-        print(problem)
+        print(plain(problem))
 
 
 def to_json(reports: list[NodeReport], judgement: Judgement) -> str:

@@ -42,8 +42,9 @@ _Readable.add_representer(str, _Readable.represent_str)
 GROUP = "node"  # of equal pods: the only replicated job
 PORT = 29500
 RESTART = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
-USAGE = 2
-FATAL_CODES = sorted(HOPELESS | {USAGE})
+USAGE, BAD_NODE = 2, 69
+# Pods cannot be told to avoid a node; the job that is launched again is.
+FATAL_CODES = sorted(HOPELESS | {USAGE, BAD_NODE})
 DATA_FATAL_CODES = [USAGE, 65, 66, 78]
 # An encoder of 11 B parameters in fp32 is 42 GiB, in both formats of weights twice that; downloads
 # keep up to 10 GB of chunks beside it.
@@ -80,11 +81,11 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
     record = _config_map(name, job, profile)
     hub_gib = _hub_gib(profile) if job.downloads else 0
     profile = _of_one_task(job, profile, hub_gib=hub_gib)
-    task = f"$(JOB_COMPLETION_INDEX)/{job.tasks}"
+    task = ["--task", f"$(JOB_COMPLETION_INDEX)/{job.tasks}"] if job.is_split else []
     container = container_of(
         profile,
-        command=["t2v", "data"],
-        arguments=[*(literal(argument) for argument in job.arguments), "--task", task],
+        command=list(job.program),
+        arguments=[*(literal(argument) for argument in job.arguments), *task],
         resources=resources_of(profile, job.cpus, job.memory_gib, job.gpus),
         environment=environment_of(profile, hub_gib=hub_gib),
     )
@@ -264,6 +265,7 @@ def _training_pod(
     host: str,
     restart: str | None,
 ) -> Object:
+    folder = run_folder(job.run_dir, profile)
     identity = [{"name": "T2V_RESTART", "valueFrom": {"fieldRef": {"fieldPath": restart}}}]
     container = container_of(
         profile,
@@ -273,16 +275,23 @@ def _training_pod(
             *("--nproc-per-node", str(job.ranks_per_node)),
             *("--node-rank", "$(JOB_COMPLETION_INDEX)"),
             *("--rdzv-endpoint", f"{host}:{PORT}"),
-            *("--rdzv-id", f"{name}-$(T2V_RESTART)" if restart else name),
+            # A bare Job's pods that are made anew have no other sign of their attempt.
+            *("--rdzv-id", f"{name}-{'$(T2V_RESTART)' if restart else job.snapshot}"),
             *("--rendezvous-timeout-seconds", str(RENDEZVOUS_SECONDS)),
-            *("--run-dir", literal(str(run_folder(job.run_dir, profile)))),
+            *("--run-dir", literal(str(folder))),
             *("--grace-seconds", str(job.grace.seconds)),
+            *(["--on-end", literal(profile.on_end)] if profile.on_end else []),
+            *("--preflight", *profile.promise),
             *("--", f"{CONFIG_FOLDER}/config.yaml"),
         ],
         resources=resources_of(
             profile, profile.cpus_per_node, profile.memory_gib, profile.gpus_per_node
         ),
-        environment=[*(identity if restart else []), *environment_of(profile)],
+        environment=[
+            *(identity if restart else []),
+            {"name": "T2V_NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            *environment_of(profile, T2V_BAD_NODES=f"{folder}/bad_nodes"),
+        ],
     )
     pod = pod_template(
         profile,
@@ -296,9 +305,18 @@ def _training_pod(
         "t2v/grace": job.grace.reason,
         "t2v/dev-shm": job.shared_memory.reason,
     }
+    if job.bad_nodes:
+        pod["spec"]["affinity"] = {"nodeAffinity": _away_from(job.bad_nodes)}
     if restart is None:
         pod["spec"]["subdomain"] = name
     return pod
+
+
+def _away_from(nodes: tuple[str, ...]) -> Object:
+    """Where pods must not be placed: nodes that were found bad."""
+    away = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(nodes)}
+    terms = [{"matchExpressions": [away]}]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
 
 
 def _config_map(name: str, job: TrainingJob | DataJob, profile: KubernetesProfile) -> Object:

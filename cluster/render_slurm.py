@@ -18,6 +18,23 @@ PATTERNED = ("array", "output")
 SCRIPT = "job.sbatch"
 # Only names of the submitting shell that tell nothing and that every site needs.
 EXPORTED = "HOME,LANG,PATH,USER"
+# SLURM itself gives a job that is exported some names its user's login environment besides, which
+# is neither the shell's that submits nor the profile's; functions are variables too.
+KEPT = (
+    "HOME|LANG|PATH|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|HOSTNAME|TMPDIR|_|SLURM_*|SLURMD_*"
+    "|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|ZE_AFFINITY_MASK|GPU_DEVICE_ORDINAL"
+)
+FORGET = (
+    "unalias -a; unset -f $(compgen -A function)",
+    'for name in $(compgen -e); do case "$name" in',
+    f"  {KEPT}) ;;",
+    '  *) unset -v "$name" 2>/dev/null ;;',
+    "esac; done",
+)
+SETUP_FAILED = (
+    'local rc=$?; [ "$rc" = 0 ] || { echo "setup: \'$1\' is wrong because it ended with $rc; '
+    'correct it." >&2; exit 78; }'
+)
 # Below 32768, where Linux takes ports for outgoing connections.
 FIRST_PORT, PORTS = 20000, 12000
 # As long as `t2v node` gives the same nodes; in a job's first step they also import the image, at
@@ -28,11 +45,39 @@ FATAL_CODES = sorted(HOPELESS | {2, 126, 127})
 ALONE = ("srun", "--export=ALL", "--overlap", "--nodes=1", "--ntasks=1")
 
 NODE_SHELL = 'exec t2v node --node-rank "$SLURM_NODEID" "$@"'
-PREFLIGHT_SHELL = (
-    '\n  t2v preflight --node-rank "$SLURM_NODEID" "$@"; rc=$?\n'
-    '  [ "$rc" = 69 ] && echo "$SLURMD_NODENAME" >>"$T2V_BAD_NODES"\n'
-    '  exit "$rc"'
+PREFLIGHT_SHELL = 'exec t2v preflight --node-rank "$SLURM_NODEID" "$@"'
+# Of bad nodes those whose time is not over; a name without a time is an operator's.
+BAD_NODES = (
+    "bad_nodes() {",
+    "  awk -v now=\"$(date -u +%Y-%m-%dT%H:%M:%S)\" 'NF == 1 || $2 > now {print $1}' \\",
+    '    "$T2V_BAD_NODES" 2>/dev/null | sort -u',
+    "}",
 )
+# Starts that fail before anything could write them into the run record are counted here.
+FAILED_START = (
+    "failed_start() {",
+    '  echo "$SLURM_JOB_ID $1 $rc" >>"$run_dir/slurm/failed_starts"',
+    '  failed=$(tail -n 3 -- "$run_dir/slurm/failed_starts" | grep -cx "$SLURM_JOB_ID $1 $rc")',
+    '  [ "$failed" -lt 3 ] && return',
+    '  echo "not requeued because three starts in a row ended alike: $1 with $rc; see above" >&2',
+    '  exit "$rc"',
+    "}",
+)
+BEHIND, DEPENDENTS = "behind", "dependents"
+# Of jobs that are submitted ahead, those behind another: whether there is anything left to do.
+AHEAD = (
+    f'if [ "${{1-}}" = {BEHIND} ]; then',
+    """  case $("${container[@]}" t2v status "$run_dir" --decide) in""",
+    "  done) exit 0 ;;",
+    '  stop) echo "not started: the run would fail alike; see t2v status" >&2; exit 1 ;;',
+    "  esac",
+    "fi",
+)
+# From the first node's end to that of one that hangs: one that fails at once must not take the
+# others along before they have named it.
+LINGER_SECONDS = MEETING_SECONDS + 60
+# Before the third start; before the second SLURM itself waits two minutes.
+LONG_PAUSE_SECONDS = 480
 
 
 def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
@@ -45,7 +90,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "cpus-per-task": str(profile.cpus_per_node),
         **_gpus(profile, profile.gpus_per_node),
         "mem": "0" if profile.exclusive else f"{profile.memory_gib}G",
-        "time": _time(profile.time_limit_minutes),
+        "time": _time(profile.limit_minutes),
         "signal": f"B:USR1@{job.grace.notice_seconds}",
         "requeue": None,
         "open-mode": "append",
@@ -68,58 +113,86 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "export T2V_NODE_NAMES",
         'export T2V_BAD_NODES="$run_dir/bad_nodes"',
         "attempt=${SLURM_RESTART_COUNT:-0}",
-        "head=${T2V_NODE_NAMES%% *}",
+        *_head_node(profile),
         f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
-        'mkdir -p -- "$run_dir"',
+        'mkdir -p -- "$run_dir/slurm"',
         "",
         "# The flag file reaches ranks that are still starting, and leaves SIGUSR1 to NCCL.",
-        'rm -f -- "$run_dir/PREEMPT"',
-        """trap 'touch -- "$run_dir/PREEMPT"' USR1 TERM""",
+        """trap 'touch -- "$run_dir/PREEMPT-$SLURM_JOB_ID-$attempt"' USR1 TERM""",
         "# Traps run only while bash itself waits, and interrupt that.",
         "follow() {",
         '  "$@" &',
         "  local pid=$!",
         '  while :; do wait "$pid"; rc=$?; kill -0 "$pid" 2>/dev/null || break; done',
         "}",
+        *BAD_NODES,
+        *FAILED_START,
+        *(AHEAD if profile.jobs_ahead else ()),
         "requeue() {",
         f'  if [ "$attempt" -lt {profile.restart_limit} ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID" && sleep 120',
+        *(["    exit 75  # the next of the jobs that wait goes on"] if profile.jobs_ahead else []),
+        '    if scontrol requeue "$SLURM_JOB_ID"; then',
+        '      [ "${1:-0}" -gt 120 ] &&',
+        '        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1"',
+        "      sleep 120",
+        "    fi",
         "    exit 75",
         "  fi",
         '  echo "not requeued because it has restarted $attempt times; see t2v status" >&2',
         "}",
         "",
-        'follow "${step[@]}" --kill-on-bad-exit=0 \\',
+        "known=$(bad_nodes)",
+        f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={LINGER_SECONDS} \\',
         f"""  "${{container[@]}}" bash -c {_quote(PREFLIGHT_SHELL)} \\""",
         f"  preflight --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
         f'  --rdzv-endpoint "$head:$((port + 1))" --timeout-seconds {MEETING_SECONDS} \\',
+        f"  {_join(profile.promise)} \\",
         '  -- "$launch/config.yaml"',
+        "bad=$(bad_nodes)",
+        """# The code of a node that died may be higher than what the first one found of it.""",
+        '[ "$rc" != 0 ] && [ "$bad" != "$known" ] && rc=69',
         'case "$rc" in',
         "0) ;;",
         "69)",
         "  # Only a pending job can be told to avoid nodes, so a new one takes this one's place.",
-        '  bad=$(grep . -- "$T2V_BAD_NODES" 2>/dev/null | sort -u)',
         f'  if [ -n "$bad" ] && [ "$(wc -l <<<"$bad")" -le {job.nodes} ]; then',
-        f'    sbatch --exclude={excluded}"$(paste -sd, - <<<"$bad")" "$launch/{SCRIPT}"',
+        f'    avoid={excluded}"$(paste -sd, - <<<"$bad")"',
+        f'    new=$(sbatch --parsable --exclude="$avoid" "$launch/{SCRIPT}")',
+        '    for job in $(cat -- "$run_dir/slurm/dependents" 2>/dev/null); do',
+        '      [ -n "$new" ] && scontrol update JobId="$job" Dependency="afterok:${new%%;*}"',
+        "    done",
+        '    echo "job ${new:-none: submit it anew} avoids $bad" >&2',
         "  fi",
         "  exit 69 ;;",
         f'{"|".join(map(str, FATAL_CODES))}) exit "$rc" ;;',
         "*)",
-        "  requeue",
+        "  failed_start preflight",
+        f'  requeue "$((failed > 1 ? {LONG_PAUSE_SECONDS} : 0))"',
         '  exit "$rc" ;;',
         "esac",
         "",
+        'lines() { cat -- "$run_dir/attempts.jsonl" 2>/dev/null | wc -l; }',
+        "told=$(lines)",
         "# All nodes end by themselves, at the same step; --wait bounds how long one may linger.",
         f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={job.grace.seconds} \\',
         f"""  "${{container[@]}}" bash -c {_quote(NODE_SHELL)} node \\""",
-        f"  --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
+        f"  --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} "
+        f"--gpus {profile.gpus_per_node}{_on_end(profile)} \\",
         '  --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt" \\',
         f'  --run-dir "$run_dir" --grace-seconds {job.grace.seconds} -- "$launch/config.yaml"',
         "",
         "# The scheduler's exit codes say little: the run folder says what to do.",
-        f'case $({_alone(profile)}t2v status "$run_dir" --decide) in',
+        f'read -r decision pause <<<"$({_alone(profile)}t2v status "$run_dir" --decide)"',
+        'case "$decision" in',
         "done) exit 0 ;;",
-        "requeue) requeue ;;",
+        "requeue)",
+        '  if [ "$(lines)" != "$told" ]; then rm -f -- "$run_dir/slurm/failed_starts"',
+        '  elif [ "$rc" != 75 ]; then failed_start training; fi',
+        '  requeue "${pause:-0}" ;;',
+        'stop) echo "not requeued: the next attempt would fail alike; see t2v status" >&2 ;;',
+        "*)",
+        "  failed_start training",
+        "  requeue ;;",
         "esac",
         'exit "$((rc ? rc : 1))"',
     ]
@@ -136,14 +209,16 @@ def array_script(job: DataJob, profile: SlurmProfile) -> str:
         "cpus-per-task": str(job.cpus),
         **_gpus(profile, job.gpus),
         "mem": f"{job.memory_gib}G",
-        "time": _time(profile.time_limit_minutes),
+        "time": _time(profile.limit_minutes),
         "requeue": None,
         "open-mode": "append",
         "output": f"{profile.workdir}/logs/%x-%A-%a.out",
         **_site(profile, profile.exclude),
     }
-    says = f"`t2v data {job.arguments[0]}` in {job.tasks} tasks, at most {job.at_once} at once."
-    inner = 'exec t2v data "$@" --task "$SLURM_ARRAY_TASK_ID/$T2V_TASKS"'
+    what = " ".join((*job.program, job.arguments[0]) if job.is_split else job.program[-1:])
+    says = f"`{what}` in {job.tasks} tasks, at most {job.at_once} at once."
+    task = ' --task "$SLURM_ARRAY_TASK_ID/$T2V_TASKS"' if job.is_split else ""
+    inner = f'exec {_join(job.program)} "$@"{task}'
     lines = [
         *_head(directives, [says, "A task that is started again goes on where it stopped."]),
         *_environment(profile),
@@ -193,10 +268,36 @@ def _gpus(profile: SlurmProfile, count: int) -> dict[str, str | None]:
 
 def _environment(profile: SlurmProfile) -> list[str]:
     # Not -e: the waiting loop needs codes other than 0. Lines of a site may not stand -u.
-    lines = [*profile.setup, "set -uo pipefail", "umask 077"]
+    lines = [*FORGET, "umask 077", *_setup(profile.setup), "set -uo pipefail"]
     lines += [f"export {name}={_quote(value)}" for name, value in profile.variables.items()]
     for secret in profile.secrets:
         lines += _secret(secret.variable, secret.file)
+    return lines
+
+
+def _head_node(profile: SlurmProfile) -> list[str]:
+    """The first node, where this script runs, by its name or by its address on an interface."""
+    if profile.interface is None:
+        return ["head=${T2V_NODE_NAMES%% *}"]
+    problem = f"interface: {profile.interface} has no address on this node; correct the profile."
+    return [
+        f"head=$(ip -4 -o addr show dev {profile.interface} | awk '{{print $4; exit}}')",
+        "head=${head%%/*}",
+        f'[ -n "$head" ] || {{ echo {_quote(problem)} >&2; exit 78; }}',
+    ]
+
+
+def _on_end(profile: SlurmProfile) -> str:
+    return f" --on-end {_quote(profile.on_end)}" if profile.on_end else ""
+
+
+def _setup(setup: list[str]) -> list[str]:
+    """The lines of a site, each of which ends the job where it fails."""
+    lines = ["set_up() {", f"  {SETUP_FAILED}", "}"] if setup else []
+    for line in setup:
+        lines.append(line)
+        if not line.endswith("\\"):  # else it goes on
+            lines.append(f"set_up {_quote(line)}")
     return lines
 
 

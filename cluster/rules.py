@@ -6,13 +6,19 @@ from functools import partial
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
-from cluster.names import DNS_LABEL, DNS_NAME, ENVIRONMENT_NAME, IMAGE_BY_DIGEST, LABEL, LABEL_VALUE
+from cluster.names import (
+    DNS_LABEL,
+    DNS_NAME,
+    ENVIRONMENT_NAME,
+    IMAGE_BY_DIGEST,
+    LABEL,
+    LABEL_VALUE,
+    QUANTITY,
+)
 from cluster.secrets import names_secret, secrets_in
 
 Object = dict[str, Any]
 
-# https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i|[MGTPE]|e\d+)?")
 SAFE_VOLUMES = {
     *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"),
     *("persistentVolumeClaim", "projected", "secret"),
@@ -84,9 +90,9 @@ def _quantities(described: Object) -> Iterator[str]:
     for path, node in _mappings(described):
         for field in ("requests", "limits"):
             for name, value in (node.get(field) or {}).items():
-                if not QUANTITY.fullmatch(str(value)):
+                if not re.fullmatch(QUANTITY, str(value)):
                     yield f"{path}{field}.{name} {value!r} is no quantity"
-        if "sizeLimit" in node and not QUANTITY.fullmatch(str(node["sizeLimit"])):
+        if "sizeLimit" in node and not re.fullmatch(QUANTITY, str(node["sizeLimit"])):
             yield f"{path}sizeLimit {node['sizeLimit']!r} is no quantity"
 
 

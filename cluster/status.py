@@ -5,19 +5,18 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from data_pipeline.errors import InputMissing
 from t2v.attempt.record import (
     FAILURES_IN_A_ROW,
+    failed_starts,
     failures_in_a_row,
     killed_line,
+    pause_seconds,
     read_attempts,
     unfinished,
 )
@@ -31,7 +30,14 @@ STALE_SECONDS = 120.0
 # One of these is in every run folder, whoever began it.
 SIGNS = ("status.json", "attempts.jsonl", "logs", "checkpoints", "launch", "slurm")
 COUNTS = ("step", "total_steps", "exit_code")
-SECONDS_AND_RATES = ("samples_per_second", "step_seconds", "save_seconds", "started", "ended")
+SECONDS_AND_RATES = (
+    "samples_per_second",
+    "goodput",
+    "step_seconds",
+    "save_seconds",
+    "started",
+    "ended",
+)
 TEXTS = ("state", "reason", "host", "updated", "node")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -78,8 +84,15 @@ class RunStatus:
     skipped_steps: int
     silent_seconds: float | None
     is_stale: bool
+    goodput: float | None  # share of the time since the first start that led to a line of metrics
     host: str | None
     decision: Decision
+    pause_seconds: float  # before it is started again
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no attempt goes on, as far as the folder says."""
+        return self.state in ("done", "preempted", "failed")
 
 
 def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
@@ -115,14 +128,16 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         last_checkpoint=checkpoint.step if checkpoint else None,
         last_checkpoint_age_seconds=now - checkpoint.at if checkpoint else None,
         restarts=max(sum(line["event"] == "start" for line in attempts) - 1, 0),
-        failures_without_progress=failures_without_progress(finished, checkpoint),
+        failures_without_progress=failures(finished, checkpoint),
         quarantined=quarantined,
         quarantined_share=quarantined / samples if samples else None,
         skipped_steps=count_lines(run_dir / "metrics.jsonl", containing=b'"skipped_samples"'),
         silent_seconds=silent,
         is_stale=goes_on and silent is not None and silent > STALE_SECONDS,
+        goodput=metrics.get("goodput"),
         host=status.get("host"),
-        decision=decide(ending, failures_without_progress(attempts, checkpoint)),
+        decision=decide(ending, failures(attempts, checkpoint)),
+        pause_seconds=pause_seconds(failures(attempts, checkpoint) + 1),
     )
 
 
@@ -159,6 +174,11 @@ def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
         if state in ("done", "preempted", "failed"):
             return {"state": state, "exit_code": code, "reason": status.get("reason")}
     ended = [node for node in nodes if node.ended is not None]
+    last = max((node.ended or 0.0 for node in ended), default=0.0)
+    if status.get("state") in ("starting", "running") and (
+        (seconds_of(status.get("updated")) or 0.0) > last
+    ):
+        ended = []  # another job on this folder has failed, which does not touch the one that runs
     failed = sorted((n for n in ended if n.exit_code), key=lambda node: node.ended or 0.0)
     if failed:
         first = next((n for n in failed if n.exit_code != PREEMPTED), failed[0])
@@ -166,6 +186,13 @@ def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
         return {"state": state, "exit_code": first.exit_code, "reason": first.reason}
     state = status.get("state", "starting") if status else "starting"
     return {"state": state, "exit_code": status.get("exit_code"), "reason": status.get("reason")}
+
+
+def failures(attempts: list[dict], checkpoint: Saved | None) -> int:
+    """The newest failures in a row: of attempts without progress, or of starts that failed alike
+    before any owned the run."""
+    starts = failed_starts(attempts)
+    return max(len(starts), failures_without_progress(attempts, checkpoint))
 
 
 def failures_without_progress(attempts: list[dict], checkpoint: Saved | None) -> int:
@@ -286,60 +313,3 @@ def _per_step(metrics: dict) -> float | None:
 def _eta(metrics: dict, step: int, total_steps: int | None) -> float | None:
     seconds = metrics.get("step_seconds")
     return (total_steps - step) * seconds if seconds and total_steps else None
-
-
-def print_status(status: RunStatus, console: Console | None = None) -> None:
-    """A table for a terminal."""
-    console = console or Console()
-    table = Table(show_header=False, title=status.run_dir)
-    state = status.state
-    if status.exit_code is not None:
-        state += f" (exit code {status.exit_code})"
-    if status.is_stale:
-        state += f", but silent for {spell(status.silent_seconds)}: is the job still there?"
-    rows = [
-        ("state", state),
-        ("reason", status.reason),
-        ("step", f"{status.step} of {status.total_steps}" if status.total_steps else status.step),
-        ("rate", f"{status.samples_per_second:.1f} samples/s" if status.samples_per_second else ""),
-        ("time left", spell(status.eta_seconds)),
-        ("last checkpoint", _checkpoint_text(status)),
-        ("restarts", status.restarts),
-        ("failures without progress", status.failures_without_progress or ""),
-        ("samples replaced", _data_text(status)),
-        ("steps skipped", status.skipped_steps or ""),
-        ("last word", f"{spell(status.silent_seconds)} ago" if status.silent_seconds else ""),
-        ("if it has ended", status.decision),
-    ]
-    for name, value in rows:
-        if value not in ("", None):
-            table.add_row(name, str(value))
-    console.print(table)
-
-
-def to_json(status: RunStatus) -> str:
-    """The status for a program."""
-    return json.dumps(asdict(status))
-
-
-def spell(seconds: float | None) -> str:
-    """`3 h 12 min`; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
-
-
-def _checkpoint_text(status: RunStatus) -> str:
-    if status.last_checkpoint is None:
-        return "none yet"
-    return f"step {status.last_checkpoint}, {spell(status.last_checkpoint_age_seconds)} old"
-
-
-def _data_text(status: RunStatus) -> str:
-    if not status.quarantined_share:
-        return str(status.quarantined)
-    return f"{status.quarantined} ({status.quarantined_share:.3%})"

@@ -68,7 +68,8 @@ class Cluster:
         sources = {v["name"]: self.volume(v, configs, place, user) for v in pod["volumes"]}
         environment = self.image_environment | {"JOB_COMPLETION_INDEX": str(index)}
         for entry in container["env"]:
-            environment[entry["name"]] = expand(entry["value"], environment)
+            value = entry.get("value", f"host-{index}")  # the only field asked for: its node
+            environment[entry["name"]] = expand(value, environment)
         words = [expand(word, environment) for word in container["command"] + container["args"]]
         count = job["spec"]["completions"]
         hosts = [

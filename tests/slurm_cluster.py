@@ -19,6 +19,11 @@ import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "srun")
 NODES = ("n1", "n2")
+HOSTILE = """\
+export PYTHONPATH=/evil T2V_FAULT=setup:0:1:kill GLOO_SOCKET_IFNAME=evil0 FROM_LOGIN=1
+t2v() { return 9; }
+export -f t2v
+"""
 
 
 def missing() -> str | None:
@@ -89,7 +94,8 @@ class SlurmCluster:
 
     def start_daemon(self, node: str) -> None:
         """Start a node daemon, again if need be."""
-        mount = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
+        mount = f"mount --bind {self.folder}/hosts /etc/hosts && "
+        mount += f'mount --bind {self.folder}/profile.d /etc/profile.d && exec "$@"'
         command = [
             *("unshare", "--mount", "sh", "-c", mount, "sh"),
             *(_program("slurmd"), "-D", "-N", node, "-f", self.folder / "slurm.conf"),
@@ -117,6 +123,9 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         names = " ".join(["localhost", socket.gethostname(), *NODES])
         (folder / "hosts").write_text(f"127.0.0.1 {names}\n")
+        # Jobs of this cluster have users whose login files would break them all.
+        (folder / "profile.d").mkdir()
+        (folder / "profile.d" / "hostile.sh").write_text(HOSTILE)
         controller = [_program("slurmctld"), "-D", "-c", "-f", folder / "slurm.conf"]
         cluster.daemons["controller"] = _start(
             controller, folder / "slurmctld.out", cluster.environment

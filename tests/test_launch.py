@@ -1,7 +1,6 @@
 """`t2v launch`: what cannot run is refused before it queues, and nothing secret is written."""
 
 import json
-import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +201,24 @@ def test_the_steps_that_are_told_copy_these_files_alone(recipe, site, tmp_path):
     assert sorted(path.name for path in home.iterdir()) == sorted(prepared.files)
 
 
+def test_a_notice_too_short_to_save_bounds_what_an_eviction_may_cost(recipe, site, tmp_path):
+    spot = {"eviction_notice_seconds": 40, "workdir": "/shared/t2v"}
+    job = prepare_run(recipe, [], site(KUBERNETES, **spot)).job
+    assert job.grace.seconds == 10
+    assert "are too few to save" in job.grace.reason
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 70.0}\n')
+    spot["workdir"] = str(tmp_path)
+    mounts = [{"claim": "shared", "path": str(tmp_path)}]
+    said = refusal(recipe, ["checkpoint.every_steps=100"], site(KUBERNETES, **spot, mounts=mounts))
+    assert "checkpoint.every_steps: 100 is wrong" in said
+    assert "save at least every 25 steps" in said
+    grace = prepare_run(recipe, ["checkpoint.every_steps=100"], site(KUBERNETES, mounts=mounts,
+                        workdir=str(tmp_path))).job.grace  # fmt: skip
+    assert grace.seconds > 140
+
+
 @pytest.mark.parametrize("measured", ['"long"', "NaN", "-5", "true"])
 def test_grace_does_not_trust_damaged_measurements(recipe, site, tmp_path, measured):
     profile = site(SLURM, workdir=str(tmp_path))
@@ -228,39 +245,6 @@ def test_a_missing_scheduler_is_one_line(recipe, site, tmp_path, monkeypatch, ca
         assert capsys.readouterr().err.startswith(f"{tool}: not found on this machine; ")
     assert main(["launch", recipe, "--cluster", site(SLURM), "--submit"]) == InputMissing.exit_code
     assert "workdir: /shared/t2v is not on this machine" in capsys.readouterr().err
-
-
-KUBECTL = """#!/bin/sh
-cat >"$CALLS.$1"
-[ "$1" = "$REFUSED" ] && { echo 'Error: jobsets "tiny" already exists' >&2; exit 1; }
-echo created
-"""
-
-
-def test_kubectl_applies_what_may_stay_and_creates_what_must_be_new(
-    recipe, site, tmp_path, monkeypatch, capsys
-):
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(KUBECTL)
-    kubectl.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    profile = site(KUBERNETES, flavour="trainjob")
-    assert main(["launch", recipe, "--cluster", profile, "--submit"]) == 0
-    applied = list(yaml.safe_load_all((tmp_path / "calls.apply").read_text()))
-    created = list(yaml.safe_load_all((tmp_path / "calls.create").read_text()))
-    assert [each["kind"] for each in applied] == ["ConfigMap", "TrainingRuntime"]
-    assert [each["kind"] for each in created] == ["TrainJob"]
-    told = capsys.readouterr().out
-    for word in ("watch:", "stop:", "resume:", "kubectl -n team delete trainjob tiny"):
-        assert word in told
-    monkeypatch.setenv("REFUSED", "create")
-    profile = site(KUBERNETES, flavour="trainjob", restart_limit=3)
-    assert main(["launch", recipe, "--cluster", profile, "--submit"]) == 78
-    assert "already exists" in capsys.readouterr().err
-    live = {(each["kind"], each["metadata"]["name"]): each for each in applied}
-    for each in yaml.safe_load_all((tmp_path / "calls.apply").read_text()):
-        assert live.get((each["kind"], each["metadata"]["name"]), each) == each
 
 
 def test_reference_manifests_are_what_the_renderer_gives():

@@ -14,20 +14,21 @@ import psutil
 import pytest
 
 from cluster.heartbeat import NoHeartbeat, beat, check_health
+from cluster.launcher import launcher_command, split_endpoint
 from cluster.node import (
     NodeJob,
     exit_code_of,
+    is_older,
     last_word,
-    launcher_command,
-    next_log_dir,
-    request_is_open,
-    request_stop,
-    split_endpoint,
+    pause_after_failures,
+    tell_failed_start,
     wait_for_name,
+    write_record,
 )
-from cluster.status import NodeRecord
+from cluster.status import NodeRecord, run_status
 from data_pipeline.errors import ConfigError, StorageError
-from t2v.attempt.record import append_attempt
+from t2v.attempt.failure import wait_until
+from t2v.attempt.record import append_attempt, failed_starts, next_number, read_attempts
 from t2v.recipe.recipe import dump_config
 from tests.test_loop import assert_same_tensors, config_of, dataset, status_of, tensors_at
 
@@ -100,29 +101,68 @@ def test_a_launcher_that_was_told_to_stop_is_preempted(tmp_path):
 
 
 def test_a_request_to_an_earlier_attempt_is_no_request(tmp_path):
-    assert not request_is_open(tmp_path, since=0.0)
-    request_stop(tmp_path)
+    job = job_of(tmp_path, rdzv_id="17-0")
+    assert not job.is_asked_to_stop(0.0)
     flag = tmp_path / "PREEMPT"
-    assert request_is_open(tmp_path, since=flag.stat().st_mtime - 1)
-    assert not request_is_open(tmp_path, since=flag.stat().st_mtime + 1)
+    flag.touch()
+    assert job.is_asked_to_stop(flag.stat().st_mtime - 1)
+    assert not job.is_asked_to_stop(flag.stat().st_mtime + 1)
+    flag.rename(tmp_path / "PREEMPT-18-0")
+    assert not job.is_asked_to_stop(0.0)  # another job's
+    (tmp_path / "PREEMPT-18-0").rename(job.flag)
+    assert job.is_asked_to_stop(0.0)
 
 
-def test_all_nodes_of_an_attempt_find_the_same_log_folder(tmp_path):
-    assert next_log_dir(tmp_path).name == "attempt-0001"
-    append_attempt(tmp_path, {"attempt": 1, "event": "start"})
-    assert next_log_dir(tmp_path).name == "attempt-0002"
+def test_a_start_that_fails_before_it_owns_the_run_counts_and_has_its_own_number(tmp_path):
+    for number in (1, 2):
+        assert next_number(read_attempts(tmp_path)) == number
+        for reason in ("nodes did not meet", "so say others"):
+            tell_failed_start(tmp_path, number, 74, reason)
+    assert [line["attempt"] for line in read_attempts(tmp_path)] == [1, 2]
+    (tmp_path / "logs").mkdir()
+    assert (run_status(tmp_path).decision, run_status(tmp_path).pause_seconds) == ("requeue", 480)
+    tell_failed_start(tmp_path, 3, 74, "nodes did not meet")
+    assert run_status(tmp_path).decision == "stop"
+    with pytest.raises(ConfigError, match=r"last 3 starts failed alike .*: nodes did not meet;"):
+        pause_after_failures(job_of(tmp_path), lambda: True)
+    assert run_status(tmp_path).decision == "requeue"  # it was told; the next one counts anew
+
+
+@pytest.mark.parametrize("other", [{"exit_code": 1}, {"job_id": "18"}, {"event": "start"}])
+def test_starts_that_failed_otherwise_or_in_another_job_do_not_add_up(tmp_path, other):
+    for number in range(1, 4):
+        tell_failed_start(tmp_path, number, 74, "nodes did not meet")
+    last = {**read_attempts(tmp_path)[-1], "attempt": 4, **other}
+    append_attempt(tmp_path, last)
+    assert len(failed_starts(read_attempts(tmp_path))) == (other.get("event") is None)
+    pause_after_failures(job_of(tmp_path), lambda: True)
+
+
+def test_a_second_job_on_the_folder_fails_without_a_count_or_a_word_on_the_first(tmp_path):
+    now = time.time()
+    write_status(tmp_path, now, state="running", step=7, exit_code=None)
+    append_attempt(tmp_path, {"attempt": 1, "event": "start", "step": 0})
+    for number in range(2, 6):
+        folder = tmp_path / "logs" / f"attempt-{number:04d}"
+        folder.mkdir(parents=True)
+        tell_failed_start(tmp_path, number, 73, "is in use by process 3")
+        record = NodeRecord("node-00000", "n2", now - 9, now - 5, 73, "is in use by process 3")
+        write_record(folder, record)
+    status = run_status(tmp_path)
+    assert (status.state, status.decision, status.failures_without_progress) == (
+        "running",
+        "requeue",
+        0,
+    )
 
 
 def test_the_launcher_gets_the_grace_but_half_a_minute(tmp_path):
-    command = launcher_command(job_of(tmp_path, nnodes=4, node_rank=2, grace_seconds=600), tmp_path)
+    job = job_of(tmp_path, nnodes=4, node_rank=2, grace_seconds=600)
+    command = launcher_command(job, "cluster.rank", ["logs", "recipe.yaml"])
     assert "--shutdown-timeout=570" in command
     assert "--max-restarts=0" in command
-    assert any(word.startswith("--rdzv-conf=is_host=0,") for word in command)
-    assert command[-5:-1] == ["cluster.rank", str(tmp_path), "recipe.yaml", "seed=4"]
-    # What the wrapper watches is where the ranks run, whatever the recipe says.
-    assert command[-1] == f'run_dir="{tmp_path}"'
-    first = launcher_command(job_of(tmp_path, nnodes=4), tmp_path)
-    assert any(word.startswith("--rdzv-conf=is_host=1,") for word in first)
+    assert {"--rdzv-backend=static", "--node-rank=2"} <= set(command)  # ranks follow nodes
+    assert command[-4:] == ["-m", "cluster.rank", "logs", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("endpoint", ["n1", "n1:", "n1:0", "n1:70000", "n1:29400;ls", "-n:1", ""])
@@ -164,10 +204,11 @@ def start_node(
     command = [
         *(sys.executable, "-m", "t2v.cli", "node", "--nproc-per-node", str(ranks)),
         *("--nnodes", str(nnodes)),
-        *("--rdzv-endpoint", f"localhost:{port}", "--run-dir", config.run_dir, "--is-host"),
+        *("--rdzv-endpoint", f"localhost:{port}", "--run-dir", config.run_dir),
         *("--grace-seconds", "60", "--", str(recipe)),
     ]
     heartbeat = {"T2V_HEARTBEAT": str(tmp_path / "heartbeat"), "OMP_NUM_THREADS": "1"}
+    heartbeat |= {"T2V_RUN": config.run_dir}
     return subprocess.Popen(
         command,
         env=os.environ | heartbeat | environment,
@@ -175,6 +216,17 @@ def start_node(
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """All that live of a run: its ranks and what these have started."""
+    mark = f"run_dir={json.dumps(str(run_dir))}"
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
+        told = [*(process.info["cmdline"] or []), (process.info["environ"] or {}).get("T2V_RUN")]
+        if process.info["status"] != psutil.STATUS_ZOMBIE and {mark, str(run_dir)} & set(told):
+            found.append(process)
+    return found
 
 
 def end_of(node: subprocess.Popen) -> tuple[int, str]:
@@ -260,18 +312,33 @@ def test_a_node_that_waits_for_the_others_stops_at_once(dataset, tmp_path):
     assert "before the ranks began" in output
     assert "Traceback" not in output
     # The next attempt is not stopped by what was asked of this one.
-    run_dir = tmp_path / "run"
-    assert (run_dir / "PREEMPT").exists()
-    assert not request_is_open(run_dir, since=last_word(run_dir))
+    (flag,) = (tmp_path / "run").glob("PREEMPT*")
+    assert flag.name == "PREEMPT-t2v"
+    assert is_older(flag, last_word(tmp_path / "run"))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_rank_that_is_killed_ends_the_node_with_its_signal(dataset, tmp_path):
-    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"})
-    code, output = end_of(start_node(config, tmp_path, T2V_FAULT="step:1:3:kill"))
-    assert code not in (0, 75), output
-    assert "Traceback" not in output.splitlines()[-1]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_the_cause_whoever_tells_of_it(dataset, tmp_path, rank):
+    config = config_of(dataset, tmp_path / "run", engine={"kind": "fsdp"}, total_steps=50)
+    data = config.data.model_copy(update={"num_workers": 1})
+    config = config.model_copy(update={"data": data})
+    code, output = end_of(start_node(config, tmp_path, T2V_FAULT=f"forward:{rank}:4:kill"))
+    assert code == 137, output
+    said = f"rank {rank} on {socket.gethostname()} was killed by SIGKILL"
+    assert output.splitlines()[-1].startswith(f"node-00000: {said}")
+    end = read_attempts(tmp_path / "run")[-1]
+    assert (end["event"], end["exit_code"], end["reason"][: len(said)]) == ("end", 137, said)
+    assert status_of(tmp_path / "run")["exit_code"] == 137
+    page = (tmp_path / "run" / "failure.md").read_text()
+    assert f"| rank that failed first | {rank} on" in page
+    file = tmp_path / "run" / "logs" / "attempt-0001" / f"failure-rank-{rank:05d}.json"
+    record = json.loads(file.read_text())
+    assert (record["section"], record["step"]) == ("step", 3)
+    assert record["samples"]
+    assert all(f"`{name}`" in page for name in record["samples"])
+    assert wait_until(lambda: not processes_of(tmp_path / "run"), 15)
 
 
 @pytest.mark.slow

@@ -7,38 +7,42 @@ import socket
 import subprocess
 import sys
 import threading
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
+from cluster.checks import Check, failed
 from cluster.fabric import measure, pairings, slow_members
+from cluster.gpus import Promise, check_gpus, parse_gpus, visible
+from cluster.launcher import Place
+from cluster.meeting import Meeting
 from cluster.node_checks import (
-    Check,
     check_data,
     check_disk,
-    check_gpus,
+    check_limits,
     check_node,
     check_run_folder,
-    failed,
     loader_bytes,
     missing_bytes,
-    parse_gpus,
     skew_verdict,
 )
 from cluster.preflight import (
     Judgement,
-    Meeting,
     NodeReport,
     check_alone,
     check_together,
     judge,
+    note_bad_nodes,
+    of_the_silent,
     own_exit_code,
 )
-from data_pipeline.errors import InputMissing, StorageError
+from data_pipeline.errors import InputMissing
 from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
+from t2v.engine.config import EngineConfig
+from t2v.engine.world import join_world
 from t2v.recipe.recipe import dump_config
 from tests.distributed import run_distributed
 from tests.test_loop import config_of, dataset
@@ -49,9 +53,10 @@ __all__ = ["dataset"]  # a fixture
 GOOD = Check("GPUs", "ok", "8 x H100")
 BUSY = Check("GPUs", "failed", "GPU 3 holds 70000 of 81559 MiB")
 NO_DATA = Check("data", "failed", "s3://bucket/videos: no such dataset", 66)
+NONE = Promise()
 SMI = """\
-0, NVIDIA H100 80GB HBM3, 81559, 1, 0, 570.86.15, 0
-1, NVIDIA H100 80GB HBM3, 81559, {used}, {busy}, 570.86.15, {errors}
+0, NVIDIA H100 80GB HBM3, 81559, 1, 0, 570.86.15, 0, GPU-aa
+1, NVIDIA H100 80GB HBM3, 81559, {used}, {busy}, 570.86.15, {errors}, GPU-bb
 """
 
 
@@ -84,16 +89,15 @@ def test_a_slow_node_is_told_from_its_partners():
     assert slow_members({(0, 1): 1.0}) == []
 
 
-def measured(port: int) -> dict[str, float]:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    return measure(store, int(os.environ["RANK"]), 3, ranks_per_node=1, timeout_seconds=60)
+def measured() -> dict[str, float]:
+    with join_world(EngineConfig(kind="fsdp")) as world:
+        return measure(world, ranks_per_node=1, deadline=timedelta(seconds=60))
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_three_ranks_measure_all_together_and_each_pair():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    first, second, third = run_distributed(measured, 3, store.port)
+    first, second, third = run_distributed(measured, 3)
     assert set(first) == {"all", "0-1", "2-0"}
     assert set(second) == {"all", "0-1", "1-2"}
     assert set(third) == {"all", "1-2", "2-0"}
@@ -104,14 +108,17 @@ def test_what_fails_on_every_node_is_the_jobs_fault():
     judgement = judge([report("n1", NO_DATA), report("n2", NO_DATA)])
     assert (judgement.exit_code, judgement.bad_nodes) == (66, [])
     assert judgement.problems == ["every node: data: s3://bucket/videos: no such dataset"]
-    assert own_exit_code(judgement, "n1") == own_exit_code(judgement, "n2") == 66
+    for speaks in (False, True):
+        assert own_exit_code(judgement, "n1", speaks=speaks) == 66
 
 
 def test_what_fails_on_some_nodes_is_theirs():
     judgement = judge([report("n1", GOOD), report("n2", NO_DATA), report("n3", BUSY)])
     assert judgement.exit_code == 69
     assert judgement.bad_nodes == ["n2", "n3"]
-    assert [own_exit_code(judgement, node) for node in ("n1", "n2", "n3")] == [0, 69, 69]
+    codes = [own_exit_code(judgement, node, speaks=False) for node in ("n1", "n2", "n3")]
+    assert codes == [0, 69, 69]
+    assert own_exit_code(judgement, "n1", speaks=True) == 69  # the bad ones may be dead
     assert "n3: GPUs: GPU 3 holds 70000 of 81559 MiB" in judgement.problems
 
 
@@ -143,15 +150,89 @@ def test_a_gpu_in_use_or_with_memory_errors_is_named():
     assert idle[0]["driver_version"] == "570.86.15"
     for line in ((70000, 0, 0), (1, 95, 0), (1, 0, 2)):
         gpus = parse_gpus(SMI.format(used=line[0], busy=line[1], errors=line[2]))
-        assert [check.verdict for check in check_gpus(gpus, ranks=0)] == ["failed"]
-        assert "GPU 1" in check_gpus(gpus, ranks=0)[0].found
-    assert check_gpus(idle, ranks=0)[0].verdict == "ok"
-    assert check_gpus(parse_gpus(SMI.format(used=1, busy=0, errors="[N/A]")), ranks=0)[0].found
+        assert [check.verdict for check in check_gpus(gpus, ranks=0, promise=NONE)] == ["failed"]
+        assert "GPU 1" in check_gpus(gpus, ranks=0, promise=NONE)[0].found
+    assert check_gpus(idle, ranks=0, promise=NONE)[0].verdict == "ok"
+    uncounted = parse_gpus(SMI.format(used=1, busy=0, errors="[N/A]"))
+    assert check_gpus(uncounted, ranks=0, promise=NONE)[0].verdict == "ok"
 
 
 def test_gpus_that_are_missing_or_silent_fail():
-    assert check_gpus([], ranks=8)[0].verdict == "failed"
-    assert check_gpus(None, ranks=8)[0].verdict == "ok"  # no driver: a CPU node
+    assert check_gpus([], ranks=8, promise=NONE)[0].verdict == "failed"
+    assert check_gpus(None, ranks=8, promise=NONE)[0].verdict == "ok"  # no driver: a CPU node
+    # A GPU job never computes on a CPU; on all nodes it is the job's fault, and nobody is branded.
+    (check,) = check_gpus(None, ranks=8, promise=Promise(gpus=8))
+    assert "no nvidia-smi, 0 by torch, for 8 ranks" in check.found
+    assert judge([report("n1", check), report("n2", check)]).bad_nodes == []
+    assert judge([report("n1", check), report("n2", check)]).exit_code == 78
+    assert judge([report("n1", check), report("n2", GOOD)]).bad_nodes == ["n1"]
+    assert judge([report("n1", check)]).bad_nodes == ["n1"]
+
+
+@pytest.mark.parametrize(
+    ("promise", "said"),
+    [
+        (Promise(model="h100", memory_gib=79.6, driver="570.2"), None),
+        (Promise(model="A100"), "GPU 0 is a NVIDIA H100 80GB HBM3, not a A100"),
+        (Promise(memory_gib=140), "GPU 1 has 79.6 GiB, not 140"),
+        (Promise(driver="575"), "GPU 0 has driver 570.86.15, older than 575"),
+    ],
+)
+def test_gpus_are_those_that_the_site_promised(promise, said):
+    gpus = parse_gpus(SMI.format(used=1, busy=0, errors=0))
+    (check,) = check_gpus(gpus, ranks=0, promise=promise)
+    assert check.verdict == ("ok" if said is None else "failed")
+    assert (said or "idle") in check.found
+
+
+def test_on_a_shared_node_only_the_jobs_own_gpus_count():
+    gpus = parse_gpus(SMI.format(used=70000, busy=0, errors=0))
+    for chosen, indexes in ((None, "01"), ("0", "0"), ("1,0", "01"), ("GPU-b", "1"), ("", "")):
+        assert "".join(gpu["index"] for gpu in visible(gpus, chosen)) == indexes
+    assert check_gpus(visible(gpus, "0"), ranks=0, promise=NONE)[0].verdict == "ok"
+
+
+def test_a_node_that_none_reaches_is_told_from_one_link_that_is_down():
+    def seen(*closed: str) -> list[NodeReport]:
+        pairs = [dict(link.split() for link in links.split(",") if link) for links in closed]
+        return [replace(report(f"n{n + 1}"), closed=found) for n, found in enumerate(pairs)]
+
+    # Of four nodes, each knocks at the next two; nobody reaches n3, which reaches nobody.
+    cut_off = judge(seen("2 ip", "2 ip", "3 ip,0 ip", ""))
+    assert (cut_off.exit_code, cut_off.bad_nodes) == (69, ["n3"])
+    assert "n2: does not reach n3 at ip" in cut_off.problems
+    one = judge(seen("1 ip", "", "", ""))
+    assert (one.exit_code, one.bad_nodes) == (74, [])
+    assert judge(seen("1 ip", "0 ip")).bad_nodes == []  # of two, none can be told from the other
+
+
+def test_nodes_that_say_nothing_are_bad_but_for_all_of_several(monkeypatch):
+    monkeypatch.setenv("T2V_NODE_NAMES", "n1 n2 n3")
+    meeting = Meeting(Place(nnodes=3))
+    nobody = Judgement(0, [], [])
+    assert of_the_silent(meeting, [2], "did not come", nobody) == Judgement(
+        69, ["n3: did not come"], ["n3"]
+    )
+    assert of_the_silent(meeting, [1, 2], "did not come", nobody).exit_code == 74
+    monkeypatch.delenv("T2V_NODE_NAMES")
+    judged = of_the_silent(meeting, [2], "did not come", nobody)
+    assert judged == Judgement(74, ["node number 2: did not come"], [])
+
+
+def test_bad_nodes_are_written_down_until_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2V_BAD_NODES", str(tmp_path / "bad_nodes"))
+    note_bad_nodes(Judgement(69, [], ["n2", ""]))
+    name, end = (tmp_path / "bad_nodes").read_text().split()
+    assert name == "n2"
+    assert datetime.fromisoformat(end) > datetime.now(UTC)
+
+
+def test_limits_of_this_process_are_looked_at():
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+    code += "from cluster.node_checks import check_limits; print(check_limits())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "64 open files are less than 1024" in done.stdout
+    assert check_limits().verdict != "failed"
 
 
 def test_a_clock_may_differ_a_little():
@@ -214,18 +295,16 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path, capsys):
     assert "3 ranks of micro_batch_size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [("", "number 0, 2 did not come"), ("n1 n2 n3", r"number 0 \(n1\), 2 \(n3\) did not come")],
-)
-def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch, names, said):
-    monkeypatch.setenv("T2V_NODE_NAMES", names)
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
-    )
-    meeting = Meeting(3, 1, "127.0.0.1", store.port, timeout_seconds=0.5)
-    with pytest.raises(StorageError, match=f"of 3 nodes, {said}"):
-        check_together(config_of(dataset, tmp_path / "run"), meeting, ranks=1)
+def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2V_NODE_NAMES", "n1 n2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = Place(nnodes=2, node_rank=0, rdzv_endpoint=f"localhost:{port}")
+    meeting = Meeting(place, timeout_seconds=0.5)
+    reports, judgement = check_together(config_of(dataset, tmp_path / "run"), meeting, recipe=())
+    assert reports == []
+    assert judgement == Judgement(69, ["n2: did not come within 0.5 s"], ["n2"])
 
 
 def test_a_first_node_that_is_not_there_is_one_line(tmp_path):
@@ -275,7 +354,8 @@ def test_the_node_without_the_data_is_named_and_only_it_fails(dataset, tmp_path)
         thread.start()
     for thread in threads:
         thread.join()
-    assert [answers[rank].returncode for rank in range(2)] == [0, 69], answers
+    assert [answers[rank].returncode for rank in range(2)] == [69, 69], answers
     found = json.loads(answers[0].stdout)
     assert found["bad_nodes"] == ["n2"]
     assert f"n2: data: {Path(tmp_path)}/none" in answers[1].stderr
+    assert found["nodes"][0]["rates"] == {}  # no rank starts where a node is bad

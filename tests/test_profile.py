@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.profile import KubernetesProfile, SlurmProfile, load_profile, parse_profile
+from cluster.profile import (
+    KubernetesProfile,
+    SlurmProfile,
+    load_profile,
+    parse_profile,
+)
 from cluster.secrets import holds_secret, is_secret, secrets_in
+from cluster.slurm_profile import minutes_of
 from data_pipeline.errors import ConfigError, InputMissing
 
 PROFILES = Path(__file__).parent.parent / "configs" / "cluster"
@@ -84,6 +90,8 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (SLURM, {"environment": {"step": "9"}}, "environment: 'step' is wrong because"),
         (SLURM, {"secrets": [{"variable": "IFS", "file": "/a"}]}, "secrets: 'IFS' is wrong"),
         (SLURM, {"time_limit_minutes": 10**9}, "time_limit_minutes: 1000000000 is wrong"),
+        (SLURM, {"time_limit_minutes": "a day"}, "time_limit_minutes: 'a day' is no time"),
+        (SLURM, {"time_limit_minutes": "4:59"}, "time_limit_minutes: '4:59' is wrong"),
         (SLURM, {"cpus_per_node": 10**6}, "cpus_per_node: 1000000 is wrong"),
         (KUBERNETES, {"memory_gib": 10**9}, "memory_gib: 1000000000 is wrong"),
         (KUBERNETES, {"gpu_resource": "cpu"}, "gpu_resource: 'cpu' is wrong because"),
@@ -132,6 +140,15 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (SLURM, {"directives": {"nodes": "9"}}, "'nodes' is set by t2v launch"),
         (SLURM, {"directives": {"x y": "9"}}, "no long option"),
         (SLURM, {"setup": ["module load cuda\nrm -rf /"]}, "setup has the character"),
+        (KUBERNETES, {"resources": {"cpu": 3}}, "'cpu' is wrong because it is neither"),
+        (KUBERNETES, {"resources": {"a.b/c": "3Gi"}}, "a.b/c of '3Gi' is wrong; give a count"),
+        (KUBERNETES, {"resources": {"hugepages-2Mi": "x"}}, "give a size such as 5Gi"),
+        (KUBERNETES, {"labels": {"app.kubernetes.io/name": "x"}}, "is set by t2v launch"),
+        (KUBERNETES, {"annotations": {"t2v/grace": "x"}}, "is set by t2v launch"),
+        (KUBERNETES, {"tolerations": [{"key": "a", "seconds": 3}]}, "are of the effect NoExecute"),
+        (KUBERNETES, {"on_end": "  "}, "no program is named"),
+        (SLURM, {"interface": "eth0; rm"}, "interface: 'eth0; rm' is wrong"),
+        (SLURM, {"directives": {"gpu-bind": "closest"}}, "'gpu-bind' contradicts"),
         (SLURM, {"setup": ["#SBATCH --uid=0"]}, "is a comment"),
         (SLURM, {"workdir": "shared"}, "workdir: 'shared' is wrong because"),
         (
@@ -234,3 +251,24 @@ def test_secrets_are_found_at_their_path():
     assert not holds_secret("commit 0123456789abcdef0123456789abcdef01234567")
     assert not holds_secret("/shared/UCF101/Videos/HD/Train/Part1/AbCD")
     assert all(holds_secret(f"before {secret} after") for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        *[("30", 30), ("30:30", 30.5), ("24:00:00", 1440), ("1:30:00", 90), ("2-0", 2880)],
+        *[("1-00:00:00", 1440), ("1-12:30", 2190), ("0-00:05:00", 5)],
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text, minutes):
+    profile = parse_profile({**SLURM, "time_limit_minutes": text}, "site")
+    assert isinstance(profile, SlurmProfile)
+    assert minutes_of(text) == minutes
+    assert profile.limit_minutes == int(minutes)
+
+
+def test_a_number_of_base_60_is_refused_where_it_stands(tmp_path):
+    file = tmp_path / "site.yaml"
+    file.write_text("kind: slurm\ntime_limit_minutes: 24:00:00\n")
+    with pytest.raises(ConfigError, match=r"line 2 because 24:00:00 .* base 60; put it in quotes"):
+        load_profile(file)

@@ -15,7 +15,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 from cluster.job import DataJob
-from cluster.pod import literal
+from cluster.pod import PREFLIGHT_SECONDS, literal
 from cluster.profile import KubernetesProfile, parse_profile
 from cluster.render import render
 from cluster.render_kubernetes import data_objects, object_name, to_yaml, training_objects
@@ -38,6 +38,13 @@ EVERYTHING = {
     "image_pull_secret": "registry",
     "s3_endpoint": "https://s3.example:9000",
     "environment": {"NCCL_DEBUG": "WARN"},
+    "resources": {"hugepages-2Mi": "5Gi", "vpc.amazonaws.com/efa": 32},
+    "labels": {"team": "video"},
+    "annotations": {"example.org/note": "any text: at all"},
+    "fs_group": False,
+    "gpu_model": "H100",
+    "interface": "eth0",
+    "on_end": "/shared/tell '$(X)'",
     "secrets": [{"variable": "WANDB_API_KEY", "secret": "wandb", "key": "api-key"}],
 }
 
@@ -168,8 +175,8 @@ def test_a_slow_setup_is_for_the_watchdog_to_end(setup_seconds):
     arguments, probe = container["args"], container["startupProbe"]
     rendezvous = int(arguments[arguments.index("--rendezvous-timeout-seconds") + 1])
     patience = probe["failureThreshold"] * probe["periodSeconds"]
-    assert patience > 2 * rendezvous + setup_seconds
-    assert patience < 2 * rendezvous + setup_seconds + 600
+    assert patience > 2 * rendezvous + setup_seconds + PREFLIGHT_SECONDS
+    assert patience < 2 * rendezvous + setup_seconds + PREFLIGHT_SECONDS + 600
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -294,14 +301,14 @@ def test_exit_codes_mean_the_same_everywhere():
                 if all(re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", []))
             )
         wanted = "RestartJobSet"
-        if code in (2, 65, 66, 70, 73, 78):
+        if code in (2, 65, 66, 69, 70, 73, 78):
             wanted = "FailJobSet"
         elif code == 75:
             wanted = "RestartJobSetAndIgnoreMaxRestarts"
         assert action == wanted, code
     bare = objects_of("job")[-1]["spec"]["podFailurePolicy"]["rules"]
     assert [rule["action"] for rule in bare] == ["FailJob", "Ignore", "Ignore"]
-    assert bare[0]["onExitCodes"]["values"] == [2, 65, 66, 70, 73, 78]
+    assert bare[0]["onExitCodes"]["values"] == [2, 65, 66, 69, 70, 73, 78]
     assert bare[1]["onExitCodes"]["values"] == [75]
 
 
@@ -309,3 +316,34 @@ def test_without_a_queue_nothing_waits_suspended():
     for flavour in FLAVOURS:
         assert "suspend" not in training_objects(job(), site(flavour=flavour))[-1]["spec"]
         assert objects_of(flavour)[-1]["spec"]["suspend"] is True
+
+
+def test_devices_pages_labels_and_bad_nodes_stand_where_kubernetes_looks():
+    objects = training_objects(
+        replace(job(), bad_nodes=("n7", "n9")),
+        site(
+            rdma_resource="vpc.amazonaws.com/efa",
+            resources={"vpc.amazonaws.com/efa": 32, "hugepages-2Mi": "5Gi"},
+            labels={"team": "video"},
+            annotations={"example.org/cost": "17"},
+            fs_group=False,
+            tolerations=[{"key": "spot", "effect": "NoExecute", "seconds": 30}],
+        ),
+    )
+    validate(objects, rdma_resource="vpc.amazonaws.com/efa")
+    container = container_of(objects)
+    for amounts in container["resources"].values():
+        assert (amounts["vpc.amazonaws.com/efa"], amounts["hugepages-2Mi"]) == ("32", "5Gi")
+    template = objects[-1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["metadata"]["labels"]["team"] == "video"
+    assert template["metadata"]["annotations"]["example.org/cost"] == "17"
+    assert "fsGroup" not in template["spec"]["securityContext"]
+    assert template["spec"]["tolerations"][0]["tolerationSeconds"] == 30
+    terms = template["spec"]["affinity"]["nodeAffinity"]
+    (term,) = terms["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    (away,) = term["matchExpressions"]
+    assert (away["operator"], away["values"]) == ("NotIn", ["n7", "n9"])
+    words = container["args"]
+    assert words[words.index("--preflight") : words.index("--")] == [
+        *("--preflight", "--gpus", "2", "--gpu-memory-gib", "79.6"),
+    ]

@@ -7,10 +7,8 @@ down what they were called with. A real SLURM runs them in test_slurm.py.
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pytest
 from cluster.job import DataJob, Grace, SharedMemory, TrainingJob
 from cluster.profile import SlurmProfile, parse_profile
 from cluster.render import refuse_bad_shell, render
-from cluster.render_slurm import SCRIPT, array_script, training_script
+from cluster.render_slurm import array_script, training_script
 from data_pipeline.errors import ConfigError
 from tests.test_profile import SLURM
 
@@ -49,21 +47,30 @@ if name == "srun":
     while words[0].startswith("-"):
         del words[0]
     os.execvp(words[0], words)
-with open(os.environ["CALLS"], "a") as calls:
-    told = {{key: os.environ.get(key) for key in os.environ.get("TELL", "").split()}}
+with open(os.environ["SLURM_CALLS"], "a") as calls:
+    told = {{key: os.environ.get(key) for key in os.environ.get("SLURM_TELL", "").split()}}
     print(json.dumps([name, words, told]), file=calls)
 if words[:1] == ["show"]:
     print("n1\\nn2")
+if name == "sbatch":
+    print("99;cluster")
 if words[:1] == ["status"]:
-    print(os.environ["DECISION"])
+    print(os.environ["SLURM_DECISION"])
 if words[:1] == ["preflight"]:
-    sys.exit(int(os.environ.get("PREFLIGHT", "0")))
+    code = int(os.environ.get("SLURM_PREFLIGHT", "0"))
+    if bad := os.environ.get("SLURM_BAD"):
+        with open(os.environ["T2V_BAD_NODES"], "a") as file:
+            print(bad, file=file)
+    sys.exit(code)
 if words[:1] == ["node"]:
-    time.sleep(float(os.environ.get("SECONDS_OF_NODE", "0")))
-    sys.exit(int(os.environ.get("CODE", "0")))
+    time.sleep(float(os.environ.get("SLURM_SECONDS_OF_NODE", "0")))
+    sys.exit(int(os.environ.get("SLURM_CODE", "0")))
 if words[:1] == ["requeue"]:
     os.kill(os.getppid(), 9)  # as SLURM ends the script
 """
+
+
+FOR_STAND_INS = ("CALLS", "TELL", "DECISION", "PREFLIGHT", "SECONDS_OF_NODE", "CODE", "BAD")
 
 
 def directives_of(script: str) -> list[str]:
@@ -105,15 +112,17 @@ def run_script(script: str, tmp_path: Path, **environment: str) -> tuple[int, li
     return process.returncode, read_calls(calls)
 
 
-def start_script(script: str, tmp_path: Path, **environment: str) -> tuple:
+def start_script(script: str, tmp_path: Path, program: str = STAND_IN, **environment: str) -> tuple:
     programs, calls = tmp_path / "programs", tmp_path / "calls"
     programs.mkdir(exist_ok=True)
     for name in ("srun", "scontrol", "sbatch", "t2v"):
-        (programs / name).write_text(STAND_IN)
+        (programs / name).write_text(program)
         (programs / name).chmod(0o755)
     (tmp_path / "job").write_text(script)
     given = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": "0"}
     given |= {"SLURMD_NODENAME": "n2", "CALLS": str(calls), "DECISION": "done", **environment}
+    # What the job does not keep would not reach the stand-ins.
+    given = {f"SLURM_{k}" if k in FOR_STAND_INS else k: v for k, v in given.items()}
     given["PATH"] = f"{programs}:{os.environ['PATH']}"
     process = subprocess.Popen(
         ["bash", str(tmp_path / "job")], env=given, cwd=tmp_path, stderr=subprocess.PIPE
@@ -204,6 +213,34 @@ def test_environment_and_arguments_reach_the_program_as_they_were_given(tmp_path
     assert "s3cret" not in script
 
 
+def test_what_a_shell_exports_does_not_reach_the_job(tmp_path):
+    hostile = {"PYTHONPATH": "/evil", "LD_LIBRARY_PATH": "/evil", "T2V_FAULT": "step:0:1:kill"}
+    functions = {f"BASH_FUNC_{name}%%": "() { touch forged; }" for name in ("t2v", "srun", "mkdir")}
+    told = " ".join(["KEPT", *hostile])
+    profile = site(tmp_path, environment={"KEPT": "yes"})
+    script = training_script(job(), profile)
+    code, calls = run_script(script, tmp_path, TELL=told, **hostile, **functions)
+    assert code == 0
+    assert all(given == {"KEPT": "yes"} | dict.fromkeys(hostile) for _, _, given in calls[1:])
+    assert not (tmp_path / "forged").exists()
+
+
+def test_a_line_of_setup_that_fails_ends_the_job_with_its_name(tmp_path):
+    good = ["A=1; export A", "if true; then", "  umask 027", "fi", "B=2 \\", "export B"]
+    script = training_script(job(), site(tmp_path, setup=[*good, "touch made"]))
+    code, calls = run_script(script, tmp_path, TELL="A B")
+    assert (code, calls[1][2]["A"]) == (0, "1")
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o640  # its umask stands
+    (tmp_path / "calls").unlink()
+    script = training_script(job(), site(tmp_path, setup=["true", "ls '/none $x'", "touch more"]))
+    process, calls = start_script(script, tmp_path)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 78
+    assert """setup: 'ls '/none $x'' is wrong because it ended with 2; correct it.""" in said
+    assert not (tmp_path / "more").exists()
+    assert not calls.exists()
+
+
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_secret_that_is_not_on_the_node_ends_the_job_at_once(tmp_path, content):
     file = tmp_path / "my key"
@@ -248,105 +285,19 @@ def test_a_run_is_told_where_and_what(tmp_path):
     recipe = f"{folder}/launch/{job().snapshot}/config.yaml"
     assert calls[1][1] == [
         *("preflight", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
-        *("--rdzv-endpoint", "n1:20018", "--timeout-seconds", "600", "--", recipe),
+        *("--rdzv-endpoint", "n1:20018", "--timeout-seconds", "600"),
+        *("--gpus", "2", "--gpu-memory-gib", "79.6", "--", recipe),
     ]
     assert calls[2][1] == [
-        *("node", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
+        *("node", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2", "--gpus", "2"),
         *("--rdzv-endpoint", "n1:20017", "--rdzv-id", "17-3"),
         *("--run-dir", str(folder), "--grace-seconds", "120", "--", recipe),
     ]
 
 
-def test_an_old_request_to_stop_is_not_for_this_attempt(tmp_path):
+def test_a_request_to_another_job_on_the_folder_is_left_alone(tmp_path):
     flag = tmp_path / "runs" / "tiny" / "PREEMPT"
     flag.parent.mkdir(parents=True)
     flag.touch()
     run_script(training_script(job(), site(tmp_path)), tmp_path)
-    assert not flag.exists()
-
-
-@pytest.mark.parametrize(
-    ("decision", "restarts", "code", "exit_code", "asked"),
-    [
-        ("done", "0", "0", 0, False),
-        ("stop", "0", "65", 65, False),
-        ("stop", "0", "0", 1, False),  # never a success that was none
-        ("requeue", "0", "75", -9, True),
-        ("requeue", "49", "1", -9, True),
-        ("requeue", "50", "75", 75, False),
-        ("nonsense", "0", "1", 1, False),
-    ],
-)
-def test_the_run_folder_decides(tmp_path, decision, restarts, code, exit_code, asked):
-    script = training_script(job(), site(tmp_path))
-    returned, calls = run_script(
-        script, tmp_path, DECISION=decision, SLURM_RESTART_COUNT=restarts, CODE=code
-    )
-    assert returned == exit_code
-    assert ("requeue" in verbs(calls)) == asked
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_becomes_the_flag_file_while_the_run_goes_on(tmp_path, number):
-    script = training_script(job(), site(tmp_path))
-    process, calls = start_script(script, tmp_path, SECONDS_OF_NODE="1.5", CODE="75",
-                                  DECISION="stop")  # fmt: skip
-    while not calls.exists() or "node" not in verbs(read_calls(calls)):
-        time.sleep(0.05)
-    process.send_signal(number)
-    flag = tmp_path / "runs" / "tiny" / "PREEMPT"
-    while not flag.exists():
-        time.sleep(0.05)
-    assert process.poll() is None
-    process.send_signal(number)  # SLURM sends more than one
-    process.communicate(timeout=30)
-    assert process.returncode == 75  # of the nodes, not of the interrupted wait
-    assert verbs(read_calls(calls))[-1] == "status"
-
-
-def test_a_bad_node_is_avoided_by_the_job_that_takes_over(tmp_path):
-    profile = site(tmp_path, exclude=["n9"])
-    script = training_script(job(), profile)
-    code, calls = run_script(script, tmp_path, PREFLIGHT="69")
-    assert code == 69
-    again = f"{tmp_path}/runs/tiny/launch/{job().snapshot}/{SCRIPT}"
-    assert verbs(calls) == ["show", "preflight", "--exclude=n9,n2"]
-    assert calls[-1][:2] == ["sbatch", ["--exclude=n9,n2", again]]
-    assert (tmp_path / "runs/tiny/bad_nodes").read_text() == "n2\n"
-
-
-def test_a_bad_node_without_a_name_is_not_avoided_for_ever(tmp_path):
-    script = training_script(job(), site(tmp_path))
-    code, calls = run_script(script, tmp_path, PREFLIGHT="69", SLURMD_NODENAME="")
-    assert code == 69
-    assert verbs(calls) == ["show", "preflight"]
-
-
-@pytest.mark.parametrize("code", ["1", "71", "74", "137"])
-@pytest.mark.parametrize(("restarts", "asked"), [("49", True), ("50", False)])
-def test_nodes_that_did_not_meet_try_again_within_the_limit(tmp_path, code, restarts, asked):
-    script = training_script(job(), site(tmp_path))
-    returned, calls = run_script(script, tmp_path, PREFLIGHT=code, SLURM_RESTART_COUNT=restarts)
-    assert returned == (-9 if asked else int(code))
-    assert verbs(calls) == ["show", "preflight", *(["requeue"] if asked else [])]
-
-
-@pytest.mark.parametrize("code", ["2", "65", "66", "70", "73", "78", "127"])
-def test_a_bad_recipe_is_no_bad_node(tmp_path, code):
-    bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
-    bad_nodes.parent.mkdir(parents=True)
-    bad_nodes.write_text("n7\n")  # of an earlier attempt
-    script = training_script(job(), site(tmp_path))
-    returned, calls = run_script(script, tmp_path, PREFLIGHT=code)
-    assert returned == int(code)
-    assert verbs(calls) == ["show", "preflight"]
-
-
-def test_more_bad_nodes_than_the_job_has_end_it(tmp_path):
-    bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
-    bad_nodes.parent.mkdir(parents=True)
-    bad_nodes.write_text("n5\nn6\nn6\n")
-    script = training_script(job(), site(tmp_path))
-    code, calls = run_script(script, tmp_path, PREFLIGHT="69")
-    assert code == 69
-    assert "sbatch" not in [name for name, _, _ in calls]
+    assert flag.exists()

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from cluster.status import HOPELESS, NodeRecord, print_status, run_status, spell, to_json
+from cluster.status import HOPELESS, NodeRecord, run_status
+from cluster.status_view import print_statuses, spell, to_json
 from data_pipeline.errors import InputMissing
+from data_pipeline.terminal import Terminal
 from t2v.attempt.record import append_attempt
 from t2v.cli import main
 
@@ -71,8 +72,8 @@ def test_a_running_run_that_is_silent_is_called_stale(tmp_path):
     write_status(tmp_path, "running", seconds_ago=4000)
     status = run_status(tmp_path, now=NOW)
     assert status.is_stale
-    console = Console(record=True, width=200)
-    print_status(status, console)
+    console = Terminal(record=True, width=200)
+    print_statuses([status], console)
     assert "silent for 67 min" in console.export_text()
     write_status(tmp_path, "done", seconds_ago=4000)
     assert not run_status(tmp_path, now=NOW).is_stale
@@ -148,6 +149,22 @@ def test_the_command_answers_in_one_word_or_in_json(tmp_path, capsys):
     assert json.loads(to_json(run_status(tmp_path)))["total_steps"] == 100
 
 
+def test_many_runs_are_one_table_or_a_line_of_json_each(tmp_path, capsys):
+    for name, state in (("a", "running"), ("b", "failed")):
+        (tmp_path / name).mkdir()
+        write_status(tmp_path / name, state, reason="no finite [/]", seconds_ago=NOW - time.time())
+    (tmp_path / "notes").mkdir()  # as the shell's runs/* may give it
+    folders = [str(tmp_path / name) for name in ("a", "b", "notes")]
+    assert main(["status", *folders, "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [status["state"] for status in told] == ["running", "failed"]
+    assert main(["status", *folders]) == 0
+    assert main(["status", folders[1], "--watch"]) == 0  # has ended: shown once
+    assert capsys.readouterr().out.count("failed") >= 2
+    assert main(["status", *folders, "--decide"]) == 78
+    assert main(["status", folders[2]]) == 66
+
+
 def test_no_run_folder_is_missing_input(tmp_path):
     with pytest.raises(InputMissing, match="no such run folder"):
         run_status(tmp_path / "none")
@@ -174,7 +191,7 @@ def test_what_a_damaged_file_says_is_left_out(tmp_path, damaged):
     (tmp_path / "logs" / "attempt-0001" / "node-00001.json").write_text(json.dumps(record))
     status = run_status(tmp_path, now=NOW)
     assert (status.step, status.eta_seconds, status.decision) == (0, None, "requeue")
-    print_status(status, Console(record=True))
+    print_statuses([status], Terminal(record=True))
     assert "NaN" not in to_json(status)
 
 

@@ -3,31 +3,64 @@
 import argparse
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
-from t2v.commands.parser import add_config, add_verb, count, positive, seconds
+from data_pipeline.plain import plain
+from t2v.commands.parser import add_config, add_verb, count, plain_name, positive, seconds
+
+# A requeued job waits as long by SLURM's own rule.
+SCHEDULER_SECONDS = 120.0
 
 
 def node(options: argparse.Namespace) -> int:
     from cluster.node import NodeJob, run_node
 
     refuse_strange_rank(options)
+    if options.gpus:
+        os.environ["T2V_GPUS"] = str(options.gpus)
     return run_node(
         NodeJob(
             run_dir=Path(options.run_dir),
             train_arguments=(options.config, *options.overrides),
+            preflight=promise_words(options) if options.preflight else None,
+            on_end=options.on_end,
             nnodes=options.nnodes,
             nproc_per_node=options.nproc_per_node,
             rdzv_endpoint=options.rdzv_endpoint,
-            rdzv_id=options.rdzv_id,
+            rdzv_id=options.rdzv_id or own_rdzv_id(options.nnodes),
             node_rank=options.node_rank,
-            is_host=options.is_host,
             grace_seconds=options.grace_seconds,
             rendezvous_timeout_seconds=options.rendezvous_timeout_seconds,
         )
     )
+
+
+PROMISES = ("gpus", "gpu_model", "gpu_memory_gib", "gpu_driver")
+
+
+def add_promise(verb: argparse.ArgumentParser) -> None:
+    """What the site promised of each node; ranks that find no GPU end with 69."""
+    verb.add_argument("--gpus", type=count, help="that the site promised of each node")
+    verb.add_argument("--gpu-model", help="part of the name that their driver shows, as H100")
+    verb.add_argument("--gpu-memory-gib", type=seconds, help="of each GPU, at least")
+    verb.add_argument("--gpu-driver", help="the oldest version of their driver, as 550")
+
+
+def promise_words(options: argparse.Namespace) -> tuple[str, ...]:
+    """The promise as options again."""
+    given = ((name, getattr(options, name)) for name in PROMISES)
+    words = [
+        (f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None
+    ]
+    return tuple(word for pair in words for word in pair)
+
+
+def own_rdzv_id(nnodes: int) -> str:
+    """A name for this attempt: nodes that meet must agree on one, a node alone takes its own."""
+    return "t2v" if nnodes > 1 else f"{socket.gethostname()}-{os.getpid()}"
 
 
 def refuse_strange_rank(options: argparse.Namespace) -> None:
@@ -44,41 +77,62 @@ def preflight(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     refuse_strange_rank(options)
     from cluster import preflight as flight
-    from cluster.node import split_endpoint
+    from cluster.gpus import Promise
+    from cluster.launcher import Place
+    from cluster.meeting import Meeting
     from t2v.recipe.recipe import accumulation_steps, load_config
 
     config = load_config(options.config, options.overrides)
     ranks = options.nproc_per_node
     accumulation_steps(config, ranks * options.nnodes)  # which ranks must divide the batch for
+    promise = Promise(options.gpus, options.gpu_model, options.gpu_memory_gib, options.gpu_driver)
+    if options.gpus:
+        os.environ["T2V_GPUS"] = str(options.gpus)  # ranks that try the fabric must have them
+    is_first = options.node_rank == 0
     if options.nnodes == 1:
-        report, judgement = flight.check_alone(config, ranks=ranks)
+        report, judgement = flight.check_alone(config, ranks=ranks, promise=promise)
         reports = [report]
     else:
-        host, port = split_endpoint(options.rdzv_endpoint)
-        meeting = flight.Meeting(
-            options.nnodes, options.node_rank, host, port, options.timeout_seconds
+        place = Place(
+            nnodes=options.nnodes,
+            nproc_per_node=ranks,
+            rdzv_endpoint=options.rdzv_endpoint,
+            rdzv_id="preflight",
+            node_rank=options.node_rank,
+            rendezvous_timeout_seconds=options.timeout_seconds,
         )
-        reports, judgement = flight.check_together(config, meeting, ranks=ranks)
-    code = flight.own_exit_code(judgement, flight.node_name())
-    if options.node_rank == 0:
+        meeting = Meeting(place, options.timeout_seconds)
+        recipe = (options.config, *options.overrides)
+        reports, judgement = flight.check_together(config, meeting, recipe=recipe, promise=promise)
+    code = flight.own_exit_code(judgement, flight.node_name(), speaks=is_first)
+    if is_first:
+        flight.note_bad_nodes(judgement)
         print(flight.to_json(reports, judgement)) if options.json else flight.print_reports(
             reports, judgement
         )
     elif code:
-        print("\n".join(judgement.problems), file=sys.stderr)
+        print(plain("\n".join(judgement.problems)), file=sys.stderr)
     return code
 
 
 def status(options: argparse.Namespace) -> None:
-    from cluster.status import print_status, run_status, to_json
+    from cluster.status_view import print_statuses, statuses, to_json, watch
 
-    found = run_status(Path(options.run_dir))
+    folders = [Path(folder) for folder in options.run_dir]
+    if options.watch is not None:
+        watch(folders, every_seconds=max(options.watch, 1.0))
+        return
+    all_found = statuses(folders)
+    found = all_found[0]
     if options.decide:
-        print(found.decision)
+        if len(folders) > 1:
+            raise ConfigError("--decide: is about one run; give one run folder.")
+        wait = f" {found.pause_seconds:.0f}" if found.pause_seconds > SCHEDULER_SECONDS else ""
+        print(found.decision + (wait if found.decision == "requeue" else ""))
     elif options.json:
-        print(to_json(found))
+        print("\n".join(map(to_json, all_found)))
     else:
-        print_status(found)
+        print_statuses(all_found)
 
 
 def health(options: argparse.Namespace) -> None:
@@ -93,19 +147,21 @@ def add_cluster_verbs(verbs) -> None:
     """All verbs of jobs on a cluster."""
     verb = add_verb(verbs, "node", node, "run this node's part of a job, as a scheduler starts it",
                     "t2v node --nnodes 2 --nproc-per-node 8 --rdzv-endpoint node1:29400"
-                    " --rdzv-id 17-0 --is-host --run-dir runs/base_36x64"
+                    " --rdzv-id 17-0 --node-rank 0 --run-dir runs/base_36x64"
                     " -- configs/base_36x64.yaml")  # fmt: skip
     verb.add_argument("--nnodes", type=positive, default=1, help="nodes of the job")
     verb.add_argument("--nproc-per-node", type=positive, default=1, help="ranks here: one per GPU")
     verb.add_argument("--rdzv-endpoint", default="localhost:29400", help="HOST:PORT to meet at")
-    verb.add_argument("--rdzv-id", default="t2v", help="differs from attempt to attempt")
+    verb.add_argument("--rdzv-id", type=plain_name, help="differs from attempt to attempt")
     verb.add_argument("--node-rank", type=count, default=0, help="this node's number, for its logs")
-    verb.add_argument("--is-host", action="store_true", help="the nodes meet at this one")
     verb.add_argument(
         "--run-dir",
         required=True,
         help="the run folder, shared by all nodes; the recipe's run_dir gives way to it",
     )
+    verb.add_argument("--preflight", action="store_true", help="nodes check each other first")
+    verb.add_argument("--on-end", metavar="PROGRAM", help="run by the first node at the end")
+    add_promise(verb)
     verb.add_argument("--grace-seconds", type=seconds, default=600.0,
                       help="from a request to stop to the end of all ranks")  # fmt: skip
     verb.add_argument("--rendezvous-timeout-seconds", type=seconds, default=600.0,
@@ -120,14 +176,17 @@ def add_cluster_verbs(verbs) -> None:
     verb.add_argument("--rdzv-endpoint", default="localhost:29401", help="HOST:PORT to meet at")
     verb.add_argument("--timeout-seconds", type=seconds, default=120.0,
                       help="how long nodes wait for each other")  # fmt: skip
+    add_promise(verb)
     verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_config(verb)
 
-    verb = add_verb(verbs, "status", status, "how a run is, from its shared folder alone",
+    verb = add_verb(verbs, "status", status, "how runs are, from their shared folders alone",
                     "t2v status runs/base_36x64")  # fmt: skip
-    verb.add_argument("run_dir")
+    verb.add_argument("run_dir", nargs="+", help="a run folder, or many, as runs/*")
     answer = verb.add_mutually_exclusive_group()
-    answer.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    answer.add_argument("--json", action="store_true", help="JSON, a line for each run")
+    answer.add_argument("--watch", type=seconds, nargs="?", const=5.0, metavar="SECONDS",
+                        help="show it anew every so often, until no run goes on")  # fmt: skip
     answer.add_argument(
         "--decide", action="store_true", help="what a scheduler should do: done, requeue or stop"
     )

@@ -4,24 +4,39 @@ import argparse
 from pathlib import Path
 
 from t2v.commands.data import add_data_verbs
-from t2v.commands.parser import add_config, add_verb, count, positive
+from t2v.commands.parser import add_config, add_verb, count, plain_name, positive
 
 DATA_VERBS = ("build", "embed", "encode")
 
 
 def launch(options: argparse.Namespace) -> None:
-    from cluster.launch import prepare_run, submit, write_out
+    from cluster.launch import prepare_chain, prepare_run, write_out
+    from cluster.submit import submit_chain
     from t2v.plan.plan import print_plan
 
-    prepared = prepare_run(options.config, options.overrides, options.cluster, nodes=options.nodes)
-    assert prepared.plan is not None
-    print_plan(prepared.plan)
-    say = submit(prepared) if options.submit else write_out(prepared, Path(options.out))
-    print("\n".join(say))
+    prepared = prepare_run(
+        options.config,
+        options.overrides,
+        options.cluster,
+        nodes=options.nodes,
+        avoid=options.avoid,
+    )
+    chain = prepare_chain(prepared, options.then, options.cluster, nodes=options.nodes)
+    for stage in chain:
+        if stage.plan is not None:
+            print_plan(stage.plan)
+    if options.submit:
+        print("\n".join(submit_chain(chain)))
+        return
+    for number, stage in enumerate(chain):
+        out = Path(options.out)
+        folder = out if len(chain) == 1 else out / f"{number}-{stage.job.name}"
+        print("\n".join(write_out(stage, folder)))
 
 
 def launch_data(options: argparse.Namespace) -> None:
-    from cluster.launch import prepare_data, submit, write_out
+    from cluster.launch import prepare_data, write_out
+    from cluster.submit import submit
 
     verb = refuse_wrong_arguments(options.arguments, options.usage)
     gpus = options.gpus if options.gpus is not None else int(verb != "build")
@@ -60,6 +75,11 @@ def add_launch_verbs(verbs) -> None:
                     " --cluster configs/cluster/slurm.yaml --nodes 32 --submit")  # fmt: skip
     add_config(verb)
     verb.add_argument("--nodes", type=int, help="by default as many as the profile has")
+    verb.add_argument("--then", action="append", default=[], metavar="STAGE",
+                      help="after it ends well: 'RECIPE [key=value ...]', warm-started from the run"
+                      " before, or evaluate:PROTOCOL of that run")  # fmt: skip
+    verb.add_argument("--avoid", type=plain_name, nargs="+", default=[], metavar="NODE",
+                      help="besides those in the run's bad_nodes")  # fmt: skip
     _add_where(verb)
 
     verb = add_verb(verbs, "launch-data", launch_data, "build, embed or encode data in parallel",

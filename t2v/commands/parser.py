@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 EXIT_CODES = """\
 exit codes:
@@ -49,6 +50,13 @@ def seconds(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, from 0")
     return number
+
+
+def plain_name(text: str) -> str:
+    """A name that is part of a file's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name; use letters, digits and . _ -")
+    return text
 
 
 def _whole(text: str, *, least: int) -> int:
