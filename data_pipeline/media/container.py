@@ -125,7 +125,7 @@ def read_packets(container: InputContainer, streams: Sequence[VideoStream]) -> I
         if packet is None:
             return
         if packet.is_corrupt:
-            raise DataError("is damaged (a packet is cut)")
+            raise DataError("is damaged: a packet is cut")
         is_end = packet.pts is None and packet.dts is None
         if packet.size or is_end:  # empty packets between others repeat a frame
             yield packet

@@ -41,14 +41,21 @@ def listening(level: int = QUIET) -> Iterator[None]:
     said = capture.__enter__()
     try:
         yield
+    except av.FFmpegError:
+        _refuse_damage(said)
+        raise
     finally:
         capture.__exit__(None, None, None)
         av.logging.set_level(QUIET)
+    _refuse_damage(said)
+
+
+def _refuse_damage(said: list[tuple[int, str, str]]) -> None:
     for severity, _, message in said:
         if message.startswith(GAP):
-            raise DataError("is damaged (frames are missing)")
+            raise DataError("is damaged: frames are missing")
         if severity <= QUIET and not message.startswith(HARMLESS):
-            raise DataError(f"is damaged ({' '.join(message.split())[:70]})")
+            raise DataError(f"is damaged: {' '.join(message.split())[:70]}") from None
 
 
 class Decoder:
@@ -75,15 +82,15 @@ class Decoder:
         """The frames that come with a packet, or with an empty one at the end; `follows`: it is the
         one after that before."""
         if self._length_bytes and holds_zeros(bytes(packet), self._length_bytes):
-            raise DataError("is damaged (zeros in the middle)")
+            raise DataError("is damaged: zeros in the middle")
         with listening(INNERMOST if self._listens_for_gaps and follows else QUIET):
             frames = self.context.decode(packet)
         if any(frame.is_corrupt for frame in frames):
-            raise DataError("is damaged (frames were mended)")
+            raise DataError("is damaged: frames were mended")
         if self._twin:
             others = self._twin.decode(_lengthened(packet, self._tail))
             if len(frames) != len(others) or not all(map(_same, frames, others)):
-                raise DataError("is damaged (its frames come out in two ways)")
+                raise DataError("is damaged: its frames come out in two ways")
         return frames
 
     def flush(self) -> None:

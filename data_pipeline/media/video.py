@@ -185,7 +185,7 @@ def _decode_frames(media: bytes, numbers: set[int], deadline_seconds: float) -> 
                 frames = context.decode(packet)
             for frame in frames:
                 if frame.is_corrupt:
-                    raise DataError("is damaged (frames were mended)")
+                    raise DataError("is damaged: frames were mended")
                 if frame.pts in wanted:
                     with stage("convert"):
                         pictures[wanted[frame.pts]] = picture_of(frame, Orientation())
