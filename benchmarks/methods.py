@@ -26,6 +26,7 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scipy.stats import t as student
 from torch.nn import functional
 
 from data_pipeline.making.build import build
@@ -68,7 +69,6 @@ WAYS = {
 SEEDS = (0, 1, 2)
 BATCH = 16
 PROMPTS = 40
-STUDENT = 4.303  # of two degrees of freedom, 95 %
 MEASURED = ("colour", "direction", "in one piece", "shape", "frechet")
 
 
@@ -191,7 +191,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found = {}
     for key in (*MEASURED, "train_cpu_seconds", "sample_cpu_seconds_per_clip", "train_peak_mib"):
         values = [one[key] for one in runs]
-        reach = STUDENT * stdev(values) / len(values) ** 0.5 if len(values) == 3 else float("nan")
+        reach = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
         found[key] = {"mean": mean(values), "reach": reach}
     return found
 

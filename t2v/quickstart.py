@@ -30,6 +30,10 @@ STORIES = {
     "pyramid-flow": ("quickstart_pyramid_flow",),
 }
 PROCESSES = 2
+LAUNCH = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+    *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli"),
+)
 # (what is measured, the least that counts as working)
 BOUNDS = {"colour": 0.9, "direction": 0.8, "in one piece": 0.8}
 
@@ -111,24 +115,27 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
     run_dir, path = workdir / "runs" / recipe, CONFIGS / f"{recipe}.yaml"
     config = load_config(path, list(overrides))
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli", "train", str(path)),
+        *(*LAUNCH, "train", str(path)),
         f"run_dir={run_dir}",
         *(f"data.sources.{n}.path={workdir / 'data' / k}" for n, k in enumerate(kinds(config))),
         *overrides,
     ]
     log = workdir / "runs" / f"{recipe}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // PROCESSES))
     with log.open("ab") as output:
-        job = subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": threads}
-        )
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         follow(job, run_dir, config.total_steps, preempt_at)
     state = read_status(run_dir).get("state")
     wanted = "preempted" if preempt_at else "done"
     if state != wanted:
         raise UserError(f"{log}: {recipe} ended as '{state}', not '{wanted}'; the log says why.")
+
+
+def environment() -> dict[str, str]:
+    """A process's share of the cores: threads that wait for each other stand still on a machine
+    that others use, too."""
+    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
+    return os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
 def follow(job: subprocess.Popen, run_dir: Path, total_steps: int, preempt_at: int | None) -> None:
@@ -159,11 +166,11 @@ def sample(workdir: Path, recipe: str, toys: list[Toy]) -> Path:
     prompts = workdir / "prompts.txt"
     prompts.write_text("\n".join(toy.caption for toy in toys) + "\n")
     command = [
-        *(sys.executable, "-m", "t2v.cli", "sample"),
+        *(*LAUNCH, "sample"),
         str(workdir / "runs" / recipe),
         *("--prompts", str(prompts), "--out", str(out), "--encoder", str(workdir / "encoder")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         raise UserError(f"{out}: sampling failed because {done.stderr.strip()[-500:]}")
     return out
