@@ -1,6 +1,9 @@
 """Copies of tensors in host memory: what a checkpoint is written from while training goes on."""
 
+import os
 import threading
+from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -11,6 +14,7 @@ from t2v.engine.faults import fault
 from t2v.engine.world import World
 
 GIB = 2**30
+ALIGNED = 64  # bytes; a tensor of any kind may begin there
 
 
 class HostCopy:
@@ -20,21 +24,26 @@ class HostCopy:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def reserve(self, slices: dict[str, Slice]) -> None:
-        """Claim the memory, and touch it: fresh pages cost more than the copy itself. ConfigError
-        where the host has less."""
-        kept = {name: piece for name, piece in slices.items() if piece.place.kept}
-        new = {name: piece.part for name, piece in kept.items() if name not in self._buffers}
-        needed = sum(part.numel() * part.itemsize for part in new.values())
-        if needed > (left := available_memory()):
+        """Claim the memory in one piece, and touch it: fresh pages cost more than the copy itself.
+        ConfigError where this rank's share of the host has less."""
+        kept = {name: piece.part for name, piece in slices.items() if piece.place.kept}
+        if kept.keys() == self._buffers.keys():
+            return
+        ends = list(accumulate(-(-part.nbytes // ALIGNED) * ALIGNED for part in kept.values()))
+        needed = ends[-1] if ends else 0
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if needed > (left := available_memory() / ranks):
             raise ConfigError(
                 f"checkpoint: is wrong because its copy takes {needed / GIB:.1f} GiB of this "
-                f"rank's host memory, and {left / GIB:.1f} are left; split the model over more "
-                "ranks, or give each more memory."
+                f"rank's host memory, and {left / GIB:.1f} are left to each of {ranks} here; split "
+                "the model over more ranks, or give each more memory."
             )
-        for name, part in new.items():
-            pinned = part.device.type == "cuda"
-            buffer = torch.zeros(part.shape, dtype=part.dtype, pin_memory=pinned)
-            self._buffers[name] = buffer.fill_(1)
+        flat = torch.ones(needed, dtype=torch.uint8)
+        if gpus_of(slices):
+            pin(flat)
+        for (name, part), start in zip(kept.items(), [0, *ends], strict=False):
+            piece = flat[start : start + part.nbytes]
+            self._buffers[name] = piece.view(part.dtype).view(part.shape)
 
     def take(self, slices: dict[str, Slice]) -> dict[str, Slice]:
         """Those slices that this rank writes, as they are now; valid until the next call."""
@@ -65,6 +74,18 @@ class HostCopy:
 
         world.on_all(copy, world.storage)
         return mine
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Let GPUs copy into memory directly. torch's own allocator would round it up to a power of
+    two."""
+    cudart: Any = torch.cuda.cudart()
+    failed = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(failed):
+        raise ConfigError(
+            f"checkpoint: its copy of {memory.nbytes / GIB:.1f} GiB cannot be pinned (CUDA error "
+            f"{int(failed)}); raise the limit of locked memory (ulimit -l)."
+        )
 
 
 def gpus_of(slices: dict[str, Slice]) -> set[torch.device]:
