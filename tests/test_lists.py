@@ -171,6 +171,8 @@ def test_a_condition_chooses_rows_and_a_selection_metadata(folder):
         found = plan(path, where="score >= 2 and id != '100' -- a comment", select="score * 2 AS s")
         assert told(found) == [("sub/b.mp4", "ein grünes Haus", {"s": 6.0})]
         assert found.account.not_wanted == {"row is not --where": 2}
+        rest = plan(path, select="* EXCLUDE (file, caption), upper(id) AS ID2")
+        assert told(rest)[1][2] == {"score": 3.0, "id": "012", "ID2": "012"}
 
 
 @pytest.mark.parametrize("where", ["scor > 2", "score >", "1); DROP TABLE rows; --", "sum(id) > 1",

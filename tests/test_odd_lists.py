@@ -139,3 +139,21 @@ def test_json_of_any_depth_beside_media_costs_that_media_only(tmp_path):
     assert build(folder, tmp_path / "out") == 0
     account = open_dataset(tmp_path / "out").info.account
     assert account.unusable == {"caption is no text": 1, "json is damaged": 1}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
+def test_lists_may_lie_in_any_folder_and_be_built_beside(folder, tmp_path, kind, monkeypatch):
+    place = tmp_path / "it's [1] *?"
+    place.mkdir()
+    (place / "é.mp4").write_bytes((folder / "é.mp4").read_bytes())
+    rows = [{"file": "é.mp4", "caption": "x"}]
+    path = place / f"l's [2].{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        (write_csv if kind == "csv" else write_lines)(path, rows)
+    monkeypatch.chdir(place)
+    assert build(Path(path.name), Path("out")) == 0
+    assert open_dataset(place / "out").info.samples == 1

@@ -138,8 +138,7 @@ def build(
     _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
     refuse_bad_target(Target(kind or "video", (frames, height, width), fps, cut, filters))
     material = find_material(str(source), columns, root=root, kind=kind, split=split)
-    for place in {str(source), material.folder}:
-        storage.refuse_overlap(place, out)
+    storage.refuse_overlap(str(source), out)
     settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut}
     settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
     settings |= {"columns": asdict(columns), "source": material.version}

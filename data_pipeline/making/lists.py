@@ -61,11 +61,11 @@ def is_list(path: str) -> bool:
 
 def list_paths(path: str) -> list[str]:
     """The lists of a path, which may be a pattern with * and ?, in the order of their names."""
+    if storage.exists(path):
+        return [path]
     if any(sign in path for sign in "*?["):
         return storage.match(path)
-    if not storage.exists(path):
-        raise InputMissing(f"{path}: no such file; check the path of the list.")
-    return [path]
+    raise InputMissing(f"{path}: no such file; check the path of the list.")
 
 
 @contextmanager
@@ -140,17 +140,20 @@ def _kind(path: str) -> str:
 
 
 def _readable(path: str, beside: Path, encoding: str | None) -> str:
-    """A local file with a list's bytes; of text in another encoding, a copy in UTF-8."""
+    """A local file with a list's bytes, under a name that is no pattern; of text in another
+    encoding, a copy in UTF-8."""
     local = storage.local_file(path)
     kind, is_packed = _kind(path), path.lower().endswith(".gz")
     if kind in TABLES:
-        return str(local)
+        beside.symlink_to(local.resolve())
+        return str(beside)
     try:
         with _open(local, is_packed) as file:
             head = file.read(4)
         mark = head.startswith(BOMS)
-        if not mark and encoding is None and not is_packed and "://" not in path:
-            return str(local)
+        if not mark and encoding is None and not is_packed:
+            beside.symlink_to(local.resolve())
+            return str(beside)
         if mark:
             encoding = "utf-32" if head.startswith(BOMS[:2]) else "utf-16"
         with _open(local, is_packed) as file, beside.open("w", encoding="utf-8", newline="") as new:

@@ -13,7 +13,7 @@ import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.making.listing import KINDS, Found, Kind, kind_of, scan, scan_tar
-from data_pipeline.making.lists import Table, quoted, reason, text
+from data_pipeline.making.lists import OWN, Table, quoted, reason, text
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.times import Times
 from data_pipeline.progress import progress
@@ -105,11 +105,12 @@ def plan_lists(
     kept = columns.select or ", ".join(map(quoted, others))
     try:
         described = table.ask(f"DESCRIBE SELECT {kept}\n FROM rows") if kept else []
-        metadata = _object([name for name, *_ in described]) if kept else "'{}'"
+        metadata = _object([n for n, *_ in described if n not in OWN]) if kept else "'{}'"
         table.database.execute(
-            f"CREATE TABLE said AS SELECT t2v_row AS row, t2v_list AS list, t2v_file AS value, "
+            f"CREATE TABLE said AS SELECT t2v_number AS row, t2v_of AS list, t2v_file AS value, "
             f"t2v_captions AS captions, t2v_times AS times, {metadata} AS metadata FROM (SELECT "
-            f"t2v_row, t2v_list, {file} AS t2v_file, {_object(captions)} AS t2v_captions, "
+            f"t2v_row AS t2v_number, t2v_list AS t2v_of, {file} AS t2v_file, "
+            f"{_object(captions)} AS t2v_captions, "
             f"{_array(moments)} AS t2v_times, {kept}\n FROM rows "
             f"WHERE ({columns.where or 'true'}\n) IS TRUE)"
         )
