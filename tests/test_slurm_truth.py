@@ -1,6 +1,7 @@
 """What a real SLURM is told of jobs that fail, and what of a user's shell never reaches them."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,9 +50,13 @@ def test_a_rank_that_is_killed_is_137_and_its_own_rank_is_named(cluster, dataset
 
 
 def test_starts_that_fail_before_a_rank_owns_the_run_end_the_job(cluster, dataset, tmp_path):
-    (tmp_path / "break").write_text('t2v() { [ "$1" != node ] && command t2v "$@"; }\n')
-    environment = {"OMP_NUM_THREADS": "1", "BASH_ENV": str(tmp_path / "break")}
-    profile = site(tmp_path, environment=environment)
+    real = Path(sys.executable).with_name("t2v")
+    broken = tmp_path / "programs" / "t2v"
+    broken.parent.mkdir()
+    broken.write_text(f'#!/bin/sh\n[ "$1" = node ] && exit 1\nexec {real} "$@"\n')
+    broken.chmod(0o755)
+    setup = [f"export PATH={broken.parent}:$PATH"]
+    profile = site(tmp_path, environment={"OMP_NUM_THREADS": "1"}, setup=setup)
     where = ["--cluster", profile, "--nodes", "1", "--submit"]
     number = launch(cluster, "launch", recipe_of(dataset, tmp_path), *where)
     while cluster.wait_for(number, "FAILED", "RUNNING", seconds=400)["JobState"] != "FAILED":
