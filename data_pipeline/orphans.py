@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import threading
+import time
 
 KILLED = 128 + signal.SIGKILL
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -24,13 +25,23 @@ def end_with_parent() -> None:
 def end_with(process: int) -> None:
     """From now on this process ends when another one of this host does. For one that is no child
     of it, such as a worker that a server process made: the server lives as long as its workers."""
-    try:
-        watched = os.pidfd_open(process)
-    except ProcessLookupError:
-        os._exit(KILLED)
 
     def wait() -> None:
-        select.select([watched], [], [])
+        try:
+            select.select([os.pidfd_open(process)], [], [])
+        except ProcessLookupError:
+            os._exit(KILLED)
+        except (AttributeError, OSError):  # an old kernel, or a sandbox that has no such call
+            while _lives(process):
+                time.sleep(1.0)
         os._exit(KILLED)
 
     threading.Thread(target=wait, name="end with its owner", daemon=True).start()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
