@@ -7,6 +7,7 @@ for the cause: so the parent rings the alarm at once, in the name of the dead.
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 from data_pipeline.orphans import end_with_parent
 from t2v.attempt.alarm import RECORD, heard_alarm, ring
+from t2v.attempt.run_folder import timestamp
 from t2v.attempt.trace import VARIABLE, new_trace
 
 POLL_SECONDS = 0.5
@@ -83,25 +85,28 @@ def tell_of_death(
     exit_code = 128 - code if code < 0 else code
     reason = f"rank {rank} on {socket.gethostname()} {how(code)}"
     last = last_words(log) if log and code > 0 else ""
-    at = ring(logs, rank=rank, is_hang=False, exit_code=exit_code, reason=reason)
-    # Only now, for it takes a while, and a parent that waits needs no more memory than it must.
-    from t2v.attempt.failure import Failure, record_failure
-    from t2v.attempt.last_word import end_for_the_dead
-
-    failure = Failure(
-        rank=rank,
-        host=socket.gethostname(),
-        exit_code=exit_code,
-        reason=f"{reason}: {last}" if last else reason,
-        section=str(place.get("section", "start")),
-        step=int(place.get("step", 0)),
-        at=at,
-        stack="",
-        samples=tuple(place.get("samples", ())),
-    )
-    record_failure(logs, failure)
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "exit_code": exit_code,
+        "reason": f"{reason}: {last}" if last else reason,
+        "section": str(place.get("section", "start")),
+        "step": int(place.get("step", 0)),
+        "at": timestamp(),
+        "stack": "",
+        "samples": [str(name) for name in place.get("samples", ())],
+    }
+    # Before the alarm: whoever hears it looks for the record.
+    staging = (logs / RECORD.format(rank)).with_suffix(".part")
+    staging.write_text(json.dumps(record), encoding="utf-8")
+    staging.replace(logs / RECORD.format(rank))
+    ring(logs, rank=rank, is_hang=False, exit_code=exit_code, reason=reason)
     if rank == 0:
-        end_for_the_dead(logs, failure)
+        # Only now, for it takes a while, and a parent that waits needs no more than it must.
+        from t2v.attempt.failure import Failure
+        from t2v.attempt.last_word import end_for_the_dead
+
+        end_for_the_dead(logs, Failure.model_validate_json(json.dumps(record)))
 
 
 def how(code: int) -> str:
