@@ -182,7 +182,7 @@ def image_too(few: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "message"),
     [
-        (missing_clip, 65, r"captions.jsonl: row 3 \(000002.mp4\): no such file"),
+        (missing_clip, 66, r"captions.jsonl: row 3 \(000002.mp4\): no such file"),
         (no_files, 66, "holds no video or image; check the folder"),
         (no_folder, 66, "no such folder"),
         (no_captions, 65, r"000000.mp4: has no caption \(4 of 4 .*; write a .txt or .json beside"),

@@ -88,7 +88,7 @@ class Budget:
     max_drop_rate: float
 
     def refuse_excess(self, planned: Account, found: Mapping[str, str]) -> None:
-        """DataError, told by the last file, if there are too many."""
+        """DataError, or InputMissing for missing files, if there are too many: told by the last."""
         count = sum(planned.unusable.values()) + len(found)
         if count <= self.max_drop_rate * self.total:
             return
@@ -100,7 +100,8 @@ class Budget:
             why = next(iter(planned.unusable))
             where = ": ".join([self.source, *planned.examples.get(why, [])[:1]])
         remedy = REMEDIES.get(why.split(":")[0], "repair or remove it and build again")
-        raise DataError(
+        kind = InputMissing if why == "no such file" else DataError
+        raise kind(
             f"{where}: {why}{more}; {remedy}, or accept more than {self.max_drop_rate:.2%} by "
             "--max-drop-rate."
         )
