@@ -93,7 +93,7 @@ def test_a_chain_ends_right_and_stops_where_one_fails(cluster, dataset, tmp_path
     assert [end["state"] for end in ends] == ["done"] * 3, logs
     assert ends[0]["updated"] < ends[1]["updated"] < ends[2]["updated"]
     d, e, f = (recipe_of(dataset, tmp_path, name) for name in "def")
-    broken = f"{e} name=e data.sources=[{{path: {tmp_path}/none}}]"
+    broken = f"{e} name=e 'data.sources=[{{path: {tmp_path}/none}}]'"
     launch(cluster, "launch", d, *where, "--then", broken, "--then", f"{f} name=f")
     wait_until_none_queues(cluster, tmp_path)
     assert status_of(tmp_path / "d")["state"] == "done"
