@@ -3,8 +3,9 @@
 Ranks are started as a scheduler would: all of them, again whenever the job ended and its exit code
 says that it is worth another try, and none is left when one of them fails. Faults are drawn from a
 seed: kill -9 of one or all ranks, in a step or while a checkpoint is written, SIGTERM, a full disk,
-flipped bits in the newest checkpoint, a hang. A step with NaN gradients changes what is learned, so
-both runs have it, on the same rank.
+flipped bits in the newest checkpoint, a hang; an old step that cannot be removed, for it is a link
+or holds what is another's; wandb without a network. A step with NaN gradients changes what is
+learned, so both runs have it, on the same rank.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
 ROOT = Path(__file__).parent.parent
 STOP = {65, 66, 70, 73, 78}  # another attempt would meet them again
 HANG_SECONDS = 20.0
+# An address that answers nobody (RFC 5737), and a key, without which wandb would not ask.
+BLOCKED = {"WANDB_BASE_URL": "http://192.0.2.1", "WANDB_API_KEY": "0" * 40}
 
 RECIPE: dict[str, Any] = {
     "name": "soak",
@@ -93,6 +96,7 @@ class Fate:
     KINDS = (
         *("kill one rank", "kill all ranks", "kill in a save", "SIGTERM"),
         *("full disk", "flipped bits", "hang"),
+        *("linked step", "another's step", "blocked tracker"),
     )
 
     def __init__(self, seed: int, *, gap: int, save_every: int, ranks: int) -> None:
@@ -171,6 +175,34 @@ def flip_bits(run_dir: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
+def link_away(run_dir: Path, chance: random.Random) -> None:
+    """Keep the oldest step elsewhere, by a link, which is not followed when steps are removed."""
+    folder = oldest_folder(run_dir)
+    elsewhere = run_dir.parent / "elsewhere" / f"{folder.name}-{chance.randrange(10**9)}"
+    elsewhere.parent.mkdir(exist_ok=True)
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+
+
+def give_away(run_dir: Path, chance: random.Random) -> None:
+    """Put a file of somebody else into the oldest step; where one may, the step becomes theirs."""
+    folder = oldest_folder(run_dir)
+    (folder / f"notes-{chance.randrange(10**9)}.txt").write_text("not the run's\n")
+    if os.geteuid() == 0:
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, 65534, 65534)
+
+
+def oldest_folder(run_dir: Path) -> Path:
+    """The oldest committed step that is still a folder."""
+    good = [info for info in list_checkpoints(run_dir) if info.problem is None]
+    return next(info.folder for info in good if not info.folder.is_symlink())
+
+
+# Done to a run that was killed, before it is started again.
+BETWEEN = {"flipped bits": flip_bits, "linked step": link_away, "another's step": give_away}
+
+
 def undisturbed(recipe: Path, *, ranks: int, nan: str) -> float:
     """Seconds of the run that nothing happens to."""
     started = time.time()
@@ -192,7 +224,8 @@ def soak(recipe: Path, *, steps: int, ranks: int, nan: str, fate: Fate) -> Tally
         drawn = [fault for fault in fate.draw(resumes_at) if fault[2] < steps]
         kind, _, at = drawn[-1] if drawn else ("nothing", "", 0)
         planned = ";".join([nan, *(fault[1] for fault in drawn)])
-        job = Job(recipe, ranks=ranks, faults=planned, log=log)
+        tracked = ["metrics.wandb_project=soak"] if kind == "blocked tracker" else []
+        job = Job(recipe, *tracked, ranks=ranks, faults=planned, log=log)
         tally.attempts += 1
         struck_at = follow(job, run_dir, kind, at, tally, resumes_at)
         over, reached = time.time(), max(last_step(run_dir), resumes_at)
@@ -215,8 +248,8 @@ def soak(recipe: Path, *, steps: int, ranks: int, nan: str, fate: Fate) -> Tally
             break
         if job.exit_code in STOP:
             raise SystemExit(f"{run_dir}: ended with {job.exit_code}; see {log}")
-        if kind == "flipped bits" and struck_at is not None:
-            flip_bits(run_dir, fate.random)
+        if kind in BETWEEN and struck_at is not None:
+            BETWEEN[kind](run_dir, fate.random)
         tally.steps_run += reached - resumes_at
         tally.lost_steps.append(reached - saved_step(run_dir))
     tally.seconds = time.time() - began
@@ -238,10 +271,10 @@ def follow(
             running = True
             tally.restart_seconds.append(time.time() - job.started)
         if struck_at is None and running and step >= at:
-            if kind in ("kill all ranks", "flipped bits"):
+            if kind == "kill all ranks" or kind in BETWEEN:
                 struck_at = time.time()
                 job.kill()
-            elif kind == "SIGTERM":
+            elif kind in ("SIGTERM", "blocked tracker"):
                 struck_at = time.time()
                 job.kill(signal.SIGTERM)
     return struck_at
@@ -293,6 +326,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_toy(folder / "media", videos=24, images=0, size=(4, 24, 32))
     build(folder / "media" / "videos", folder / "shards", frames=4, height=12, width=16, fps=8.0)
+    os.environ.update(BLOCKED)
     chance = random.Random(options.seed)
     poisoned = chance.sample(range(10, options.steps - 10), max(options.steps // 250, 1))
     nan = ";".join(f"forward:{options.ranks - 1}:{step}:nan" for step in sorted(poisoned))
