@@ -68,7 +68,9 @@ def halves_equal_the_whole(tmp_path: Path, samples: int, per_shard: int) -> None
     names = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     for name in names:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert len(names) == 3 * shards + 3  # tar, idx, rejections; plan, manifest, contact sheet
+    assert (
+        len(names) == 3 * shards + 4
+    )  # tar, idx, rejections; claim, plan, manifest, contact sheet
     assert whole is not None
     assert open_dataset(out).info == whole.info
     assert whole.info.samples == samples

@@ -34,7 +34,8 @@ def test_larger_batches_go_on_at_the_same_sample_with_moments_and_averages(datas
     """Killed in mid-run and gone on with larger batches is stopped there and gone on so."""
     stopped = config_of(dataset, tmp_path / "stopped")
     assert train(stopped, stop_at_step=2) == 75
-    killed = config_of(dataset, tmp_path / "killed", total_steps=5000)
+    keep = {"every_steps": 2, "keep_last": 1000}
+    killed = config_of(dataset, tmp_path / "killed", total_steps=5000, checkpoint=keep)
     process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL)
     wait_for_step(tmp_path / "killed", 4, process)
     process.kill()

@@ -79,7 +79,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ),
         (
             "metrics.zzz=1",
-            "metrics.zzz: unknown field; known here: every_steps, wandb_project, tensorboard.",
+            "metrics.zzz: unknown field; known here: every_steps, wandb_project, tensorboard, "
+            "prometheus, prometheus_port.",
         ),
         (
             "optimizer.learning_rate=1e-4",

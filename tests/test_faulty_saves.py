@@ -95,7 +95,8 @@ def test_disk_that_stays_full_ends_the_run_with_74(dataset, tmp_path, monkeypatc
 
 def test_signal_while_a_checkpoint_is_written_ends_in_order(dataset, tmp_path, monkeypatch):
     """R10: during a save."""
-    config = config_of(dataset, tmp_path / "run", total_steps=60)
+    keep = {"every_steps": 2, "keep_last": 100}
+    config = config_of(dataset, tmp_path / "run", total_steps=60, checkpoint=keep)
     assert train_with(monkeypatch, "checkpoint.manifest:0:2:term", config) == 75
     steps = steps_of(tmp_path / "run")
     assert steps[:2] == [2, 4]

@@ -17,13 +17,15 @@ from tests.tiny import class_condition, stirred_model, tiny_config
 def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     """A tile denoised with kept features is the joint network's answer, which reads the coarse
     clip again at the smallest noise level."""
-    config = tiny_config(sampling={"steps": [1, 1], "overlap": "hw", "tile_batch": 100})
+    settings = {"steps": [1, 1], "overlap": "hw", "tile_batch": 100, "guidance_scale": 1.0}
+    config = tiny_config(sampling=settings)
     model, diffusion = stirred_model(config), config.method.diffusion
+    sampling = config.method.sampling
     condition, sigma = class_condition([0, 1]), 0.7
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(2, 3, *config.method.pyramid.size(0), generator=generator) * 2 - 1
     x_noisy = torch.randn(2, 3, *config.method.pyramid.size(1), generator=generator)
-    rooms = plan_memory(model, config.method.sampling, clips=2, device_bytes=1 << 62)
+    rooms = plan_memory(model, sampling, clips=2, device_bytes=1 << 62)
     store = Store(torch.device("cpu"))
     shared = {
         "branches": [condition],
@@ -32,14 +34,12 @@ def test_context_kept_from_a_finished_level_equals_context_computed_anew():
         "team": ALONE,
     }
     with torch.no_grad(), contextlib.closing(store):
-        first, second = (
-            level_tilings(config.method.sampling, config.method.pyramid, n)[0] for n in (0, 1)
-        )
+        first, second = (level_tilings(sampling, config.method.pyramid, n)[0] for n in (0, 1))
         reader = LevelNetwork(model, 0, volumes={}, room=rooms[0], **shared)
-        volumes = read_level(reader, first, coarse)
+        volumes = read_level(reader, first, coarse, diffusion.sigma_min)
         network = LevelNetwork(model, 1, volumes=volumes, room=rooms[1], **shared)
         whole = Slab(0, 0, second.size[0])
-        found = TiledDenoiser(network, second, whole, guidance_scale=1.0)(x_noisy, sigma)
+        found = TiledDenoiser(network, second, whole, sampling=sampling)(x_noisy, sigma)
 
         sigmas = torch.tensor([diffusion.sigma_min, sigma])
         scales = torch.tensor([diffusion.level_input_scale(level) for level in (0, 1)])

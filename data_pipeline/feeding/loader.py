@@ -371,10 +371,11 @@ def _begin_worker(environment: dict[str, str], owner: int, _worker: int) -> None
     the rank that reads what they send.
 
     Stopping is the run's decision: a worker that died of a signal would turn it into a crash.
+    Signals are blocked first, for threads begin with what their maker blocks.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
     end_with(owner)
     os.environ.update(environment)
-    signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
 
 
 def _as_is(read: Any) -> Any:
