@@ -9,16 +9,20 @@ import duckdb
 
 from data_pipeline.errors import DataError
 from data_pipeline.making.listing import Place
+from data_pipeline.making.lists import text
 from data_pipeline.making.presets import Columns
+from data_pipeline.making.scoring import COLUMNS, dataset_in, open_scores, tar_name
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import decode_text, parse_object
+from data_pipeline.store import storage
 
 FILE = "t2v_media"
 READERS, AT_ONCE = 16, 4096
 PAIRS = (
-    "SELECT media.file, json.place, txt.place FROM present AS media "
+    "SELECT media.file, json.place, txt.place, scores.told FROM present AS media "
     "LEFT JOIN present AS json ON json.file = media.stem || '.json' "
     "LEFT JOIN present AS txt ON txt.file = media.stem || '.txt' "
+    "LEFT JOIN scores ON scores.stem = media.stem "
     "WHERE media.kind IS NOT NULL AND (json.place IS NOT NULL OR txt.place IS NOT NULL) "
     "ORDER BY media.file"
 )
@@ -30,10 +34,11 @@ def write_beside(
     """Write a list of lines, one for each of the media `present` with a text beside, and take the
     texts out of that table; what the columns of the list mean."""
     caption = next(iter(columns.captions))
+    hidden = _note_scores(database, folder)
     pairs = database.cursor().execute(PAIRS)
 
-    def line(pair: tuple[str, str | None, str | None]) -> str | DataError:
-        file, *places = pair
+    def line(pair: tuple[str, str | None, str | None, str | None]) -> str | DataError:
+        file, *places, scores = pair
         told, words = (Place(*json.loads(place)) if place else None for place in places)
         try:
             row = parse_object(told.read(folder)) if told else {}
@@ -41,7 +46,7 @@ def write_beside(
                 row[caption] = decode_text(words.read(folder))
         except DataError as error:
             return error
-        return json.dumps(row | {FILE: file})
+        return json.dumps(row | (json.loads(scores) if scores else {}) | {FILE: file})
 
     with path.open("w", encoding="utf-8") as lines, ThreadPoolExecutor(READERS) as readers:
         while some := pairs.fetchmany(AT_ONCE):
@@ -52,6 +57,24 @@ def write_beside(
                     lines.write(f"{found}\n")
     database.execute(
         f"DELETE FROM present WHERE place IN (SELECT unnest([json, txt]) FROM ({PAIRS}) "
-        "AS pairs(file, json, txt))"
+        "AS pairs(file, json, txt, told))"
     )
-    return replace(columns, file=FILE)
+    return replace(columns, file=FILE, hidden=hidden)
+
+
+def _note_scores(database: duckdb.DuckDBPyConnection, folder: str) -> tuple[str, ...]:
+    """Make table `scores` of those of a dataset's samples, by what their media are called without
+    the type; what columns it has."""
+    data = dataset_in(folder)
+    scores = data and open_scores(data)
+    if not (data and scores):
+        database.execute("CREATE TABLE scores (stem VARCHAR, told VARCHAR)")
+        return ()
+    stems = [text(part) for part in tar_name(data, "*").split("*")]
+    packed = ", ".join(f"{name} := {name}" for name in COLUMNS)
+    database.execute(
+        f"CREATE TABLE scores AS SELECT {stems[0]} || shard || {stems[1]} || '/' || key AS stem, "
+        f"to_json(struct_pack({packed}))::VARCHAR AS told FROM read_parquet($path)",
+        {"path": str(storage.local_file(scores.path))},
+    )
+    return COLUMNS

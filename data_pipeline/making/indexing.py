@@ -16,7 +16,8 @@ from data_pipeline.shards.tar import Contents, examine_tar, open_index, save_ind
 from data_pipeline.store import storage
 
 PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4", ".zip", ".gz")
-OURS = (".idx", ".rejected.json", MANIFEST, "contact_sheet.png", "stats.html")
+OURS = (".idx", ".rejected.json", MANIFEST, "contact_sheet.png", "stats.html",
+        "scores.parquet")  # fmt: skip
 MOST_TOLD = 5
 
 
@@ -96,7 +97,7 @@ def find_shards(folder: str) -> tuple[list[str], Tally]:
         elif not file.endswith(OURS):
             tally.add("passed_over", f"file of type {Path(file).suffix or 'none'}", [file])
     for inside in storage.list_folders(folder):
-        if inside not in ("embeddings", "latents"):
+        if inside not in ("embeddings", "latents", "scores"):
             tally.add("passed_over", "folder, not entered", [inside])
     if not names:
         packed = tally.account().examples.get("compressed shard, not read (unpack it)")

@@ -294,7 +294,7 @@ def _type_of_json(database: duckdb.DuckDBPyConnection, name: str) -> str:
         for (kind,) in database.execute(f"SELECT DISTINCT json_type({value}) FROM raw").fetchall()
     } - {None, "NULL"}
     as_text = f"json_extract_string(json, {pointer})"
-    if kinds and kinds <= {"VARCHAR"}:
+    if kinds <= {"VARCHAR"}:  # also where it is null in all of them
         return as_text
     for type_, taken in (("BIGINT", {"BIGINT", "UBIGINT"}),
                          ("DOUBLE", {"BIGINT", "UBIGINT", "DOUBLE"}),

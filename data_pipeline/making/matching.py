@@ -15,6 +15,7 @@ from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.making.listing import KINDS, Found, Kind, kind_of, scan, scan_tar
 from data_pipeline.making.lists import OWN, Table, quoted, reason, text
 from data_pipeline.making.presets import PRESETS, Columns
+from data_pipeline.making.scoring import dataset_in, tar_name
 from data_pipeline.making.times import Times
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Side, Tally
@@ -29,21 +30,22 @@ PRESENT = pyarrow.schema(
 
 
 def note_files(database: duckdb.DuckDBPyConnection, folder: str, tally: Tally) -> None:
-    """Make table `present` of the files of a folder; of those in its tars, where it holds no media
-    beside them."""
+    """Make table `present` of the files of a folder; of those in its tars, where it is a dataset or
+    holds no media beside them."""
     ask = database.execute
     ask("CREATE TABLE present (file VARCHAR, stem VARCHAR, kind VARCHAR, place VARCHAR)")
-    _insert(database, scan(folder, tally))
-    if ask("SELECT 1 FROM present WHERE kind IS NOT NULL LIMIT 1").fetchall():
-        return
-    tars = ask("SELECT file FROM present WHERE file LIKE '%.tar' ORDER BY file").fetchall()
-    for (tar,) in progress(tars, "list shards", total=len(tars)):
+    if data := dataset_in(folder):
+        tars = [tar_name(data, shard.name) for shard in data.info.shards]
+    else:
+        _insert(database, scan(folder, tally))
+        if ask("SELECT 1 FROM present WHERE kind IS NOT NULL LIMIT 1").fetchall():
+            return
+        found = ask("SELECT file FROM present WHERE file LIKE '%.tar' ORDER BY file").fetchall()
+        tars = [tar for (tar,) in found]
+    for tar in progress(tars, "list shards", total=len(tars)):
         _insert(database, scan_tar(folder, tar, tally))
     if tars:
-        ask(
-            "DELETE FROM present WHERE file IN (SELECT unnest($tars))",
-            {"tars": [t for (t,) in tars]},
-        )
+        ask("DELETE FROM present WHERE file IN (SELECT unnest($tars))", {"tars": tars})
         again = "present WHERE rowid NOT IN (SELECT min(rowid) FROM present GROUP BY file)"
         _count(database, tally, "passed_over", "'member is there twice'", again)
         ask(f"DELETE FROM {again}")
@@ -101,7 +103,8 @@ def plan_lists(
         raise InputMissing(f"{table.path}: is empty; write one row per file.")
     captions, moments = _caption_columns(table, columns), times.all_columns if times else ()
     file, names = _file_of(table, columns)
-    others = [n for n in table.names if n not in {*captions, *moments, *names}]
+    used = {*captions, *moments, *names, *columns.hidden}
+    others = [n for n in table.names if n not in used]
     kept = columns.select or ", ".join(map(quoted, others))
     try:
         described = table.ask(f"DESCRIBE SELECT {kept}\n FROM rows") if kept else []

@@ -23,6 +23,7 @@ from data_pipeline.making.listing import TEXTS, Kind, Place, scan
 from data_pipeline.making.lists import is_list, list_paths, open_database, read_lists
 from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
 from data_pipeline.making.presets import Columns
+from data_pipeline.making.scoring import TABLE, dataset_in
 from data_pipeline.making.times import Times, find_times
 from data_pipeline.shards.account import Account, Tally
 from data_pipeline.shards.dataset import digest_json
@@ -112,10 +113,15 @@ def list_in(source: str) -> str | None:
 
 
 def version(source: str) -> str:
-    """A digest of what a source holds, for another content makes another dataset: of lists, and of
-    folders of this machine. A prefix of a store is listed once, for the plan."""
+    """A digest of what a source holds, for another content makes another dataset: of lists, of
+    datasets with their scores, and of folders of this machine. A prefix of a store is listed once,
+    for the plan."""
     if is_list(source):
         return digest_json([storage.identity(path) for path in list_paths(source)])
+    if data := dataset_in(source):
+        scores = storage.join(source, TABLE)
+        told = [storage.identity(scores)] if storage.exists(scores) else []
+        return digest_json([data.info.fingerprint, *told])
     if storage.is_remote(source):
         return source
     told = []

@@ -19,6 +19,7 @@ class Columns:
     where: str | None = None  # SQL: which rows are wanted
     select: str | None = None  # SQL: what becomes metadata; none: every other column
     encoding: str | None = None  # of lists that are no UTF-8 and have no mark
+    hidden: tuple[str, ...] = ()  # for `where` and `select` only
     may_miss: bool = False  # rows of files that are not there are not wanted, not unusable
 
 

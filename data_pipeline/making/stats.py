@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError, UserError
+from data_pipeline.making.scoring import COLUMNS, NUMBERS, SIDES, open_scores
 from data_pipeline.making.verify import KINDS
 from data_pipeline.media.clips import probe
 from data_pipeline.progress import progress
@@ -48,6 +49,7 @@ class Stats:
     account: Account
     notes: dict[str, str]
     derived: dict[str, str]  # what embeddings and latents there are, by kind and name
+    scores: dict[str, list]  # by column, of all clips that have any
 
     @property
     def hours(self) -> float:
@@ -73,9 +75,17 @@ class Stats:
         rows.append(("resolution", f"{len(self.resolutions)} sizes: {top}"))
         rows += [(f"{side}: {why}", f"{count:,}") for side, why, count, _ in self.account.rows()]
         rows += list(self.derived.items())
+        rows += self._score_rows()
         if self.unreadable:
             rows.append(("unreadable", f"{self.unreadable} of {self.read}: run `t2v data verify`"))
         return rows + [(f"note: {name}", text) for name, text in self.notes.items()]
+
+    def _score_rows(self) -> list[tuple[str, str]]:
+        rows = [(f"score: {name}", _spread(self.scores[name])) for name in NUMBERS if self.scores]
+        for name, told in (("duplicate_of", "like an earlier clip"), ("fault", "not to be read")):
+            if self.scores:
+                rows.append((f"score: {name}", f"{len(self.scores[name]):,} clips are {told}"))
+        return rows
 
 
 def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
@@ -115,6 +125,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
         account=info.account,
         notes=info.notes,
         derived=dict(_derived(data)),
+        scores=_scores(data),
     )
 
 
@@ -130,6 +141,8 @@ def write_page(stats: Stats, out: str | Path | None = None) -> str:
         charts += [("seconds", _histogram(stats.seconds)),
                    ("frames per second", _histogram(stats.fps))]  # fmt: skip
     charts.append(("width x height", list(stats.resolutions.items())[:BINS]))
+    charts += [(name, _histogram(stats.scores[name])) for name in (*NUMBERS, *SIDES)
+               if stats.scores.get(name)]  # fmt: skip
     buffer = io.BytesIO()
     try:
         sheet = contact_sheet(open_dataset(stats.path), count=24, seed=0)
@@ -174,6 +187,14 @@ def _derived(data: Dataset) -> Iterator[tuple[str, str]]:
                 yield f"{kind.folder} {name}", f"{size / 1e9:,.3f} GB, {kind.tell(info.provenance)}"
             except UserError:
                 yield f"{kind.folder} {name}", f"not whole, or of other data: {kind.verb} again"
+
+
+def _scores(data: Dataset) -> dict[str, list]:
+    try:
+        found = open_scores(data)
+    except UserError:
+        return {}
+    return {name: found.column(name) for name in COLUMNS} if found else {}
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ from t2v.commands.making import (
     FILTERS,
     data_build,
     data_index,
+    data_score,
     data_stats,
     data_toy,
     data_verify,
@@ -221,6 +222,12 @@ def add_data_verbs(verbs) -> None:
                       help="leave out what is unusable; old tars stay as .damaged")  # fmt: skip
     verb.add_argument("--no-decode", action="store_true", help="check bytes only, not pictures")
     _add_workers(verb)
+
+    verb = add_verb(data_verbs, "score", data_score, "what clips are worth, as columns for --where",
+                    "t2v data score data/videos")  # fmt: skip
+    verb.add_argument("dataset")
+    _add_workers(verb)
+    _add_task(verb)
 
     verb = add_verb(data_verbs, "stats", data_stats, "what a dataset holds, as a table and a page",
                     "t2v data stats data/videos --out videos.html")  # fmt: skip

@@ -93,6 +93,20 @@ def data_verify(options: argparse.Namespace) -> int:
     return DataError.exit_code if faults else 0
 
 
+def data_score(options: argparse.Namespace) -> None:
+    from data_pipeline.making.scoring import TABLE, score
+    from data_pipeline.plain import plain
+
+    scores = score(options.dataset, task=options.task, workers=options.workers)
+    if scores is None:
+        print(plain(f"{options.dataset}: this task is done; others are not."))
+        return
+    alike, faults = (len(scores.column(name)) for name in ("duplicate_of", "fault"))
+    clips = len(scores.column("key"))
+    print(plain(f"{options.dataset}/{TABLE}: {clips} clips, {alike} of them near-duplicates, "
+                f"{faults} not to be read."))  # fmt: skip
+
+
 def data_stats(options: argparse.Namespace) -> None:
     from rich.table import Table
 

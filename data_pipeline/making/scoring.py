@@ -1,0 +1,226 @@
+"""Scores of a dataset's clips, as columns beside it: `scores.parquet`.
+
+`DATASET/scores/` holds a table for each shard, so that work that was stopped goes on; the whole
+table is written last, with the near-duplicates of all shards.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from data_pipeline.errors import ConfigError, DataError, UserError
+from data_pipeline.making.duplicates import MOST_BITS, originals
+from data_pipeline.media.measures import HASH_BYTES, Measures, measure_media
+from data_pipeline.parallel import map_in_order
+from data_pipeline.progress import progress
+from data_pipeline.shards.dataset import MANIFEST, Dataset, ShardInfo, open_dataset
+from data_pipeline.shards.tar import digest64, examine_tar, read_member
+from data_pipeline.store import storage
+
+VERSION = 1  # of what is measured; another one is other scores
+FOLDER, TABLE, PROVENANCE = "scores", "scores.parquet", "provenance.json"
+TOLD = b"t2v"
+NUMBERS = ("motion", "frozen", "black", "brightness", "sharpness")
+SIDES = ("crop_top", "crop_bottom", "crop_left", "crop_right")  # bars, in pixels
+COLUMNS = (*NUMBERS, *SIDES, "duplicate_of", "fault")  # for conditions
+PART = pyarrow.schema(
+    {"shard": pyarrow.string(), "key": pyarrow.string(), "fault": pyarrow.string()}
+    | dict.fromkeys(NUMBERS, pyarrow.float64())
+    | dict.fromkeys(SIDES, pyarrow.int32())
+    | {"hash": pyarrow.binary(HASH_BYTES)}
+)
+WHOLE = PART.append(pyarrow.field("duplicate_of", pyarrow.string()))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The finished table of a dataset."""
+
+    path: str
+
+    def column(self, name: str) -> list:
+        """The values of all clips that have one."""
+        table = parquet.read_table(storage.local_file(self.path), columns=[name])
+        return [value for value in table[name].to_pylist() if value is not None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the media of a sample lie."""
+
+    tar: str
+    member: np.void
+
+    def __str__(self) -> str:
+        return f"{self.tar}, byte {self.member['offset']}"
+
+
+def score(
+    path: str | Path,
+    *,
+    task: tuple[int, int] = (0, 1),
+    workers: int = 1,
+    deadline: float = 120.0,
+) -> Scores | None:
+    """Measure every clip of a dataset; the table is returned once every shard is there.
+
+    Shards already measured are kept, so it can be killed and started again, and tasks (number,
+    count) may run side by side. A clip that cannot be read has a `fault` and no numbers.
+    """
+    data = open_dataset(path)
+    for name, value in (("workers", workers), ("deadline", deadline)):
+        if not value > 0:
+            raise ConfigError(f"{name}: value {value} is wrong because it is below 1; raise it.")
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
+    whole, folder = storage.join(data.path, TABLE), storage.join(data.path, FOLDER)
+    if storage.exists(whole) and _told(whole) is None:
+        raise ConfigError(f"{whole}: is there already and no table of ours; move it away first.")
+    content = json.dumps(_settings(), indent=1).encode() + b"\n"
+    if storage.claim(folder, PROVENANCE, content, what="table of scores") not in (None, content):
+        raise ConfigError(
+            f"{folder}: holds scores of another version (see {PROVENANCE}); delete the folder."
+        )
+    shards = data.info.shards
+    mine = [n for n in range(task[0], len(shards), task[1]) if not _finished(folder, shards[n])]
+    places = (place for n in mine for place in _places(data, n))
+    total = sum(shards[n].samples for n in mine)
+    measure = partial(_measure, kind=data.info.kind, deadline_seconds=deadline)
+    made = progress(map_in_order(measure, places, workers), "score clips", total=total)
+    for n in mine:
+        _write_part(data, n, folder, list(islice(made, shards[n].samples)))
+    if not all(_finished(folder, shard) for shard in shards):
+        return None
+    storage.remove_partial(folder)
+    _write_whole(data, folder, whole)
+    return Scores(whole)
+
+
+def open_scores(data: Dataset) -> Scores | None:
+    """The scores of a dataset, if it has any; ConfigError where they are of other data."""
+    path = storage.join(data.path, TABLE)
+    told = _told(path) if storage.exists(path) else None
+    if told is None:
+        return None
+    if told.get("dataset_fingerprint") != data.info.fingerprint:
+        raise ConfigError(
+            f"{path}: is of other data, not of the dataset as it is; "
+            f"`t2v data score {data.path}` again, or delete it."
+        )
+    return Scores(path)
+
+
+def dataset_in(folder: str) -> Dataset | None:
+    """The dataset that a folder of files is, if it is one."""
+    try:
+        return open_dataset(folder) if storage.exists(storage.join(folder, MANIFEST)) else None
+    except UserError:
+        return None
+
+
+def tar_name(data: Dataset, shard: str) -> str:
+    """A shard's tar below its dataset."""
+    return f"{shard}.tar" if data.info.folder == "." else f"{data.info.folder}/{shard}.tar"
+
+
+def _settings() -> dict:
+    return {"version": VERSION, "opencv": cv2.__version__, "duplicate_bits": MOST_BITS}
+
+
+def _provenance(data: Dataset) -> dict:
+    return _settings() | {"dataset_fingerprint": data.info.fingerprint}
+
+
+def _places(data: Dataset, shard: int) -> Iterator[Place]:
+    tar = storage.join(data.shard_folder, f"{data.info.shards[shard].name}.tar")
+    # Copies, which can be sent between processes.
+    return (Place(tar, row["media"].copy()) for row in data.index(shard))
+
+
+def _measure(place: Place, *, kind: str, deadline_seconds: float) -> Measures | str:
+    """The measures of a clip, or why it has none."""
+    try:
+        return measure_media(read_member(place.tar, place.member), kind, deadline_seconds)
+    except DataError as error:
+        return str(error)
+
+
+def _write_part(data: Dataset, shard: int, folder: str, found: list[Measures | str]) -> None:
+    info = data.info.shards[shard]
+    tar = storage.join(data.shard_folder, f"{info.name}.tar")
+    known = {digest64(key): key for key in examine_tar(tar, data.info.kind).keys}
+    rows = []
+    for sample, one in zip(data.index(shard), found, strict=True):
+        if (key := known.get(int(sample["key"]))) is None:
+            raise DataError(f"{tar}: is not what its index says; index it again.")
+        row: dict = {"shard": info.name, "key": str(PurePosixPath(key))}
+        if isinstance(one, str):
+            row["fault"] = one
+        else:
+            row |= {f"crop_{side}": size for side, size in asdict(one.bars).items()}
+            row |= {name: getattr(one, name) for name in (*NUMBERS, "hash")}
+        rows.append(row)
+    schema = _with(PART, {"index_sha256": info.index_sha256})
+    _write(storage.join(folder, f"{info.name}.parquet"), schema, [rows])
+
+
+def _write_whole(data: Dataset, folder: str, path: str) -> None:
+    """One table of all shards, a group of rows for each."""
+    columns, hashes, keys = ["shard", "key", "hash"], [], []
+    for shard in data.info.shards:
+        part = _read(folder, shard).select(columns).to_pylist()
+        hashes += [row["hash"] for row in part]
+        keys += [f"{row['shard']}/{row['key']}" for row in part]
+    rows = np.array([n for n, found in enumerate(hashes) if found is not None], np.int64)
+    content = b"".join(found for found in hashes if found is not None)
+    like = originals(np.frombuffer(content, np.uint8).reshape(-1, HASH_BYTES))
+    like_of = {int(rows[n]): keys[rows[o]] for n, o in enumerate(like.tolist()) if o != n}
+
+    def groups() -> Iterator[list[dict]]:
+        number = 0
+        for shard in data.info.shards:
+            part = _read(folder, shard).to_pylist()
+            yield [row | {"duplicate_of": like_of.get(number + n)} for n, row in enumerate(part)]
+            number += len(part)
+
+    _write(path, _with(WHOLE, _provenance(data)), groups())
+
+
+def _read(folder: str, shard: ShardInfo) -> pyarrow.Table:
+    return parquet.read_table(storage.local_file(storage.join(folder, f"{shard.name}.parquet")))
+
+
+def _write(path: str, schema: pyarrow.Schema, groups) -> None:
+    with (
+        storage.open_atomic(path) as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for rows in groups:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _with(schema: pyarrow.Schema, told: dict) -> pyarrow.Schema:
+    return schema.with_metadata({TOLD: json.dumps(told, sort_keys=True).encode()})
+
+
+def _told(path: str) -> dict | None:
+    """What a table of ours says of itself; None where it is none."""
+    try:
+        metadata = parquet.read_schema(storage.local_file(path)).metadata or {}
+        return json.loads(metadata[TOLD])
+    except (pyarrow.ArrowException, KeyError, ValueError):
+        return None
+
+
+def _finished(folder: str, shard: ShardInfo) -> bool:
+    """Whether the table of a shard is there, of the samples that it has now."""
+    path = storage.join(folder, f"{shard.name}.parquet")
+    return storage.exists(path) and _told(path) == {"index_sha256": shard.index_sha256}
