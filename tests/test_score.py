@@ -99,6 +99,7 @@ def test_killed_and_gone_on_by_tasks_and_workers_gives_the_same_table(dataset, m
         with pytest.raises(KeyboardInterrupt):
             score(dataset)
     assert [path.name for path in (dataset / "scores").glob("*.parquet")] == ["0.parquet"]
+    (dataset / "scores" / f".1.parquet.{'0' * 32}.part").write_bytes(b"half")
     assert score(dataset, task=(1, 2)) is None
     assert score(dataset, task=(0, 2), workers=2) is not None
     assert tree(dataset) == whole

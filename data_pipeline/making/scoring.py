@@ -174,24 +174,34 @@ def _write_part(data: Dataset, shard: int, folder: str, found: list[Measures | s
 
 def _write_whole(data: Dataset, folder: str, path: str) -> None:
     """One table of all shards, a group of rows for each."""
-    columns, hashes, keys = ["shard", "key", "hash"], [], []
-    for shard in data.info.shards:
-        part = _read(folder, shard).select(columns).to_pylist()
-        hashes += [row["hash"] for row in part]
-        keys += [f"{row['shard']}/{row['key']}" for row in part]
-    rows = np.array([n for n, found in enumerate(hashes) if found is not None], np.int64)
-    content = b"".join(found for found in hashes if found is not None)
-    like = originals(np.frombuffer(content, np.uint8).reshape(-1, HASH_BYTES))
-    like_of = {int(rows[n]): keys[rows[o]] for n, o in enumerate(like.tolist()) if o != n}
+    like = _like(data, folder)
+    begins = np.cumsum([0, *data.shard_sizes])
+    wanted, names = set(like.values()), {}
+    for begin, shard in zip(begins, data.info.shards, strict=False):
+        for n, key in enumerate(_read(folder, shard)["key"].to_pylist(), start=int(begin)):
+            if n in wanted:
+                names[n] = f"{shard.name}/{key}"
 
     def groups() -> Iterator[list[dict]]:
-        number = 0
-        for shard in data.info.shards:
-            part = _read(folder, shard).to_pylist()
-            yield [row | {"duplicate_of": like_of.get(number + n)} for n, row in enumerate(part)]
-            number += len(part)
+        for begin, shard in zip(begins, data.info.shards, strict=False):
+            rows = enumerate(_read(folder, shard).to_pylist(), start=int(begin))
+            yield [row | {"duplicate_of": names.get(like.get(n, -1))} for n, row in rows]
 
     _write(path, _with(WHOLE, _provenance(data)), groups())
+
+
+def _like(data: Dataset, folder: str) -> dict[int, int]:
+    """The number of each duplicate, and of the clip that it is like."""
+    hashes, numbers, begin = [], [], 0
+    for shard in data.info.shards:
+        column = _read(folder, shard)["hash"].combine_chunks()
+        numbers.append(begin + np.flatnonzero(column.is_valid()))
+        hashes.append(np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8))
+        begin += len(column)
+    clips = np.concatenate(numbers)
+    found = originals(np.concatenate(hashes).reshape(-1, HASH_BYTES))
+    later = np.flatnonzero(found != np.arange(len(found)))
+    return dict(zip(clips[later].tolist(), clips[found[later]].tolist(), strict=True))
 
 
 def _read(folder: str, shard: ShardInfo) -> pyarrow.Table:
