@@ -6,7 +6,8 @@ import pytest
 from moving import FPS, FRAMES, HEIGHT, WIDTH, moving
 
 from data_pipeline.errors import DataError
-from data_pipeline.media.measures import LOOKS, Bars, find_bars, measure_media
+from data_pipeline.media.bars import Bars, find_bars
+from data_pipeline.media.measures import LOOKS, measure_media
 from data_pipeline.media.video import encode_clip, encode_image
 
 

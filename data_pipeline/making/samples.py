@@ -10,7 +10,9 @@ from data_pipeline.making.listing import Kind
 from data_pipeline.making.plan import Item
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.times import Times
+from data_pipeline.media.bars import Bars, media_bars
 from data_pipeline.media.clips import (
+    NO_BARS,
     WHOLE,
     Cut,
     Media,
@@ -65,6 +67,7 @@ class Target:
     fps: float | None
     cut: Cut = "none"
     filters: Filters = field(default_factory=Filters)
+    crop_bars: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,14 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
     media = item.place.read(source.folder)
     wanted: list[tuple[Clip, Span]] = []
     known: Probe | None = None
+    bars: Bars | None = None
     for clip in found.clips:
         try:
+            if bars is None:
+                crops = target.crop_bars
+                bars = media_bars(media, target.kind, deadline_seconds) if crops else NO_BARS
             if known is None and (clip.range or target.filters != Filters()):
-                known = probe(media, target.kind)
+                known = probe(media, target.kind, bars)
             span = span_of(clip.range, known, target.fps or known.fps) if known else WHOLE
             if known:
                 clip = replace(clip, captions=_wanted(clip, known, span, target))
@@ -109,7 +116,8 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
     is_whole = target.cut == "none" and all(clip.range is None for clip in found.clips)
     pieces: list[list[Members]] = [[] for _ in wanted]
     try:
-        for number, piece in _pieces(media, [span for _, span in wanted], target, deadline_seconds):
+        spans = [span for _, span in wanted]
+        for number, piece in _pieces(media, spans, target, bars or NO_BARS, deadline_seconds):
             if isinstance(piece, NotWanted):
                 made.not_wanted[wanted[number][0].name] = str(piece)
             else:
@@ -126,11 +134,11 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
 
 
 def _pieces(
-    media: bytes, spans: list[Span], target: Target, deadline_seconds: float
+    media: bytes, spans: list[Span], target: Target, bars: Bars, deadline_seconds: float
 ) -> Iterator[tuple[int, Media | NotWanted]]:
     """What is cut of each span of a file, by the span's number."""
     if target.kind == "image":
-        yield from ((number, read_still(media, target.size)) for number in range(len(spans)))
+        yield from ((n, read_still(media, target.size, bars)) for n in range(len(spans)))
     elif spans:
         yield from read_clips(
             media,
@@ -138,6 +146,7 @@ def _pieces(
             fps=target.fps or None,
             spans=spans,
             cut=target.cut,
+            bars=bars,
             deadline_seconds=deadline_seconds,
         )
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+import av
 import numpy as np
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import NotWanted
+from data_pipeline.media.bars import Bars
 from data_pipeline.media.container import Shot, Video, open_video, read_shots
 from data_pipeline.media.image import open_image
 from data_pipeline.media.picture import (
@@ -22,6 +24,7 @@ from data_pipeline.media.picture import (
     Picture,
     fitted_picture,
     orientation,
+    picture_of,
     shown_size,
 )
 from data_pipeline.media.scenes import mark_scenes
@@ -29,6 +32,8 @@ from data_pipeline.pyramid import Clip, repeat_still
 
 Size = tuple[int, int, int]
 Cut = Literal["none", "length", "scenes"]
+Look = tuple[av.VideoFrame, Orientation, float]
+NO_BARS = Bars()
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,14 @@ class Probe:
     seconds: float
 
 
-def probe(media: bytes, kind: str) -> Probe:
-    """What media is, by all of its packets and its first frame."""
+def probe(media: bytes, kind: str, bars: Bars = NO_BARS) -> Probe:
+    """What media is, by all of its packets and its first frame, without bars."""
     if kind == "image":
-        image = open_image(media)
-        return Probe(1, 0.0, image.height, image.width, 0.0)
+        height, width, _ = bars.cut(np.array(open_image(media))).shape
+        return Probe(1, 0.0, height, width, 0.0)
     video = open_video(media)
     line = video.timeline
-    height, width = shown_size(video.look, _upright(video), video.aspect)
+    height, width = shown_size(*_without(bars, video.look, _upright(video), video.aspect))
     return Probe(len(line.times), line.fps, height, width, line.seconds)
 
 
@@ -98,9 +103,11 @@ def read_clip(
     raise NotWanted(f"is too short: 0 of {size[0]} frames")
 
 
-def read_still(media: bytes, size: Size) -> Media:
+def read_still(media: bytes, size: Size, bars: Bars = NO_BARS) -> Media:
     """An image as a still clip, covering the size and cropped around the centre."""
     image = open_image(media)
+    if bars != NO_BARS:
+        image = Image.fromarray(bars.cut(np.array(image)))
     fitted = ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
     return Media(repeat_still(np.array(fitted), size[0]), 0.0, image.height, image.width, 0.0)
 
@@ -112,6 +119,7 @@ def read_clips(
     fps: float | None = None,
     spans: Sequence[Span] = (WHOLE,),
     cut: Cut = "none",
+    bars: Bars = NO_BARS,
     deadline_seconds: float = math.inf,
 ) -> Iterator[tuple[int, Media | NotWanted]]:
     """Clips of some spans of a video, each with its span's number and as soon as it is there: one
@@ -119,13 +127,13 @@ def read_clips(
     without any, why.
 
     Frames are those shown at the times 0, 1/fps, 2/fps, ... after a clip's start (no fps: the
-    video's own); pixels cover the size and are cropped around the centre.
+    video's own); pixels without bars cover the size and are cropped around the centre.
     """
     video = open_video(media)
     line = video.timeline
     if fps and line.fps < 0.98 * fps:
         raise NotWanted(f"has fewer than {fps:g} frames per second: {line.fps:.4g}")
-    view = _View(video, _upright(video), size[1:])
+    view = _View(video, _upright(video), bars, size[1:])
     step = 1 / (fps or line.fps)
     cuttings = [_Cutting(span, size[0], step, cut == "none", view) for span in spans]
     wanted = [(cutting.span.start, cutting.end_seconds) for cutting in cuttings]
@@ -146,6 +154,7 @@ class _View:
 
     video: Video
     upright: Orientation
+    bars: Bars
     size: tuple[int, int]
 
 
@@ -157,17 +166,17 @@ class _Shown:
     view: _View
 
     @cached_property
-    def upright(self) -> Orientation:
-        return orientation(self.shot.frame) or self.view.upright
+    def look(self) -> Look:
+        upright = orientation(self.shot.frame) or self.view.upright
+        return _without(self.view.bars, self.shot.frame, upright, self.view.video.aspect)
 
     @cached_property
     def picture(self) -> Picture:
-        aspect, size = self.view.video.aspect, self.view.size
-        return fitted_picture(self.shot.frame, self.upright, aspect, size)
+        return fitted_picture(*self.look, self.view.size)
 
     @property
     def sides(self) -> tuple[int, int]:
-        return shown_size(self.shot.frame, self.upright, self.view.video.aspect)
+        return shown_size(*self.look)
 
 
 @dataclass(eq=False)
@@ -244,6 +253,16 @@ class _Cutting:
                 self.is_done = self.is_single
                 sides, rates = shown.sides, (1 / self.step, self.line.fps)
                 yield Media(clip, rates[0], *sides, rates[1], start)
+
+
+def _without(bars: Bars, frame: av.VideoFrame, upright: Orientation, aspect: float) -> Look:
+    """A frame, how it is turned upright, and the aspect of its pixels; upright where it has bars,
+    and without them."""
+    if bars == NO_BARS:
+        return frame, upright, aspect
+    picture = bars.cut(picture_of(frame, upright))
+    shown = 1 / aspect if upright.is_transposed else aspect
+    return av.VideoFrame.from_ndarray(picture, format="rgb24"), Orientation(), shown
 
 
 def _upright(video: Video) -> Orientation:

@@ -1,50 +1,29 @@
 """What a clip shows, in numbers: motion, stillness, darkness, bars, blur, and a hash of its looks.
 
 A clip is decoded once. Every frame is looked at small; bars and blur are measured on some frames of
-full size. Black bars are what is found: not white or blurred ones, nor text that is drawn on them.
+full size.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import av
 import cv2
 import numpy as np
-from av.video.reformatter import ColorRange
-from jaxtyping import UInt8
 
 from data_pipeline.errors import DataError
+from data_pipeline.media.bars import FULL_FRAMES, Bars, Grey, find_bars, grey_of
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import (
-    EXACT_RESIZE,
-    Orientation,
-    orientation,
-    refuse_strange_colours,
-)
-
-Grey = UInt8[np.ndarray, "height width"]  # full range: 0 is black, 255 is white
+from data_pipeline.media.picture import Orientation, orientation, refuse_strange_colours
 
 LONGER_SIDE, LEAST_SIDE = 160, 32  # of small pictures
-FULL_FRAMES = 16  # about as many are looked at in full size
 LOOKS = 4  # frames that are hashed, spread evenly
 HASH_BYTES = 8 * LOOKS
 FROZEN_LEVELS, CELLS = 1.0, 8  # no cell of an 8x8 grid changes by more on average
 BLACK_LEVEL, BLACK_SHARE = 25, 0.98  # as FFmpeg's blackdetect: so many pixels are so dark
-BAR_LEVEL, BAR_EDGE = 20, 8  # rows of a bar are so dark at most, and end by such a step
 
 NOTHING = np.empty((1, 1, 2), np.float32)  # no flow to begin with, by its size
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Rows and columns of black at the edges, in pixels as shown."""
-
-    top: int = 0
-    bottom: int = 0
-    left: int = 0
-    right: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,24 +56,14 @@ def measure_media(media: bytes, kind: str, deadline_seconds: float = math.inf) -
         if number % stride == 0:
             refuse_strange_colours(frame)
             upright = orientation(frame) or orientation(video.look) or Orientation()
-            seen.see_full(upright.turn(_grey(frame, frame.height, frame.width)))
-        small = upright.turn(_grey(frame, *_small_size(frame.height, frame.width)))
+            seen.see_full(upright.turn(grey_of(frame, frame.height, frame.width)))
+        small = upright.turn(grey_of(frame, *_small_size(frame.height, frame.width)))
         passed = None if shot.is_new or before is None else shot.seconds - before
         seen.see_small(small, passed)
         seen.seconds = shot.seconds
     if not seen.frames:
         raise DataError("holds no frame")
     return seen.measures()
-
-
-def find_bars(lightest: Grey) -> Bars:
-    """The bars of a clip, of whose frames each pixel is the lightest."""
-    height, width = lightest.shape
-    left = right = top = bottom = 0
-    for _ in range(2):  # bars on all sides darken the means of each other
-        top, bottom = _edges(lightest[:, left : width - right].mean(1))
-        left, right = _edges(lightest[top : height - bottom].mean(0))
-    return Bars(top, bottom, left, right)
 
 
 def hash_picture(small: Grey) -> bytes:
@@ -162,20 +131,6 @@ class _Seen:
         )
 
 
-def _edges(profile: np.ndarray) -> tuple[int, int]:
-    """How many entries are of a bar, at either end; of what is dark throughout, none."""
-    light = np.flatnonzero(profile > BAR_LEVEL)
-    if not len(light):
-        return 0, 0
-    first, last = int(light[0]), len(profile) - 1 - int(light[-1])
-    return _depth(profile, first), _depth(profile[::-1], last)
-
-
-def _depth(profile: np.ndarray, first: int) -> int:
-    """A bar ends at once; what gets light by and by is a dark picture."""
-    return first if first and profile[first] - profile[first - 1] >= BAR_EDGE else 0
-
-
 def _is_same(one: Grey, other: Grey) -> bool:
     change = cv2.absdiff(one, other).astype(np.float32)
     cells = cv2.resize(change, (CELLS, CELLS), interpolation=cv2.INTER_AREA)
@@ -197,17 +152,6 @@ def _small_size(height: int, width: int) -> tuple[int, int]:
 def _small_picture(picture: Grey) -> Grey:
     height, width = _small_size(*picture.shape)
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _grey(frame: av.VideoFrame, height: int, width: int) -> Grey:
-    return frame.reformat(
-        width=width,
-        height=height,
-        format="gray",
-        dst_color_range=ColorRange.JPEG,
-        interpolation=EXACT_RESIZE,
-        threads=1,
-    ).to_ndarray()
 
 
 def _rounded(value: float) -> float:

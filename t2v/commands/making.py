@@ -43,6 +43,7 @@ def data_build(options: argparse.Namespace) -> None:
             columns=columns_from(options),
             root=options.root,
             cut=options.cut,
+            crop_bars=options.crop_bars,
             filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
             shard_samples=options.shard_samples,
             task=options.task,
