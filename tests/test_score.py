@@ -212,3 +212,12 @@ def test_clips_that_differ_are_no_duplicates():
     media = [encode_clip(np.roll(numbered_clip(16), n, 0), 24.0) for n in (0, 1)]
     ours = [np.frombuffer(scoring.measure_media(one, "video").hash, np.uint8) for one in media]
     assert np.bitwise_count(ours[0] ^ ours[1]).sum() > MOST_BITS
+
+
+def test_real_clips_are_like_their_copies_and_no_others(shared_clips):
+    paths = sorted(shared_clips.glob("*.mp4"))[:8]
+    media = [path.read_bytes() for path in paths]
+    hashes = [scoring.measure_media(one, "video").hash for one in media]
+    hashes += [scoring.measure_media(again(one, 32), "video").hash for one in media]
+    found = originals(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32))
+    assert found.tolist() == 2 * list(range(len(paths)))

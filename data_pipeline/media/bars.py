@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange
+from av.video.reformatter import ColorRange, Interpolation
 from jaxtyping import UInt8
 
 from data_pipeline.errors import DataError
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import EXACT_RESIZE, Orientation, Picture, orientation
+from data_pipeline.media.picture import Orientation, Picture, orientation
 
 Grey = UInt8[np.ndarray, "height width"]  # full range: 0 is black, 255 is white
 
+FAST_RESIZE = Interpolation.AREA | Interpolation.BITEXACT  # to a few levels
 FULL_FRAMES = 16  # about as many are looked at
 BAR_LEVEL, BAR_EDGE = 20, 8  # rows of a bar are so dark at most, and end by such a step
 
@@ -80,7 +81,7 @@ def grey_of(frame: av.VideoFrame, height: int, width: int) -> Grey:
         height=height,
         format="gray",
         dst_color_range=ColorRange.JPEG,
-        interpolation=EXACT_RESIZE,
+        interpolation=FAST_RESIZE,
         threads=1,
     ).to_ndarray()
 

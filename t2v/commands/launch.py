@@ -6,7 +6,8 @@ from pathlib import Path
 from t2v.commands.data import add_data_verbs
 from t2v.commands.parser import add_config, add_verb, count, plain_name, positive
 
-DATA_VERBS = ("build", "embed", "encode")
+GPU_VERBS = ("embed", "encode")
+DATA_VERBS = ("build", "score", *GPU_VERBS)
 
 
 def launch(options: argparse.Namespace) -> None:
@@ -39,7 +40,7 @@ def launch_data(options: argparse.Namespace) -> None:
     from cluster.submit import submit
 
     verb = refuse_wrong_arguments(options.arguments, options.usage)
-    gpus = options.gpus if options.gpus is not None else int(verb != "build")
+    gpus = options.gpus if options.gpus is not None else int(verb in GPU_VERBS)
     prepared = prepare_data(
         options.arguments,
         options.cluster,
@@ -82,7 +83,7 @@ def add_launch_verbs(verbs) -> None:
                       help="besides those in the run's bad_nodes")  # fmt: skip
     _add_where(verb)
 
-    verb = add_verb(verbs, "launch-data", launch_data, "build, embed or encode data in parallel",
+    verb = add_verb(verbs, "launch-data", launch_data, "build, score, embed or encode in parallel",
                     "t2v launch-data --cluster configs/cluster/slurm.yaml --tasks 64 --submit --"
                     " build my_clips data/videos --size 64x288x512")  # fmt: skip
     _add_where(verb)
@@ -91,9 +92,9 @@ def add_launch_verbs(verbs) -> None:
     verb.add_argument("--cpus", type=positive, default=8, help="of each task")
     verb.add_argument("--memory-gib", type=positive, default=32, help="of each task")
     verb.add_argument("--gpus", type=count, metavar="N",
-                      help="of each task; by default 0 for build, else 1")  # fmt: skip
+                      help="of each task; by default 1 for embed and encode")  # fmt: skip
     verb.add_argument("--name", help="the job's name; data-VERB by default")
-    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|embed|encode ...",
+    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- build|score|... ...",
                       help="the arguments of t2v data")  # fmt: skip
     verb.set_defaults(usage=verb.error)
 
