@@ -175,6 +175,16 @@ def test_statistics_show_the_scores(dataset):
     assert told["score: fault"] == "1 clips are not to be read"
     page = Path(write_page(stats)).read_text()
     assert all(f"<h2>{name}</h2>" in page for name in (*scoring.NUMBERS, *scoring.SIDES))
+    assert "from the lowest motion to the highest" in page
+    assert "from the lowest black to the highest" not in page  # they are all alike
+
+
+def test_the_ends_of_a_column_are_its_extremes(dataset):
+    scores = score(dataset)
+    keys = [row["key"] for row in parquet.read_table(scores.path).to_pylist()]
+    assert [keys[number] for number in scores.ends("motion", 1)] == ["still", "fast"]
+    assert len(scores.ends("motion", 4)) == 5  # each once; one has no motion
+    assert not len(scores.ends("black", 2))
 
 
 def test_images_are_scored_without_time(tmp_path):

@@ -4,12 +4,14 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.making.scoring import COLUMNS, NUMBERS, SIDES, open_scores
@@ -17,7 +19,7 @@ from data_pipeline.making.verify import KINDS
 from data_pipeline.media.clips import probe
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Account
-from data_pipeline.shards.contact_sheet import contact_sheet
+from data_pipeline.shards.contact_sheet import contact_sheet, sheet_of
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import open_info
 from data_pipeline.shards.tar import open_index
@@ -26,6 +28,7 @@ from data_pipeline.store import storage
 
 PAGE = "stats.html"
 BINS = 20
+AT_AN_END = 6  # pictures of the samples with the lowest scores, and with the highest
 BAR = (560, 14)  # width of the longest bar, height of each, in pixels
 
 
@@ -143,15 +146,15 @@ def write_page(stats: Stats, out: str | Path | None = None) -> str:
     charts.append(("width x height", list(stats.resolutions.items())[:BINS]))
     charts += [(name, _histogram(stats.scores[name])) for name in (*NUMBERS, *SIDES)
                if stats.scores.get(name)]  # fmt: skip
-    buffer = io.BytesIO()
-    try:
-        sheet = contact_sheet(open_dataset(stats.path), count=24, seed=0)
-        sheet.save(buffer, "JPEG", quality=85)
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        pictures = f'<img style="max-width:100%" src="data:image/jpeg;base64,{encoded}">'
-    except DataError as error:
-        pictures = html.escape(f"no pictures: a sample {error}; run t2v data verify.")
+    data = open_dataset(stats.path)
+    pictures = _pictures(lambda: contact_sheet(data, count=24, seed=0))
     body = "".join(f"<h2>{name}</h2>{_bars(values)}" for name, values in charts)
+    for name in NUMBERS if stats.scores else ():
+        found = open_scores(data)
+        ends = data.places(found.ends(name, AT_AN_END)) if found else []
+        if ends:
+            shown = _pictures(partial(sheet_of, data, ends))
+            body += f"<h2>from the lowest {name} to the highest</h2>{shown}"
     page = (
         f'<!doctype html><meta charset="utf-8">{page_file.GENERATOR}'
         f"<title>{html.escape(Path(stats.path).name)}</title>"
@@ -162,6 +165,17 @@ def write_page(stats: Stats, out: str | Path | None = None) -> str:
     )
     page_file.write_page(path, page)
     return path
+
+
+def _pictures(make: Callable[[], Image.Image]) -> str:
+    """A picture as a part of a page, or why there is none."""
+    buffer = io.BytesIO()
+    try:
+        make().save(buffer, "JPEG", quality=85)
+    except DataError as error:
+        return html.escape(f"no pictures: a sample {error}; run t2v data verify.")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img style="max-width:100%" src="data:image/jpeg;base64,{encoded}">'
 
 
 def _describe(data: Dataset, shard: int, row: int) -> tuple[str, float, float, str]:

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
@@ -23,9 +24,13 @@ def write_contact_sheet(dataset: Dataset, *, count: int = 24, seed: int = 0) -> 
 
 
 def contact_sheet(dataset: Dataset, *, count: int, seed: int) -> Image.Image:
-    """A grid of first frames, each above its caption."""
+    """A grid of random samples' first frames, each above its caption."""
+    return sheet_of(dataset, dataset.draw(count, seed=seed))
+
+
+def sheet_of(dataset: Dataset, chosen: Sequence[tuple[int, int]]) -> Image.Image:
+    """A grid of the first frames of samples by (shard, row), each above its caption."""
     height, width = _cell(dataset)
-    chosen = dataset.draw(count, seed=seed)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     step = height + LINES * LINE_HEIGHT + 6
