@@ -211,6 +211,9 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("dataset", help="folder of .tar files, KEY.mp4 or .jpg with KEY.json or .txt")
     verb.add_argument("--kind", choices=("video", "image"))
     add_caption_column(verb)
+    verb.add_argument("--out", metavar="FOLDER",
+                      help="a new folder for the index and links to the shards")  # fmt: skip
+    _add_task(verb)
     verb.add_argument("--skip-bad", action="store_true", help="whatever the share of bad samples")
     _add_drop_rate(verb)
     _add_workers(verb)

@@ -60,6 +60,8 @@ def data_index(options: argparse.Namespace) -> None:
     say_dataset(
         index(
             options.dataset,
+            out=options.out,
+            task=options.task,
             kind=options.kind,
             captions=dict(options.caption_column or COLUMNS.items()),
             skip_bad=options.skip_bad,
