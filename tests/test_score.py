@@ -23,6 +23,7 @@ from data_pipeline.making.stats import measure, write_page
 from data_pipeline.media.video import encode_clip, encode_image
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_tar
+from data_pipeline.store import storage
 
 SIZE = {"frames": 16, "height": 96, "width": 160}
 ORIGINALS = ("moving", "fast", "still", "bars")
@@ -65,7 +66,8 @@ def dataset(videos, tmp_path):
 
 
 def rows(scores) -> dict[str, dict]:
-    return {row["key"]: row for row in parquet.read_table(scores.path).to_pylist()}
+    table = parquet.read_table(storage.local_file(scores.path))
+    return {row["key"]: row for row in table.to_pylist()}
 
 
 def test_every_clip_has_its_scores_or_a_fault(dataset):
@@ -231,3 +233,17 @@ def test_real_clips_are_like_their_copies_and_no_others(shared_clips):
     hashes += [scoring.measure_media(again(one, 32), "video").hash for one in media]
     found = originals(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32))
     assert found.tolist() == 2 * list(range(len(paths)))
+
+
+def test_scores_lie_beside_a_dataset_in_a_store_too(dataset, bucket, tmp_path):
+    own = f"{bucket}/videos"
+    for path in dataset.iterdir():
+        storage.copy_to(path, f"{own}/{path.name}")
+    ours, theirs = score(own), score(dataset)
+    assert rows(ours) == rows(theirs)
+    chosen = Columns(where="duplicate_of is null and fault is null and motion > 1")
+    found = [
+        build(source, out, **SIZE, columns=chosen).info.fingerprint
+        for source, out in ((own, f"{bucket}/good"), (dataset, tmp_path / "good"))
+    ]
+    assert found[0] == found[1]

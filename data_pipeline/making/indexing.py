@@ -71,10 +71,10 @@ def index(
         )
     source = folder = shard_folder(path)
     names, tally = find_shards(source)
-    kind = kind or _kind_inside(source, names)
     if out is None:
         _refuse_strangers(path, source, names)
-    else:
+    kind = kind or _kind_inside(source, names)
+    if out is not None:
         folder = storage.join(place, "shards")
         _claim(path, place, names, {"kind": kind, "captions": dict(captions)})
         if storage.exists(storage.join(place, MANIFEST)):
@@ -107,8 +107,8 @@ def index(
     if not skip_bad and lost > max_drop_rate * (good + lost):
         mend = "mend them by `t2v data verify --repair`, or " if out is None else ""
         raise DataError(
-            f"{path}: {lost} of {good + lost} samples cannot be used: {_told(account)}; {mend}leave "
-            "them out by --skip-bad."
+            f"{path}: {lost} of {good + lost} samples cannot be used: {_told(account)}; {mend}"
+            "leave them out by --skip-bad."
         )
     return commit_dataset(
         place,
