@@ -74,7 +74,8 @@ class Probe:
 def probe(media: bytes, kind: str, bars: Bars = NO_BARS) -> Probe:
     """What media is, by all of its packets and its first frame, without bars."""
     if kind == "image":
-        height, width, _ = bars.cut(np.array(open_image(media))).shape
+        image = open_image(media)
+        height, width = image.height - bars.top - bars.bottom, image.width - bars.left - bars.right
         return Probe(1, 0.0, height, width, 0.0)
     video = open_video(media)
     line = video.timeline
