@@ -212,10 +212,10 @@ def test_joints_and_gamma_are_those_of_training(home, capsys):
         ("steps=[2, 2, 2]", "steps: [2, 2, 2] has 3 entries for 2 stages; give one per stage"),
     ):
         capsys.readouterr()
-        assert sample(home, "pixels", "none", f"--set={change}") == 78
+        assert sample(home, "pixels", "of other joints", f"--set={change}") == 78
         [line] = capsys.readouterr().err.splitlines()
         assert told in line
-        assert not (home / "none").exists()
+        assert not (home / "of other joints").exists()
     for change in ("flow.gamma=0.2", "flow.joints=[0.4]", "flow.shift=2.0"):
         assert main(["train", str(home / "pixels.yaml"), f"method.{change}", "total_steps=3"]) == 78
         told = capsys.readouterr().err
