@@ -20,6 +20,7 @@ from datetime import date
 
 import av
 import numpy as np
+from av import library_versions
 
 from data_pipeline.errors import DataError
 from data_pipeline.media.container import open_video, read_shots
@@ -215,7 +216,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "ffmpeg": {name: list(version) for name, version in av.library_versions.items()},
+        "ffmpeg": {name: list(version) for name, version in library_versions.items()},
         "files": options.files,
         "caught": table,
     }
