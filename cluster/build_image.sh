@@ -55,7 +55,7 @@ build run --isolation chroot --network host "$trial" -- bash -euc '
   test "$(id -u)" = 1000
   cd "$(mktemp -d)"
   t2v data toy media --videos 8 --images 4
-  t2v data build media/videos shards --size 4x12x16 --fps 4
+  t2v data build media/videos shards --size 4x12x12 --fps 4
   tini -s -g -- t2v train /app/configs/quickstart_base.yaml run_dir=run total_steps=3 \
     "conditioning={kind: none}" "data.sources=[{path: shards}]"
   test "$(t2v status run --decide)" = done

@@ -165,6 +165,8 @@ def _configuration(folder: Path) -> str:
     host = socket.gethostname()
     controller_port, *node_ports = _free_ports(1 + len(NODES))
     ports = ",".join(map(str, node_ports))
+    # Ranks meet at a port made from the job's number, and tests in parallel share this host.
+    tester = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     return f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -173,6 +175,7 @@ AuthType=auth/munge
 CryptoType=crypto/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmUser=root
+FirstJobId={1 + 1000 * tester}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
