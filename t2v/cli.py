@@ -65,7 +65,7 @@ def is_mine(error: UserError) -> bool:
 def quickstart(options: argparse.Namespace) -> int:
     from t2v.quickstart import run_quickstart
 
-    return run_quickstart(Path(options.workdir), options.method)
+    return run_quickstart(Path(options.workdir), options.method, options.seed)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -114,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
                     "t2v quickstart --method pyramid-flow --workdir quickstart")  # fmt: skip
     verb.add_argument("--workdir", default="quickstart", help="where everything is written")
     verb.add_argument("--method", choices=("hpdm", "pyramid-flow"), default="hpdm")
+    verb.add_argument("--seed", type=int, default=0, help="of toys, weights and order of samples")
 
     add_data_verbs(verbs)
 

@@ -48,8 +48,9 @@ BOUNDS = {
 }
 
 
-def run_quickstart(workdir: Path, method: str) -> int:
-    """Run every part in `workdir`; prints what was measured and where everything is."""
+def run_quickstart(workdir: Path, method: str, seed: int = 0) -> int:
+    """Run every part in `workdir`; prints what was measured and where everything is. Toys, weights
+    and order of samples are of the seed."""
     console, started = Terminal(), time.monotonic()
     if not storage.is_empty(str(workdir)):
         raise ConfigError(f"{workdir}: is not empty; remove it or give --workdir another folder.")
@@ -69,20 +70,21 @@ def run_quickstart(workdir: Path, method: str) -> int:
         videos=640,
         images=320,
         size=(frames, 96, 128),
+        seed=seed,
         staging=STAGINGS[method],
     )
     part("media -> WebDataset shards")
     prepare_data(workdir, configs[last])
-    warm: list[str] = []
+    given = [f"seed={seed}"]
     for recipe in earlier:
         part(f"{recipe}: {configs[recipe].total_steps} steps on {PROCESSES} FSDP2 processes")
-        train(workdir, recipe, *warm)
-        warm = [f"warm_start.checkpoint={workdir / 'runs' / recipe}"]
+        train(workdir, recipe, *given)
+        given = [f"seed={seed}", f"warm_start.checkpoint={workdir / 'runs' / recipe}"]
     started_from = f", warm-started from {earlier[-1]}" if earlier else ""
     part(f"{last}: {steps} steps{started_from}, stopped around step {steps // 2}")
-    train(workdir, last, *warm, preempt_at=steps // 2)
+    train(workdir, last, *given, preempt_at=steps // 2)
     part(f"{last}: resumed from {resolve_checkpoint(workdir / 'runs' / last).name}")
-    train(workdir, last, *warm)
+    train(workdir, last, *given)
     toys = [toy for number, toy in enumerate(all_toys()) if (number + number // 4) % 2 == 0]
     part(f"sampling {len(toys)} prompts")
     samples = sample(workdir, last, toys)
@@ -91,8 +93,8 @@ def run_quickstart(workdir: Path, method: str) -> int:
     for recipe in recipes:
         run_dir = workdir / "runs" / recipe
         write_report(run_dir, run_dir / "report.html")
-    seconds = time.monotonic() - started
-    missed = report(console, workdir, method, scores, seconds)
+    result = {"method": method, "seed": seed, "scores": scores}
+    missed = report(console, workdir, result | {"seconds": time.monotonic() - started})
     return NumericError.exit_code if missed else 0
 
 
@@ -228,41 +230,33 @@ def write_picture(samples: Path) -> None:
     )
 
 
-def report(
-    console: Terminal, workdir: Path, method: str, scores: dict[str, float], seconds: float
-) -> list[str]:
+def report(console: Terminal, workdir: Path, result: dict) -> list[str]:
     """Print and write measurements, losses and places; returns what missed its bound."""
     table = Table(title="40 sampled clips, read from their pixels")
     for column in ("right", "share", "bound", "chance"):
         table.add_column(column)
-    bounds = BOUNDS[method]
+    bounds, scores = BOUNDS[result["method"]], result["scores"]
     chance = {"colour": "20 %", "direction": "25 %", "in one piece": "-", "shape": "25 %"}
     for name, value in scores.items():
         bound = f"{bounds[name]:.0%}" if name in bounds else "-"
         table.add_row(name, f"{value:.0%}", bound, chance[name])
     console.print(table)
     losses = {}
-    for run in STORIES[method]:
+    for run in STORIES[result["method"]]:
         lines = (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()
         told = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
         losses[run] = {"first": told[0], "last": float(np.mean(told[-50:]))}
         console.print(
             f"{run}: loss {losses[run]['first']:.3f} -> {losses[run]['last']:.3f}", highlight=False
         )
-    result = {
-        "method": method,
-        "seconds": seconds,
-        "scores": scores,
-        "bounds": bounds,
-        "losses": losses,
-    }
+    result |= {"bounds": bounds, "losses": losses}
     (workdir / "quickstart.json").write_text(json.dumps(result, indent=1))
     console.print(
         f"text encoder: a T5 with random weights, made here; it has learned nothing\n"
         f"pictures:     {workdir / 'samples' / 'contact_sheet.png'}, picture.png\n"
         f"clips:        {workdir / 'samples'}\n"
         f"runs:         {workdir / 'runs'}, each with report.html\n"
-        f"done in {seconds:.0f} s",
+        f"done in {result['seconds']:.0f} s",
         highlight=False,
     )
     missed = [name for name, bound in bounds.items() if scores[name] < bound]
