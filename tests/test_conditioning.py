@@ -9,6 +9,7 @@ from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.pyramid import Pyramid
 from t2v.methods.hpdm.rin import RINBlock
 from t2v.network.conditioning import Condition, ConditionEmbedding
+from t2v.network.layers import key_bias
 from tests.tiny import class_condition
 
 PYRAMID = Pyramid(levels=3, patch_size=(2, 6, 8), clip_size=(8, 24, 32))
@@ -51,7 +52,8 @@ def test_padding_of_a_caption_has_no_influence():
     results = []
     for told in (condition, padded):
         vector, text = module(noise, [0], told)
-        results.append([vector, *block(tokens, latents, vector[:, 0], text, told.text_mask)])
+        bias = key_bias(told.text_mask, 6)
+        results.append([vector, *block(tokens, latents, vector[:, 0], text, bias)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
+# Elements; torch copies a bias whose rows start elsewhere before its fused kernels take it.
+BIAS_ALIGNMENT = 16
 
 
 def scalar_features(values: Float[Tensor, " batch"], count: int) -> Float[Tensor, "batch {count}"]:
@@ -35,8 +37,24 @@ def modulate(
     return torch.addcmul(shift, x, 1 + modulation_scale)
 
 
+def key_bias(mask: Bool[Tensor, "batch text"], tokens: int) -> Float[Tensor, "batch padded_keys"]:
+    """What attention adds to its scores where the keys are `tokens` that all are seen, then text:
+    0, or minus infinity at padding. Rows are filled up to a multiple of `BIAS_ALIGNMENT`.
+
+    A mask of booleans says the same, but each attention would make such a bias of it anew.
+    """
+    fill = -(tokens + mask.shape[1]) % BIAS_ALIGNMENT
+    text = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return F.pad(text, (tokens, fill))
+
+
 class Attention(nn.Module):
-    """Multi-head attention of queries over a context; softmax is computed in fp32."""
+    """Multi-head attention of queries over a context; softmax is computed in fp32.
+
+    Queries, keys and values are rounded to `attention_dtype`, if there is one.
+    """
+
+    attention_dtype: torch.dtype | None = None
 
     def __init__(self, query_dim: int, context_dim: int, inner_dim: int, head_dim: int) -> None:
         super().__init__()
@@ -49,14 +67,18 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch queries query_dim"],
         context: Float[Tensor, "batch keys context_dim"],
-        mask: Bool[Tensor, "batch 1 1 keys"] | None = None,
+        bias: Float[Tensor, "batch padded_keys"] | None = None,
     ) -> Float[Tensor, "batch queries query_dim"]:
-        q = rearrange(self.query(x), "b n (h d) -> b h n d", d=self.head_dim)
-        k, v = rearrange(
-            self.key_value(context), "b n (two h d) -> two b h n d", two=2, d=self.head_dim
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+        """`bias` is that of `key_bias`; what it has past the last key is left out."""
+        q, kv = self.query(x), self.key_value(context)
+        own, dtype = q.dtype, self.attention_dtype or q.dtype
+        q = rearrange(q.to(dtype), "b n (h d) -> b h n d", d=self.head_dim)
+        k, v = rearrange(kv.to(dtype), "b n (two h d) -> two b h n d", two=2, d=self.head_dim)
+        if bias is not None:
+            # A slice of whole rows, whose strides stay aligned; every head and query shares it.
+            bias = bias.to(dtype)[:, None, None, : k.shape[2]]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(rearrange(attended.to(own), "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from data_pipeline.strict import Share, Size, Strict
 from t2v.methods.hpdm.context import Context, ContextFusion, TokenGrid, Volume
 from t2v.methods.hpdm.rin import RINBlock
 from t2v.network.conditioning import Condition, ConditionEmbedding
-from t2v.network.layers import INIT_STD, MLP, NORM_EPS, init_linear, sine_table
+from t2v.network.layers import INIT_STD, MLP, NORM_EPS, init_linear, key_bias, sine_table
 from t2v.network.network import Network
 
 Patches = Float[Tensor, "batch levels channels frames height width"]
@@ -168,7 +168,7 @@ class Block(nn.Module):
         coordinates: Float[Tensor, "batch fused tokens 3"] | None,
         vector: Float[Tensor, "batch levels conditioning_dim"],
         text: Float[Tensor, "batch text token_dim"] | None,
-        text_mask: Bool[Tensor, "batch text"] | None,
+        bias: Float[Tensor, "batch padded_keys"] | None,
     ) -> tuple[Tokens, Latents]:
         """`context` belongs to the last `fused` of the given levels."""
         levels = tokens.shape[1]
@@ -176,11 +176,11 @@ class Block(nn.Module):
             alone = levels - context.shape[1]
             fused = self.fusion(tokens[:, alone:], context, coordinates)
             tokens = torch.cat([tokens[:, :alone], fused], dim=1)
-        if text is not None and text_mask is not None:
+        if text is not None and bias is not None:
             text = text[:, None].expand(-1, levels, -1, -1).flatten(0, 1)
-            text_mask = text_mask[:, None].expand(-1, levels, -1).flatten(0, 1)
+            bias = bias[:, None].expand(-1, levels, -1).flatten(0, 1)
         new_tokens, new_latents = self.rin(
-            tokens.flatten(0, 1), latents.flatten(0, 1), vector.flatten(0, 1), text, text_mask
+            tokens.flatten(0, 1), latents.flatten(0, 1), vector.flatten(0, 1), text, bias
         )
         return new_tokens.unflatten(0, (-1, levels)), new_latents.unflatten(0, (-1, levels))
 
@@ -261,6 +261,8 @@ class HPDM(Network):
         if self.self_conditioning is not None:
             latents = self.self_conditioning(latents, previous_latents)
         vector, text = self.conditioning(noise, levels, condition)
+        mask = condition.text_mask
+        bias = None if mask is None else key_bias(mask, tokens.shape[2])
         looks = {level: self.config.context_levels(level) for level in levels}
         context = Context(self.grid, looks, offsets, kept or {})
         for number, block in enumerate(self.blocks):
@@ -274,13 +276,11 @@ class HPDM(Network):
             fused = [level for level in levels if level in self.config.fused_levels(number)]
             seen, places = context(number, fused, features) if fused else (None, None)
             if active == len(levels):
-                tokens, latents = block(
-                    tokens, latents, seen, places, vector, text, condition.text_mask
-                )
+                tokens, latents = block(tokens, latents, seen, places, vector, text, bias)
                 continue
             new_tokens, new_latents = block(
                 tokens[:, :active], latents[:, :active], seen, places, vector[:, :active], text,
-                condition.text_mask,
+                bias,
             )  # fmt: skip
             tokens = torch.cat([new_tokens, tokens[:, active:]], dim=1)
             latents = torch.cat([new_latents, latents[:, active:]], dim=1)

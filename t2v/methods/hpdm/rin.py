@@ -1,7 +1,7 @@
 """The recurrent interface block (RIN, arXiv 2212.11972): read, think, write."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from t2v.network.layers import MLP, NORM_EPS, Attention, ModulatedLayer
@@ -40,14 +40,13 @@ class RINBlock(nn.Module):
         latents: Float[Tensor, "batch latents latent_dim"],
         vector: Float[Tensor, "batch conditioning_dim"],
         text: Float[Tensor, "batch text token_dim"] | None,
-        text_mask: Bool[Tensor, "batch text"] | None,
+        bias: Float[Tensor, "batch padded_keys"] | None,
     ) -> tuple[Float[Tensor, "batch tokens token_dim"], Float[Tensor, "batch latents latent_dim"]]:
-        source, mask = self.read_context_norm(tokens), None
-        if text is not None and text_mask is not None:
+        """`bias` hides the padding of `text` from what is read (`key_bias`)."""
+        source = self.read_context_norm(tokens)
+        if text is not None:
             source = torch.cat([source, text.to(source.dtype)], dim=1)
-            all_tokens = text_mask.new_ones(tokens.shape[:2])
-            mask = torch.cat([all_tokens, text_mask], dim=1)[:, None, None]
-        latents = latents + self.read(self.read_norm(latents), source, mask)
+        latents = latents + self.read(self.read_norm(latents), source, bias)
         for layer in self.layers:
             latents = layer(latents, vector)
         tokens = tokens + self.write(self.write_norm(tokens), self.write_context_norm(latents))
