@@ -161,6 +161,11 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "or kind fsdp.",
         ),
         (
+            "engine={kind: single, precision: fp32, bf16_attention: true}",
+            "engine.bf16_attention: true is wrong because precision 'fp32' asks for exact products"
+            "; use false, or precision tf32.",
+        ),
+        (
             "engine={kind: zero, zero_stage: 3, activation_checkpointing: selective}",
             "engine.activation_checkpointing: 'selective' is wrong because ZeRO stage 3 gathers "
             "weights inside of blocks; use blocks, or zero_stage 2.",

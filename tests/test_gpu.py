@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2v.engine.compute import make_deterministic
 from t2v.engine.device import Pace, on_device, to_host
 from t2v.engine.world import join_world
 from t2v.loop import open_engine, train
+from t2v.network.layers import key_bias
 from t2v.recipe.recipe import method_of
 from tests.test_loop import (
     TRUTH,
@@ -87,3 +89,21 @@ def test_nothing_in_a_micro_batch_waits_for_the_device():
             pace.wait()
         assert to_host(norm).isfinite()
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_efficient_kernel_reads_a_caption_as_the_plain_product_does(dtype):
+    """And flash attention takes what has no caption, in bf16."""
+    q = torch.randn(2, 4, 96, 64, device="cuda", dtype=dtype)
+    kv = torch.randn(2, 4, 205, 64, device="cuda", dtype=dtype)
+    mask = torch.arange(77, device="cuda") < torch.tensor([[5], [77]], device="cuda")
+    bias = key_bias(mask, 128).to(dtype)[:, None, None, :205]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        found = attend(q, kv, kv, attn_mask=bias)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = attend(q, kv, kv, attn_mask=bias)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    if dtype == torch.bfloat16:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            attend(q, kv, kv)

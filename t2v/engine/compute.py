@@ -67,14 +67,22 @@ def autocast(config: EngineConfig, device: torch.device) -> contextlib.AbstractC
     )
 
 
+def round_attention(blocks: nn.ModuleList, config: EngineConfig) -> None:
+    """bf16 queries, keys and values where the recipe asks for them."""
+    for module in blocks.modules() if config.bf16_attention else ():
+        if hasattr(module, "attention_dtype"):
+            setattr(module, "attention_dtype", torch.bfloat16)  # noqa: B010
+
+
 def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
-    """Recompute and compile each block on its own.
+    """Recompute and compile each block on its own, and set what its attention computes in.
 
     Only `forward` is replaced: names of parameters stay, and an engine's hooks stay outside. A
     block's graphs are static: one for each kind of block, with gradients and without. Programs of
     those that meet many lengths have one for all of them. Nothing ever falls back to uncompiled
     code without a word: what cannot be one graph, or is one too many, is an error.
     """
+    round_attention(blocks, config)
     if config.compile:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.recompile_limit = MOST_GRAPHS

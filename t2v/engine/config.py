@@ -17,6 +17,10 @@ class EngineConfig(Strict):
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         default="tf32", description="parameters and sums are fp32 in all three; tf32 is the paper's"
     )
+    bf16_attention: bool = Field(
+        default=False,
+        description="tf32: attention in bf16, which flash kernels take; the rest stays as it is",
+    )
     activation_checkpointing: Literal["none", "blocks", "selective"] = Field(
         default="none",
         description="recompute blocks in backward; selective: all but their matrix products",
@@ -49,6 +53,12 @@ class EngineConfig(Strict):
 
     @model_validator(mode="after")
     def _refuse_what_an_engine_lacks(self) -> "EngineConfig":
+        if self.bf16_attention and self.precision != "tf32":
+            why = "asks for exact products" if self.precision == "fp32" else "attends in it anyway"
+            raise ValueError(
+                f"bf16_attention: true is wrong because precision '{self.precision}' {why}; use "
+                "false, or precision tf32"
+            )
         if self.dp_replicate > 1 and self.kind != "fsdp":
             raise ValueError(
                 f"dp_replicate: {self.dp_replicate} is wrong because engine.kind '{self.kind}' has "

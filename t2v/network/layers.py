@@ -49,10 +49,7 @@ def key_bias(mask: Bool[Tensor, "batch text"], tokens: int) -> Float[Tensor, "ba
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries over a context; softmax is computed in fp32.
-
-    Queries, keys and values are rounded to `attention_dtype`, if there is one.
-    """
+    """Multi-head attention of queries over a context; softmax is computed in fp32."""
 
     attention_dtype: torch.dtype | None = None
 

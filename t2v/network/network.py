@@ -10,6 +10,7 @@ class Network(nn.Module, ABC):
 
     Engines wrap, gather, recompute and compile its `blocks` one by one, and the rest together.
     A block whose `forward` is too varied to be compiled names methods that are not in `programs`.
+    Modules that attend do so in their `attention_dtype`, or in that of their values if it is None.
     """
 
     blocks: nn.ModuleList

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2v.engine.compute import PRODUCTS
+from t2v.engine.compute import PRODUCTS, round_attention
+from t2v.engine.config import EngineConfig
 from t2v.methods.method import Method
 from t2v.network.network import Network
 from t2v.recipe.recipe import RunConfig, method_of
@@ -41,20 +42,20 @@ class Footprint:
 def measure(config: RunConfig) -> Footprint:
     """The footprint of a recipe, whatever its engine and batch size; taken once per network."""
     network = config.model_dump_json(include={"method", "conditioning"})
-    key = network, config.engine.precision
+    key = network, config.engine.precision, config.engine.bf16_attention
     if key not in _measured:
-        _measured[key] = _measure(method_of(config), config.engine.precision)
+        _measured[key] = _measure(method_of(config), config.engine)
     return _measured[key]
 
 
-_measured: dict[tuple[str, str], Footprint] = {}
+_measured: dict[tuple[str, str, bool], Footprint] = {}
 
 
-def _measure(method: Method, precision: str) -> Footprint:
+def _measure(method: Method, engine: EngineConfig) -> Footprint:
     with torch.device("meta"):
         model = method.network()
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    kept = kept_storages(method, precision)
+    kept = kept_storages(method, engine)
     products = kept.pop("products")
     outside, inputs = kept.pop("outside"), kept.pop("inputs")
     between = outside | inputs
@@ -152,11 +153,12 @@ class Products(TorchDispatchMode):
         return made
 
 
-def kept_storages(method: Method, precision: str) -> dict[str, dict[int, int]]:
+def kept_storages(method: Method, engine: EngineConfig) -> dict[str, dict[int, int]]:
     """What a forward pass keeps of one sample, in the precision it computes in."""
-    halved = precision == "bf16"
+    halved = engine.precision == "bf16"
     with FakeTensorMode():
         model = method.network()
+        round_attention(model.blocks, engine)
         if halved:
             for parameter in model.blocks.parameters():
                 parameter.data = parameter.data.bfloat16()

@@ -137,7 +137,7 @@ def _explain(error: typing.Any, model: type[BaseModel]) -> str:
             return f"{path}: missing; every recipe is complete, add it."
         case "value_error":
             message = error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
-            names_field = re.match(r"[a-z_.]+: ", message)
+            names_field = re.match(r"[a-z][a-z0-9_.]*: ", message)
             return f"{path}{'.' if names_field else ': '}{message}" if path else message
     line = f"{path}: value {value!r} is wrong because {_lower(error['msg'])}"
     if isinstance(value, str) and error["type"] == "float_type" and (number := _as_yaml(value)):

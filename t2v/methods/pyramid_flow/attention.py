@@ -28,21 +28,25 @@ class Sight:
 
 
 @torch.compiler.disable
-def attend(q: Heads, k: Heads, v: Heads, sight: Sight) -> Float[Tensor, "batch tokens dim"]:
+def attend(
+    q: Heads, k: Heads, v: Heads, sight: Sight, dtype: torch.dtype | None = None
+) -> Float[Tensor, "batch tokens dim"]:
     """Attention of each unit's queries over the keys up to its end; padding answers with zeros.
+    It is computed in `dtype`, or in that of the values.
 
     What a unit sees is one stretch of keys, so there is no mask, and fused kernels (flash attention
     on a GPU) take each part. Left out of compiled blocks, which would else be compiled anew for
     every number of units.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    own = v.dtype
+    q, k, v = (x.to(dtype or own) for x in (q, k, v))
     parts, first = [], 0
     for padding, alike in groupby(sight.padding):
         rows = slice(first, first + len(list(alike)))
         parts.append(_attend(q[rows], k[rows], v[rows], padding, sight.ends))
         first = rows.stop
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return rearrange(attended, "b h n d -> b n (h d)")
+    return rearrange(attended.to(own), "b h n d -> b n (h d)")
 
 
 def _attend(q: Heads, k: Heads, v: Heads, padding: int, ends: tuple[int, ...]) -> Heads:

@@ -141,6 +141,7 @@ class DoubleBlock(nn.Module):
     """Text and clip attend jointly, each with weights of its own."""
 
     programs = ("mix",)
+    attention_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig, *, has_text: bool) -> None:
         super().__init__()
@@ -165,10 +166,14 @@ class DoubleBlock(nn.Module):
         q, k, v, clip_rest = self.clip.look(clip, vector)
         q, k = rotate(q, turns), rotate(k, turns)
         if self.text is None:
-            return text, self.clip.take(clip, attend(q, k, v, sight), clip_rest)
+            return text, self.clip.take(
+                clip, attend(q, k, v, sight, self.attention_dtype), clip_rest
+            )
         *of_text, text_rest = self.text.look(text, vector)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, (q, k, v), strict=True))
-        attended = attend(q, k, v, sight).split([text.shape[1], clip.shape[1]], dim=1)
+        attended = attend(q, k, v, sight, self.attention_dtype).split(
+            [text.shape[1], clip.shape[1]], dim=1
+        )
         text = self.text.take(text, attended[0], text_rest)
         return text, self.clip.take(clip, attended[1], clip_rest)
 
@@ -177,6 +182,7 @@ class SingleBlock(nn.Module):
     """Attention and MLP side by side, with the same weights for text and clip."""
 
     programs = ("mix",)
+    attention_dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -205,7 +211,7 @@ class SingleBlock(nn.Module):
         looked, hidden = self.query_key_value_expand(normed).split(self.sizes, dim=2)
         q, k, v = heads(looked, self.head_dim)
         q, k = rotate(self.query_norm(q), turns), rotate(self.key_norm(k), turns)
-        attended = attend(q, k, v, sight)
+        attended = attend(q, k, v, sight, self.attention_dtype)
         mixed = torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=2)
         return torch.addcmul(x, gate, self.out_contract(mixed))
 
