@@ -34,6 +34,7 @@ from t2v.engine.optimizer import (
     set_rates,
     start_moments,
 )
+from t2v.engine.place import Place
 from t2v.evaluation.scores import KernelDistance
 from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.method import HPDMMethod
@@ -74,6 +75,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "min-SNR": {"diffusion": {"weighting": "min_snr"}},
     "sigmoid": {"diffusion": {"weighting": "sigmoid"}},
+    "Muon": {"optimizer": {"name": "muon"}},
     "LAMB": {"optimizer": {"name": "lamb", "learning_rate": 0.02}},
     "LAMB with a floor": {"optimizer": {"name": "lamb", "learning_rate": 0.02, "trust_floor": 1.0}},
 }
@@ -162,8 +164,8 @@ def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.
     settings = OptimizerConfig.model_validate(
         {"name": "adamw", "learning_rate": 0.002, "warmup_steps": 50} | changes
     )
-    shapes = {name: tuple(part.shape) for name, part in parameters.items()}
-    groups = parameter_groups(settings, Groups(method.new_parameters), parameters, shapes)
+    places = {name: Place(tuple(part.shape), 0) for name, part in parameters.items()}
+    groups = parameter_groups(settings, Groups(method.new_parameters), parameters, places)
     optimizer = build_optimizer(settings, groups, lambda values: values)
     start_moments(optimizer, parameters.values())
     average = Ema(parameters, 40.0)

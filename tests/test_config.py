@@ -222,9 +222,10 @@ def test_a_tile_that_would_cut_tokens_is_refused():
     )
 
 
-def test_lamb_under_zero_is_refused(tmp_path):
-    assert message(tmp_path, ["engine.kind=zero", "optimizer.name=lamb"]) == (
-        "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the norms of "
+@pytest.mark.parametrize("name", ["lamb", "muon"])
+def test_what_needs_whole_tensors_is_refused_under_zero(tmp_path, name):
+    assert message(tmp_path, ["engine.kind=zero", f"optimizer.name={name}"]) == (
+        f"optimizer.name: '{name}' is wrong because ZeRO splits tensors, and LAMB and Muon need "
         "whole ones; use adamw, or engine.kind fsdp."
     )
 

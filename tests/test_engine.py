@@ -10,7 +10,7 @@ from tests.training import Outcome, train_all
 
 STEPS = 20
 # Adam divides by |g| + eps: with a usual eps, rounding of near-zero gradients becomes whole steps.
-ADAMW, LAMB = ({"name": name, "eps": 1.0e-2} for name in ("adamw", "lamb"))
+ADAMW, LAMB, MUON = ({"name": name, "eps": 1.0e-2} for name in ("adamw", "lamb", "muon"))
 WARM = {
     "checkpoint": "none",
     "freeze_base_steps": 4,
@@ -77,6 +77,18 @@ def test_four_processes_and_two_replicas_of_two_train_what_one_trains(adamw, lam
     for outcomes in run_distributed(train_all, 4, configs, STEPS, timeout_seconds=400):
         for found, each in zip(outcomes, wanted, strict=True):
             assert_same_training(found, each)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_muon_puts_matrices_together_from_their_parts():
+    """On two processes and, where some have no part of small tensors, on three."""
+    for processes in (2, 3):
+        config = {"global_batch_size": 4 * processes}
+        wanted = train_all([recipe(MUON, {}, **config)], 6)[0]
+        sharded = [recipe(MUON, {"kind": "fsdp"}, **config)]
+        for [found] in run_distributed(train_all, processes, sharded, 6):
+            assert_same_training(found, wanted)
 
 
 @pytest.mark.slow

@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 
+from t2v.engine.muon import orthogonal
 from t2v.engine.optimizer import (
     Groups,
     OptimizerConfig,
     build_optimizer,
+    moments_of,
     parameter_groups,
     set_rates,
     start_moments,
 )
+from t2v.engine.place import Place
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.recipe.recipe import RunConfig
 from t2v.train.schedule import learning_rate, learning_rates
@@ -29,8 +32,8 @@ def config(**changes) -> OptimizerConfig:
 
 def optimizer_of(settings: OptimizerConfig, weights, sum_over_parts=lambda values: values):
     parts = {str(number): weight for number, weight in enumerate(weights)}
-    shapes = {name: tuple(part.shape) for name, part in parts.items()}
-    groups = parameter_groups(settings, GROUPS, parts, shapes)
+    places = {name: Place(tuple(part.shape), 0) for name, part in parts.items()}
+    groups = parameter_groups(settings, GROUPS, parts, places)
     optimizer = build_optimizer(settings, groups, sum_over_parts)
     start_all(optimizer)
     return optimizer
@@ -38,7 +41,7 @@ def optimizer_of(settings: OptimizerConfig, weights, sum_over_parts=lambda value
 
 def start_all(optimizer) -> None:
     for group in optimizer.param_groups:
-        start_moments(optimizer, group["params"])
+        start_moments(optimizer, group["params"], moments_of(group))
 
 
 def lamb_reference(weights, gradients, settings: OptimizerConfig):
@@ -147,6 +150,49 @@ def test_adamw_is_torchs_own():
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_muon_is_torchs_own_on_matrices_of_blocks_and_adamw_elsewhere():
+    torch.manual_seed(4)
+    settings = config(name="muon", betas=(0.9, 0.95))
+    parts = {"blocks.0.wide": torch.randn(8, 24), "blocks.0.tall": torch.randn(24, 8)}
+    others = {"tokenizer.weight": torch.randn(4, 3), "blocks.0.bias": torch.randn(5)}
+    parts |= others
+    twins = {name: torch.nn.Parameter(part.clone()) for name, part in parts.items()}
+    places = {name: Place(tuple(part.shape), 0) for name, part in parts.items()}
+    groups = parameter_groups(settings, GROUPS, parts, places)
+    optimizer = build_optimizer(settings, groups, lambda values: values)
+    start_all(optimizer)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    muon = torch.optim.Muon(
+        [twins["blocks.0.wide"], twins["blocks.0.tall"]], rate, weight_decay=decay, momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    vector, matrix = twins["blocks.0.bias"], twins["tokenizer.weight"]
+    adamw = torch.optim.AdamW(
+        [{"params": [matrix], "weight_decay": decay}, {"params": [vector], "weight_decay": 0.0}],
+        rate, betas=settings.betas, eps=settings.eps,
+    )  # fmt: skip
+    for _ in range(5):
+        for part, twin in zip(parts.values(), twins.values(), strict=True):
+            part.grad = torch.randn_like(part)
+            twin.grad = part.grad.clone()
+        for one in (optimizer, muon, adamw):
+            one.step()
+    for name, part in parts.items():
+        # torch orthogonalises in bf16.
+        apart = (part - twins[name]).norm() / (5 * rate * part.norm())
+        assert apart < (1e-4 if name in others else 0.02), (name, apart)
+
+
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values():
+    torch.manual_seed(5)
+    for shape in ((6, 20), (20, 6)):
+        left, sizes, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        found = left.T @ orthogonal(left @ torch.diag(sizes) @ right) @ right.T
+        values = found.diagonal()
+        torch.testing.assert_close(found, torch.diag(values), atol=1e-4, rtol=0)
+        assert 0.6 < values.min() <= values.max() < 1.25
+
+
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
     rates = [learning_rate(config(), step, 20) for step in range(21)]
     assert rates[0] == pytest.approx(0.01 / 4)
@@ -161,14 +207,13 @@ def test_learning_rate_without_warm_up_begins_at_the_peak():
     assert learning_rate(config(warmup_steps=0), 0, 10) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("name", ["lamb", "adamw"])
+@pytest.mark.parametrize("name", ["lamb", "adamw", "muon"])
 def test_a_rate_of_zero_freezes_weights_and_moments(name):
     torch.manual_seed(3)
     parts = {"tokenizer.weight": torch.randn(4, 3), FUSION: torch.randn(4, 3)}
     before = {key: part.clone() for key, part in parts.items()}
-    groups = parameter_groups(
-        config(name=name), GROUPS, parts, {key: tuple(part.shape) for key, part in parts.items()}
-    )
+    places = {key: Place(tuple(part.shape), 0) for key, part in parts.items()}
+    groups = parameter_groups(config(name=name), GROUPS, parts, places)
     optimizer = build_optimizer(config(name=name), groups, lambda values: values)
     start_all(optimizer)
     for _ in range(3):
@@ -181,6 +226,7 @@ def test_a_rate_of_zero_freezes_weights_and_moments(name):
     base, new = (optimizer.state[part] for part in parts.values())
     assert not base["exp_avg"].any()
     assert not base["exp_avg_sq"].any()
+    assert ("exp_avg_sq" in new) == (name != "muon")
     assert (int(base["step"]), int(new["step"])) == (0, 3)
 
 

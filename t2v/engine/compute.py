@@ -114,3 +114,8 @@ def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) ->
     """Keep what matrix products and attention computed; the rest is cheap to compute again."""
     kept = operation in PRODUCTS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def squared_norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of squares of each tensor; an empty part has none."""
+    return torch.stack(torch._foreach_norm(tensors)).square()

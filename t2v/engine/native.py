@@ -6,22 +6,21 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from t2v.engine.compute import autocast
+from t2v.engine.compute import autocast, squared_norms
 from t2v.engine.config import EngineConfig
 from t2v.engine.optimizer import (
+    MOMENTS,
     Groups,
     OptimizerConfig,
     build_optimizer,
+    moments_of,
     parameter_groups,
     set_rates,
-    squared_norms,
     start_moments,
 )
 from t2v.engine.place import Place
 from t2v.engine.world import World
 from t2v.network.network import Network
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NativeEngine:
@@ -55,11 +54,10 @@ class NativeEngine:
         self._exchange, self._let_go = exchange, let_go
         # The optimizer's own view of each part, in the same memory.
         self._parts = {name: nn.Parameter(part) for name, part in self.parameters().items()}
-        shapes = {name: place.shape for name, place in places.items()}
-        members = parameter_groups(optimizer, groups, self._parts, shapes)
+        members = parameter_groups(optimizer, groups, self._parts, places)
         self._optimizer = build_optimizer(optimizer, members, sum_over_parts)
         for group in members:
-            start_moments(self._optimizer, group["params"])
+            start_moments(self._optimizer, group["params"], moments_of(group))
         self._updates = 0
 
     def autocast(self) -> AbstractContextManager:
@@ -97,6 +95,7 @@ class NativeEngine:
             f"{moment}.{name}": self._optimizer.state[part][moment]
             for moment in MOMENTS
             for name, part in self._parts.items()
+            if moment in self._optimizer.state[part]
         }
 
     def places(self) -> dict[str, Place]:

@@ -18,18 +18,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from t2v.engine.compute import autocast, prepare_blocks, set_matmul_precision
+from t2v.engine.compute import (
+    autocast,
+    prepare_blocks,
+    set_matmul_precision,
+    squared_norms,
+)
 from t2v.engine.config import BUCKET_ELEMENTS, EngineConfig
-from t2v.engine.native import MOMENTS
 from t2v.engine.optimizer import (
     BASE,
+    MOMENTS,
     NEW,
     Groups,
     OptimizerConfig,
     build_optimizer,
     parameter_groups,
     set_rates,
-    squared_norms,
     start_moments,
 )
 from t2v.engine.place import Place
@@ -61,13 +65,13 @@ class ZeroEngine:
         deepspeed = import_quietly(world)
         prepare_blocks(model.blocks, config)
         settings = deepspeed_settings(config, model, world)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        whole = {name: Place(tuple(p.shape), 0) for name, p in model.named_parameters()}
         if config.zero_stage == 3:
             partition_from_the_start(deepspeed, model, world, settings, seed=seed)
         else:
             model.to_empty(device=world.device)
             model.init_weights(seed)
-        members = parameter_groups(optimizer, groups, dict(model.named_parameters()), shapes)
+        members = parameter_groups(optimizer, groups, dict(model.named_parameters()), whole)
         self._adamw = build_optimizer(optimizer, members, lambda values: values)
         # DeepSpeed puts its partitions in place of the parameters of each group.
         self._rates = [group["rate"] for group in members]

@@ -130,7 +130,13 @@ def held_by_single(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     # autocast keeps a bf16 copy of each weight until the backward pass is over
     copies = whole / 2 if config.engine.precision == "bf16" else 0
     return Held(
-        whole, whole, 2 * whole, whole, earlier, gathered=copies, stepping=stepping(config, whole)
+        whole,
+        whole,
+        2 * whole,
+        whole,
+        earlier,
+        gathered=copies,
+        stepping=stepping(config, footprint, whole),
     )
 
 
@@ -145,7 +151,16 @@ def held_by_fsdp(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     earlier, summed = 0.0, two_blocks
     if accumulates(config, gpus):
         earlier, summed = (whole, whole) if engine.accumulate == "whole" else (shard, two_blocks)
-    return Held(shard, shard, 2 * shard, shard, earlier, gathered, summed, stepping(config, shard))
+    return Held(
+        shard,
+        shard,
+        2 * shard,
+        shard,
+        earlier,
+        gathered,
+        summed,
+        stepping(config, footprint, shard),
+    )
 
 
 def held_by_zero(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
@@ -173,9 +188,16 @@ def accumulates(config: RunConfig, gpus: int) -> bool:
     return config.global_batch_size > config.micro_batch_size * gpus
 
 
-def stepping(config: RunConfig, shard: float) -> float:
-    """Temporary tensors of LAMB, which holds updates until their norms are known."""
-    return 3 * shard if config.optimizer.name == "lamb" else 0
+def stepping(config: RunConfig, footprint: Footprint, shard: float) -> float:
+    """Temporary tensors of LAMB, which holds updates until their norms are known, and of Muon,
+    which orthogonalises one whole matrix of a block at a time."""
+    match config.optimizer.name:
+        case "lamb":
+            return 3 * shard
+        case "muon":
+            return 4 * footprint.largest_block_parameters
+        case _:
+            return 0
 
 
 def explain_too_large(

@@ -65,10 +65,10 @@ class RunConfig(Strict):
             )
         if problem := self.method.problem_with_batches(self.global_batch_size):
             raise ValueError(f"global_batch_size: {problem}")
-        if self.engine.kind == "zero" and self.optimizer.name == "lamb":
+        if self.engine.kind == "zero" and self.optimizer.name != "adamw":
             raise ValueError(
-                "optimizer.name: 'lamb' is wrong because ZeRO splits tensors, and LAMB needs the "
-                "norms of whole ones; use adamw, or engine.kind fsdp"
+                f"optimizer.name: '{self.optimizer.name}' is wrong because ZeRO splits tensors, "
+                "and LAMB and Muon need whole ones; use adamw, or engine.kind fsdp"
             )
         patience = self.engine.collective_timeout_seconds
         for section in ("data", "step", "checkpoint") if self.engine.kind != "single" else ():
