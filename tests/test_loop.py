@@ -86,8 +86,10 @@ def train_in_parts(config: RunConfig, stops: list[int]) -> list[int]:
 TRUTH = ("loss", "loss_level_0", "loss_level_1", "grad_norm", "learning_rate", "batch_digest")
 
 
-def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset, tmp_path):
-    whole, parts = (config_of(dataset, tmp_path / name) for name in ("whole", "parts"))
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset, tmp_path, name):
+    change = {"optimizer": {"name": name}}
+    whole, parts = (config_of(dataset, tmp_path / name, **change) for name in ("whole", "parts"))
     assert train(whole) == 0
     assert train_in_parts(parts, [1, 3]) == [75, 75, 0]
     assert lines_of(tmp_path / "parts", *TRUTH) == lines_of(tmp_path / "whole", *TRUTH)
@@ -97,7 +99,7 @@ def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset
     # A finished run has nothing left to do; a refused recipe leaves no trace in the folder.
     assert train(whole) == 0
     with pytest.raises(ConfigError, match="seed: 3 -> 4"):
-        train(config_of(dataset, tmp_path / "whole", seed=4))
+        train(config_of(dataset, tmp_path / "whole", seed=4, **change))
     assert load_config(tmp_path / "whole" / "config.yaml") == whole
     assert [line[0] for line in lines_of(tmp_path / "whole")] == list(range(1, STEPS + 1))
 
