@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.train_step import noise_batch
-from t2v.engine.compute import make_deterministic
+from t2v.engine.compute import determinism
 from t2v.engine.device import to_host
+from t2v.engine.engine import Engine
 from t2v.engine.world import join_world
 from t2v.loop import open_engine
 from t2v.plan.footprint import measure, training_tflop
@@ -120,36 +121,47 @@ def steps_of_recipe(count: int = 5) -> dict[str, Any]:
     small = MINIATURE if device().type == "cpu" else []
     recipe = ROOT / "configs" / "t2v_64x288x512.yaml"
     config = load_config(recipe, [*ONE_DEVICE, *small])
-    make_deterministic()
-    method, spent = method_of(config), []
+    free = config.engine.model_copy(update={"deterministic": False})
+    method = method_of(config)
     with join_world(config.engine) as world:
         engine = open_engine(config, method, world)
-        for number in range(count + 1):
-            marks = [time.perf_counter()]
-            for final in (False, True):
-                batch = noise_batch(config, 1)  # which its losses take to the device
-                losses = method.losses(engine.model, batch, seed=number, device=world.device)
-                engine.backward(losses.sum(), final=final)
-            norm = float(to_host(engine.gradient_norm()))
-            marks.append(time.perf_counter())
-            engine.update({"base": 1e-6, "new": 1e-6}, norm)
-            finish()
-            marks.append(time.perf_counter())
-            spent.append([after - before for before, after in pairwise(marks)])
+        with determinism(config.engine):
+            gradients, update = median_step(config, engine, count)
+        with determinism(free):
+            free_gradients, _ = median_step(config, engine, count)
         ceiling = matmul_tflops(config)
         peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else None
-    gradients, update = (statistics.median(part) for part in zip(*spent[1:], strict=True))
     speed = 2 * training_tflop(method) / (gradients + update)
     return {
         "parameters": sum(measure(config).parameters.values()),
         "gradient_seconds": gradients,
         "update_seconds": update,
+        "gradient_seconds_if_not_deterministic": free_gradients,
         "model_tflops": speed,
         "matmul_tflops": ceiling,
         "share_of_matmul": speed / ceiling,
         "peak_gib": peak,
         "planned_gib": memory(config, measure(config), 1).total,
     }
+
+
+def median_step(config: RunConfig, engine: Engine, count: int) -> tuple[float, float]:
+    """Median seconds of a step's gradients and of its update; the first step does not count."""
+    method, spent = method_of(config), []
+    for number in range(count + 1):
+        marks = [time.perf_counter()]
+        for final in (False, True):
+            batch = noise_batch(config, 1)  # which its losses take to the device
+            losses = method.losses(engine.model, batch, seed=number, device=engine.world.device)
+            engine.backward(losses.sum(), final=final)
+        norm = float(to_host(engine.gradient_norm()))
+        marks.append(time.perf_counter())
+        engine.update({"base": 1e-6, "new": 1e-6}, norm)
+        finish()
+        marks.append(time.perf_counter())
+        spent.append([after - before for before, after in pairwise(marks)])
+    gradients, update = (statistics.median(part) for part in zip(*spent[1:], strict=True))
+    return gradients, update
 
 
 def matmul_tflops(config: RunConfig) -> float:

@@ -23,7 +23,7 @@ from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.contract import refuse_other_run
 from t2v.engine.compile_cache import sound_compile_cache
-from t2v.engine.compute import keep_freed_memory, make_deterministic
+from t2v.engine.compute import determinism, keep_freed_memory
 from t2v.engine.device import Pace, on_device, to_host
 from t2v.engine.engine import Engine, build_engine
 from t2v.engine.faults import arm_faults, fault
@@ -54,9 +54,9 @@ def train(
     """Train to `total_steps` and return 0, or to where it is told to stop and return 75."""
     preemption.arm()
     arm_faults()
-    make_deterministic()
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as exits:
+        exits.enter_context(determinism(config.engine))
         longest = longest_section_seconds(config)
         watchdog = exits.enter_context(Watchdog(config.watchdog, longest=longest))
         world = exits.enter_context(join_world(config.engine))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from t2v.engine.compute import make_deterministic
+from t2v.engine.compute import determinism
 from t2v.engine.device import Pace, on_device, to_host
 from t2v.engine.world import join_world
 from t2v.loop import open_engine, train
@@ -72,9 +72,8 @@ def loader_batch(config, numbers):
 def test_nothing_in_a_micro_batch_waits_for_the_device():
     """After the first one, which loads kernels; the batch's own copy is not waited for either."""
     config = tiny_config()
-    make_deterministic()
     method = method_of(config)
-    with join_world(config.engine) as world:
+    with determinism(config.engine), join_world(config.engine) as world:
         engine, pace = open_engine(config, method, world), Pace(world.device)
         for number, batch in enumerate(
             on_device([loader_batch(config, [n, n + 1]) for n in range(4)], world.device)
@@ -88,7 +87,6 @@ def test_nothing_in_a_micro_batch_waits_for_the_device():
                 torch.cuda.set_sync_debug_mode("default")
             pace.wait()
         assert to_host(norm).isfinite()
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

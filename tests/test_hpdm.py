@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.engine.compute import make_deterministic
+from t2v.engine.compute import determinism
 from t2v.methods.hpdm.context import TokenGrid
 from t2v.methods.hpdm.network import HPDM, PIXELS
 from t2v.methods.hpdm.tiling import cut_tile
@@ -95,20 +95,14 @@ def test_shallow_fusion_sees_the_previous_level_alone():
     assert torch.equal(new_output[:, 2], output[:, 2])
 
 
-@pytest.fixture
-def deterministic():
-    make_deterministic()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def test_forward_and_backward_give_the_same_bits_twice(deterministic):
+def test_forward_and_backward_give_the_same_bits_twice():
     config = three_levels()
     results = []
     for _ in range(2):
         model = stirred_model(config)
-        output, latents = model(**random_inputs(config))
-        (output.square().mean() + latents.square().mean()).backward()
+        with determinism(config.engine):
+            output, latents = model(**random_inputs(config))
+            (output.square().mean() + latents.square().mean()).backward()
         results.append([output, latents, *(p.grad for p in model.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 

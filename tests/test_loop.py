@@ -46,7 +46,6 @@ def dataset(tmp_path_factory) -> Path:
 def leave_no_handlers():
     yield
     preemption.disarm()
-    torch.use_deterministic_algorithms(False)
 
 
 def config_of(dataset: Path, run_dir: Path, **changes) -> RunConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from data_pipeline.errors import ConfigError
 from t2v.engine.config import EngineConfig
 
 # glibc's names (malloc.h), and the largest value that it takes for the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, LARGEST_KEPT_BYTES = 1 << 30, 1 << 25
+# What cuBLAS sums in a fixed order with; it looks once, before its first product.
+CUBLAS, FIXED_ORDER = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 # Of one piece of code; recipes have far fewer (docs/engines.md).
 MOST_GRAPHS = 32
 PRODUCTS = {
@@ -33,12 +37,39 @@ PRODUCTS = {
 }
 
 
-def make_deterministic() -> None:
-    """Equal inputs give equal bits, on a CPU and on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Filling fresh memory guards against reading it; in a training step it is a bare cost.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+@contextlib.contextmanager
+def determinism(config: EngineConfig) -> Iterator[None]:
+    """Equal inputs give equal bits, on a CPU and on a GPU, or an operation that cannot is an error;
+    unless the recipe gives that up. Afterwards torch is set as it was before.
+
+    ConfigError if the environment has cuBLAS sum in any order.
+    """
+    wanted, fill = config.deterministic, torch.utils.deterministic
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    filled = fill.fill_uninitialized_memory  # pyrefly: ignore[missing-attribute]
+    had = os.environ.get(CUBLAS)
+    if wanted and (had or FIXED_ORDER[0]) not in FIXED_ORDER:
+        raise ConfigError(
+            f"{CUBLAS}: '{had}' is wrong because engine.deterministic needs sums of one order; "
+            "unset it, or set engine.deterministic: false."
+        )
+    try:
+        if wanted:
+            os.environ[CUBLAS] = had or FIXED_ORDER[0]
+            torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = wanted
+        torch.use_deterministic_algorithms(wanted)
+        # Filling fresh memory guards against reading it; in a training step it is a bare cost.
+        fill.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        fill.fill_uninitialized_memory = filled  # pyrefly: ignore[missing-attribute]
+        if wanted and had is None:
+            os.environ.pop(CUBLAS, None)
 
 
 def keep_freed_memory() -> None:

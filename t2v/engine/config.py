@@ -21,6 +21,11 @@ class EngineConfig(Strict):
         default=False,
         description="tf32: attention in bf16, which flash kernels take; the rest stays as it is",
     )
+    deterministic: bool = Field(
+        default=True,
+        description="equal inputs give equal bits, so that a resumed run is the one that never "
+        "stopped; false: on a GPU, faster kernels that add in any order",
+    )
     activation_checkpointing: Literal["none", "blocks", "selective"] = Field(
         default="none",
         description="recompute blocks in backward; selective: all but their matrix products",
