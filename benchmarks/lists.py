@@ -112,7 +112,7 @@ def count_requests(files: int) -> dict:
     from moto.server import ThreadedMotoServer
 
     from data_pipeline.making.build import build
-    from data_pipeline.media.video import encode_image
+    from data_pipeline.media.codec import encode_image
 
     logging.getLogger("werkzeug").propagate = False
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -39,7 +39,7 @@ from rich.table import Table
 from data_pipeline.feeding.config import DataConfig, NoConditioning, Source
 from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build
-from data_pipeline.media.video import decode_patches, encode_clip
+from data_pipeline.media.codec import decode_patches, encode_clip
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, draw_offsets
 from data_pipeline.shards.dataset import commit_dataset, open_dataset
 from data_pipeline.shards.tar import write_index, write_tar

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import all_toys, write_toy
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.pyramid import Clip
 from data_pipeline.store import storage
 from t2v.cli import main as t2v

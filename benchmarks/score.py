@@ -26,9 +26,9 @@ import numpy as np
 
 from benchmarks.damage import film
 from data_pipeline.making.duplicates import originals
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.measures import measure_media
-from data_pipeline.media.video import encode_clip
 
 FRAMES, SIZES, BLURS = 64, ((288, 512), (720, 1280)), (0.0, 4.0)
 HASHES = (10_000, 100_000, 1_000_000)

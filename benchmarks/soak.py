@@ -31,7 +31,8 @@ from rich.table import Table
 from benchmarks.job import Job
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import write_toy
-from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
+from t2v.checkpoint.finding import list_checkpoints
+from t2v.checkpoint.proving import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STOP = {65, 66, 70, 73, 78}  # another attempt would meet them again

@@ -32,14 +32,8 @@ from cluster.launcher import (
     split_endpoint,
     start_launcher,
 )
-from cluster.status import (
-    PREEMPTED,
-    NodeRecord,
-    last_nodes,
-    read_json,
-    run_status,
-    seconds_of,
-)
+from cluster.requeue import PREEMPTED
+from cluster.status import NodeRecord, last_nodes, read_json, run_status, seconds_of
 from data_pipeline.errors import ConfigError, StorageError, UserError
 from data_pipeline.plain import plain
 from data_pipeline.store import storage

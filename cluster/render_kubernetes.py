@@ -24,8 +24,8 @@ from cluster.pod import (
     resources_of,
 )
 from cluster.profile import KubernetesProfile
+from cluster.requeue import HOPELESS, PREEMPTED
 from cluster.rules import POD_SUFFIX
-from cluster.status import HOPELESS, PREEMPTED
 from data_pipeline.errors import ConfigError
 
 

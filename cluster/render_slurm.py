@@ -9,7 +9,7 @@ from cluster.containers import Apptainer, Pyxis
 from cluster.job import DataJob, TrainingJob, run_folder
 from cluster.names import DIRECTIVE_VALUE, refuse_unprintable
 from cluster.profile import SlurmProfile
-from cluster.status import HOPELESS
+from cluster.requeue import ALIKE_STARTS, HOPELESS
 from data_pipeline.errors import ConfigError
 
 # In these, sbatch replaces %x, %j and the like.
@@ -57,8 +57,9 @@ BAD_NODES = (
 FAILED_START = (
     "failed_start() {",
     '  echo "$SLURM_JOB_ID $1 $rc" >>"$run_dir/slurm/failed_starts"',
-    '  failed=$(tail -n 3 -- "$run_dir/slurm/failed_starts" | grep -cx "$SLURM_JOB_ID $1 $rc")',
-    '  [ "$failed" -lt 3 ] && return',
+    f'  failed=$(tail -n {ALIKE_STARTS} -- "$run_dir/slurm/failed_starts" |'
+    ' grep -cx "$SLURM_JOB_ID $1 $rc")',
+    f'  [ "$failed" -lt {ALIKE_STARTS} ] && return',
     '  echo "not requeued because three starts in a row ended alike: $1 with $rc; see above" >&2',
     '  exit "$rc"',
     "}",

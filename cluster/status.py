@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from cluster.requeue import Decision, decide
 from data_pipeline.errors import InputMissing
 from t2v.attempt.record import (
-    FAILURES_IN_A_ROW,
+    PREEMPTED,
     failed_starts,
     failures_in_a_row,
     killed_line,
@@ -21,11 +22,6 @@ from t2v.attempt.record import (
     unfinished,
 )
 
-Decision = Literal["done", "requeue", "stop"]
-
-PREEMPTED = 75
-# What another attempt at the same recipe, data and folder would meet again.
-HOPELESS = frozenset({65, 66, 70, 73, 78})
 STALE_SECONDS = 120.0
 # One of these is in every run folder, whoever began it.
 SIGNS = ("status.json", "attempts.jsonl", "logs", "checkpoints", "launch", "slurm")
@@ -139,22 +135,6 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         decision=decide(ending, failures(attempts, checkpoint)),
         pause_seconds=pause_seconds(failures(attempts, checkpoint) + 1),
     )
-
-
-def decide(ending: dict[str, Any], failures: int) -> Decision:
-    """What to do after an attempt has ended, however it did.
-
-    Preemption, hangs, storage and deaths without a word are worth another attempt; what would come
-    again is not, nor is a third failure in a row without a newer checkpoint.
-    """
-    code = ending["exit_code"]
-    if ending["state"] == "done":
-        return "done"
-    if code == PREEMPTED:
-        return "requeue"
-    if code in HOPELESS or failures >= FAILURES_IN_A_ROW:
-        return "stop"
-    return "requeue"
 
 
 def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:

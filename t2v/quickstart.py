@@ -17,7 +17,7 @@ from data_pipeline.feeding.config import TextConditioning
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import Staging, Toy, all_toys, write_toy
 from data_pipeline.making.toy_score import read_toy
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.store import storage
 from data_pipeline.terminal import Terminal
 from data_pipeline.text.embed import embed, make_tiny_encoder

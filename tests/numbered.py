@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.media.video import decode_clip, encode_clip
+from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.shards.dataset import Dataset
 
 BITS = 10

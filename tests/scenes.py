@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from data_pipeline.making.build import build
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.pyramid import Clip
 from t2v.cli import main
 from tests.stand_ins import (

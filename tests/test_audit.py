@@ -9,7 +9,7 @@ import yaml
 from test_loader import config, make
 from tiny import RECIPE
 
-from data_pipeline.feeding.audit import planned_samples
+from data_pipeline.feeding.batches import planned_samples
 from data_pipeline.feeding.order import GlobalOrder
 from data_pipeline.shards.dataset import open_dataset
 from t2v.cli import main

@@ -17,7 +17,7 @@ from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
 from data_pipeline.media.clips import read_clip
-from data_pipeline.media.video import (
+from data_pipeline.media.codec import (
     decode_clip,
     decode_image,
     encode_image,

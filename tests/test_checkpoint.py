@@ -26,9 +26,9 @@ from t2v.checkpoint.finding import (
     print_checkpoints,
     resolve_checkpoint,
     step_folder,
-    verify_checkpoint,
 )
 from t2v.checkpoint.manifest import read_manifest
+from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import INDEX, file_of
 from t2v.engine.world import ALONE
 from t2v.recipe.recipe import RunConfig, method_of

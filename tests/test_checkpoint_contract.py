@@ -8,8 +8,9 @@ import pytest
 
 from data_pipeline.errors import ConfigError, StorageError
 from t2v.checkpoint.contract import refuse_other_run
-from t2v.checkpoint.finding import resolve_checkpoint, verify_checkpoint
+from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.checkpoint.manifest import Manifest, record_file
+from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import INDEX
 from t2v.train.state import TrainState
 from tests.test_checkpoint import TENSORS, checkpoints, facts, fresh_state, save, shuffled_state

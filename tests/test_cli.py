@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.making.toy import write_toy
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.text.embed import make_tiny_encoder
 from t2v.cli import is_mine, main

@@ -9,7 +9,7 @@ from moving import FPS, HEIGHT, WIDTH, moving
 from data_pipeline.making.build import build
 from data_pipeline.making.samples import Filters
 from data_pipeline.media.bars import Bars, media_bars
-from data_pipeline.media.video import decode_clip, decode_image, encode_clip, encode_image
+from data_pipeline.media.codec import decode_clip, decode_image, encode_clip, encode_image
 
 BARS = Bars(12, 20, 0, 32)
 INSIDE = (slice(None), slice(12, HEIGHT - 20), slice(0, WIDTH - 32))

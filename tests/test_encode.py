@@ -25,7 +25,7 @@ from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import verify
 from data_pipeline.media.clips import read_clip
-from data_pipeline.media.video import decode_clip, decode_image
+from data_pipeline.media.codec import decode_clip, decode_image
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_index, write_tar
 from t2v.cli import main

@@ -10,7 +10,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import NoConditioning, TextConditioning
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.pyramid import level_clip
 from t2v.cli import main
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from data_pipeline.media.video import decode_clip, encode_clip
+from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.pyramid import area_average
 from t2v.cli import main
 from t2v.methods.hpdm.diffusion import c_in

@@ -14,7 +14,7 @@ from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
 from data_pipeline.making.scoring import score
 from data_pipeline.making.verify import repair, verify
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_tar
 

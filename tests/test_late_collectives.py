@@ -11,8 +11,8 @@ from torch.distributed import HashStore
 
 from t2v.attempt import collectives
 from t2v.attempt.collectives import Progress, progress, recorded
+from t2v.attempt.culprit import culprit
 from t2v.attempt.failure import first_failure
-from t2v.attempt.hang import culprit
 from t2v.attempt.watchdog import LAST, TIMES, Measured, Watchdog, WatchdogConfig
 from tests.test_watchdog import at
 

@@ -22,7 +22,7 @@ from data_pipeline.latents.latents import Normalisation, Statistics, open_latent
 from data_pipeline.making.build import build
 from data_pipeline.making.stats import measure
 from data_pipeline.making.verify import repair, verify
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import commit_dataset, open_dataset
 from data_pipeline.shards.tar import list_captions, write_index, write_tar

@@ -27,7 +27,7 @@ from data_pipeline.feeding.order import keyed_rng
 from data_pipeline.feeding.quarantine import Quarantine
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
-from data_pipeline.media.video import decode_clip, decode_image
+from data_pipeline.media.codec import decode_clip, decode_image
 from data_pipeline.pyramid import Pyramid, cut_patches, draw_offsets, repeat_still
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.text.embed import embed, make_tiny_encoder

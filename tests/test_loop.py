@@ -17,7 +17,8 @@ from data_pipeline.making.toy import write_toy
 from t2v import loop
 from t2v.attempt import preemption
 from t2v.attempt.run_folder import locked
-from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
+from t2v.checkpoint.finding import list_checkpoints
+from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
 from t2v.loop import train
 from t2v.methods.hpdm.method import HPDMMethod

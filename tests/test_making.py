@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError, DataError, NotWanted
 from data_pipeline.making.build import build
 from data_pipeline.making.samples import Filters
 from data_pipeline.media.clips import Probe, probe, read_clips
-from data_pipeline.media.video import decode_clip, encode_clip
+from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.shards.dataset import open_dataset
 
 COLORS = np.array([(30, 30, 30), (10, 200, 200), (220, 40, 40)], np.uint8)

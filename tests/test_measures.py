@@ -7,8 +7,8 @@ from moving import FPS, FRAMES, HEIGHT, WIDTH, moving
 
 from data_pipeline.errors import DataError
 from data_pipeline.media.bars import Bars, find_bars
+from data_pipeline.media.codec import encode_clip, encode_image
 from data_pipeline.media.measures import LOOKS, measure_media
-from data_pipeline.media.video import encode_clip, encode_image
 
 
 def measured(clip: np.ndarray):

@@ -9,8 +9,9 @@ from data_pipeline.errors import StorageError
 from data_pipeline.store import storage
 from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.checkpoint.config import CheckpointConfig
-from t2v.checkpoint.finding import list_checkpoints, verify_checkpoint
+from t2v.checkpoint.finding import list_checkpoints
 from t2v.checkpoint.mirror import Mirror
+from t2v.checkpoint.proving import verify_checkpoint
 from t2v.engine.world import ALONE
 from tests.test_checkpoint import facts, fresh_state, shuffled_state, tensors_of
 from tests.tiny import tiny_config

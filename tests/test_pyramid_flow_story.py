@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipeline.latents.autoencoder import Autoencoder, pixels_of
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import all_toys, write_toy
-from data_pipeline.media.video import decode_clip, encode_clip
+from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.cli import main
 from t2v.recipe.recipe import method_of, parse_config

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.feeding.loader import Loader
 from data_pipeline.making.build import build
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.cli import main

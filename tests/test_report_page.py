@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import InputMissing
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from t2v.recipe.recipe import dump_config
 from t2v.watching.page import bin_names, page, video, write_report
 from t2v.watching.page_files import condensed, spread

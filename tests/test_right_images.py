@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 from data_pipeline.errors import DataError, NotWanted
 from data_pipeline.media.clips import probe, read_clip
-from data_pipeline.media.video import decode_image
+from data_pipeline.media.codec import decode_image
 from tests.odd_media import QUADRANTS, corners_of, quadrants
 
 WHITE = (255, 255, 255)

@@ -10,7 +10,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from data_pipeline.errors import NotWanted
 from data_pipeline.media.clips import probe, read_clip
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from tests.odd_media import (
     QUADRANTS,
     corners_of,

@@ -20,7 +20,7 @@ from data_pipeline.making.indexing import index
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import open_scores, score
 from data_pipeline.making.stats import measure, write_page
-from data_pipeline.media.video import encode_clip, encode_image
+from data_pipeline.media.codec import encode_clip, encode_image
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_tar
 from data_pipeline.store import storage

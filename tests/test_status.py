@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.status import HOPELESS, NodeRecord, run_status
+from cluster.requeue import HOPELESS
+from cluster.status import NodeRecord, run_status
 from cluster.status_view import print_statuses, spell, to_json
 from data_pipeline.errors import InputMissing
 from data_pipeline.terminal import Terminal

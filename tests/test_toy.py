@@ -16,7 +16,7 @@ from data_pipeline.making.toy import (
     write_toy,
 )
 from data_pipeline.making.toy_score import BRIGHT, read_toy
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.pyramid import Pyramid, level_clip
 from t2v.quickstart import STAGINGS
 

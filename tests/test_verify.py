@@ -13,7 +13,7 @@ from safetensors.torch import save
 from data_pipeline.errors import InputMissing
 from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import repair, verify
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import list_captions, open_index, write_index, write_tar
 from data_pipeline.text.embed import embed

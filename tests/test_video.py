@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.toy import Toy, render
 from data_pipeline.media.clips import read_clip
-from data_pipeline.media.video import (
+from data_pipeline.media.codec import (
     decode_clip,
     decode_image,
     decode_patches,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from t2v.attempt.alarm import ring
+from t2v.attempt.culprit import Position, culprit
 from t2v.attempt.failure import Failure, advice, failure_page, first_failure, record_failure
-from t2v.attempt.hang import Position, culprit
 
 
 def at(rank: int, entered: int, *, waits: bool = False, seconds: float = 9.0) -> Position:

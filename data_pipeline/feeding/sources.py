@@ -15,7 +15,7 @@ from data_pipeline.feeding.config import (
 )
 from data_pipeline.latents.latents import LatentSet, open_latents
 from data_pipeline.latents.latents import Provenance as Autoencoder
-from data_pipeline.media.video import reduction
+from data_pipeline.media.codec import reduction
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import Dataset, cached_index, open_dataset
 from data_pipeline.text.embeddings import EmbeddingSet, open_embeddings

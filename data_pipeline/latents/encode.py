@@ -20,7 +20,7 @@ from data_pipeline.latents.latents import (
     pack_row,
 )
 from data_pipeline.latents.tiles import refuse_misfit, tile_within
-from data_pipeline.media.video import reduction
+from data_pipeline.media.codec import reduction
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import Former, Row, begin, claim, fill

@@ -23,7 +23,7 @@ from data_pipeline.media.clips import (
     read_clips,
     read_still,
 )
-from data_pipeline.media.video import encode_clip, encode_image
+from data_pipeline.media.codec import encode_clip, encode_image
 from data_pipeline.shards.captions import Captions
 
 Members = dict[str, bytes]

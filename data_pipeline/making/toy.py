@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import track
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.media.video import encode_clip
+from data_pipeline.media.codec import encode_clip
 from data_pipeline.pyramid import Clip
 from data_pipeline.store import storage
 

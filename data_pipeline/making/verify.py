@@ -15,7 +15,7 @@ from data_pipeline.latents.latents import LATENTS
 from data_pipeline.making.indexing import index
 from data_pipeline.making.listing import Kind as MediaKind
 from data_pipeline.media.clips import probe
-from data_pipeline.media.video import count_frames, decode_image
+from data_pipeline.media.codec import count_frames, decode_image
 from data_pipeline.parallel import map_in_order
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Tally

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from data_pipeline.errors import DataError
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import Orientation, Picture, orientation
+from data_pipeline.media.orientation import Orientation, Picture, orientation
 
 Grey = UInt8[np.ndarray, "height width"]  # full range: 0 is black, 255 is white
 

@@ -19,14 +19,8 @@ from data_pipeline.errors import NotWanted
 from data_pipeline.media.bars import Bars
 from data_pipeline.media.container import Shot, Video, open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import (
-    Orientation,
-    Picture,
-    fitted_picture,
-    orientation,
-    picture_of,
-    shown_size,
-)
+from data_pipeline.media.orientation import Orientation, Picture, orientation
+from data_pipeline.media.picture import fitted_picture, picture_of, shown_size
 from data_pipeline.media.scenes import mark_scenes
 from data_pipeline.pyramid import Clip, repeat_still
 

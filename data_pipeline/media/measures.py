@@ -15,7 +15,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.media.bars import FULL_FRAMES, Bars, Grey, find_bars, grey_of
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import Orientation, orientation, refuse_strange_colours
+from data_pipeline.media.orientation import Orientation, orientation
+from data_pipeline.media.picture import refuse_strange_colours
 
 LONGER_SIDE, LEAST_SIDE = 160, 32  # of small pictures
 LOOKS = 4  # frames that are hashed, spread evenly

@@ -4,7 +4,7 @@ import math
 
 from data_pipeline.errors import DataError
 from data_pipeline.media.clips import read_clip
-from data_pipeline.media.video import decode_patches, reduction
+from data_pipeline.media.codec import decode_patches, reduction
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, cut_patches
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.tar import Record

@@ -18,6 +18,7 @@ from pydantic import Field
 from data_pipeline.strict import Strict
 from t2v.attempt.alarm import heard_alarm, ring
 from t2v.attempt.collectives import leave_record, progress, recorded
+from t2v.attempt.culprit import ANSWER_SECONDS, Position, culprit, exchange, tell_hang
 from t2v.attempt.failure import (
     HANG,
     Failure,
@@ -28,7 +29,6 @@ from t2v.attempt.failure import (
     wait_until,
     waits_for_others,
 )
-from t2v.attempt.hang import ANSWER_SECONDS, Position, culprit, exchange, tell_hang
 from t2v.attempt.trace import given_trace
 
 POLL_SECONDS = 0.5

@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import Tensor
 
 from data_pipeline.terminal import Terminal
-from t2v.checkpoint.finding import verify_checkpoint
+from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import TensorKind, read_whole, tensor_kinds
 
 

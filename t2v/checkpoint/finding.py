@@ -12,7 +12,8 @@ from data_pipeline.errors import InputMissing, StorageError
 from data_pipeline.plain import plain
 from data_pipeline.terminal import Terminal
 from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
-from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_digests, wrong_sizes
+from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_sizes
+from t2v.checkpoint.proving import problems_of, with_remedy
 from t2v.checkpoint.tensor_files import read_slices, tensor_kinds, whole
 from t2v.engine.world import ALONE, World
 
@@ -61,37 +62,6 @@ def _look_at(folder: Path, step: int) -> CheckpointInfo:
     )
 
 
-def verify_checkpoint(folder: str | Path) -> Manifest:
-    """The manifest of a checkpoint whose every byte is as it was written; else StorageError."""
-    if problems := problems_of(Path(folder)):
-        raise StorageError("\n".join(map(_with_remedy, problems)))
-    return read_manifest(Path(folder))
-
-
-def _with_remedy(problem: str) -> str:
-    """A problem as a whole line, what to do at its end."""
-    if problem.endswith("use another checkpoint."):
-        return problem
-    return f"{problem.removesuffix('.')}; use another checkpoint."
-
-
-def problems_of(folder: Path, world: World = ALONE) -> list[str]:
-    """All that is wrong with a checkpoint, its every byte read; ranks share the reading."""
-
-    def problems() -> list[str]:
-        try:
-            manifest = read_manifest(folder)
-        except StorageError as failure:
-            return [str(failure)]
-        if wrong := wrong_sizes(folder, manifest):
-            return wrong
-        names = sorted(manifest.files)[world.rank :: world.world_size]
-        return wrong_digests(folder, manifest, names)
-
-    found = world.on_all(problems, world.storage)
-    return list(dict.fromkeys(problem for part in found for problem in part))
-
-
 def newest_valid(
     folder: Path, world: World = ALONE
 ) -> tuple[tuple[Path, Manifest], list[Path]] | None:
@@ -121,7 +91,7 @@ def resolve_checkpoint(path: str | Path, world: World = ALONE) -> Path:
         raise InputMissing(f"{path}: no such checkpoint; give a step folder or a run folder.")
     if STEP_FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
         if problems := problems_of(folder, world):
-            raise StorageError(_with_remedy(problems[0]))
+            raise StorageError(with_remedy(problems[0]))
         return folder
     found = newest_valid(folder, world)
     if found is None:

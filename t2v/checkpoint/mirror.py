@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data_pipeline.errors import StorageError, UserError
 from data_pipeline.store import storage
-from t2v.checkpoint.finding import list_checkpoints, problems_of, step_folder
+from t2v.checkpoint.finding import list_checkpoints, step_folder
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from t2v.checkpoint.proving import problems_of
 from t2v.engine.world import World
 
 HOME = re.compile(r"step-(\d{8,})-[0-9a-f]{12}")

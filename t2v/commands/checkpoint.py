@@ -54,7 +54,8 @@ def ls(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from t2v.checkpoint.finding import step_of, verify_checkpoint
+    from t2v.checkpoint.finding import step_of
+    from t2v.checkpoint.proving import verify_checkpoint
 
     folder = step_of(options.checkpoint)
     manifest = verify_checkpoint(folder)

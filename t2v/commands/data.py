@@ -109,7 +109,7 @@ def data_encode(options: argparse.Namespace) -> None:
 
 
 def data_order(options: argparse.Namespace) -> None:
-    from data_pipeline.feeding.audit import planned_samples
+    from data_pipeline.feeding.batches import planned_samples
     from t2v.recipe.recipe import load_config
 
     config = load_config(options.config, options.set or [])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.media.clips import Size, probe
-from data_pipeline.media.video import decode_clip, encode_clip, reduce_clip, reduction
+from data_pipeline.media.codec import decode_clip, encode_clip, reduce_clip, reduction
 from data_pipeline.pyramid import Clip
 from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.shards.tar import digest64

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.host_memory import available_memory
-from data_pipeline.media.video import decode_clip, encode_clip
+from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.pyramid import Clip
 from data_pipeline.store import storage
 from data_pipeline.terminal import Terminal

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
-from data_pipeline.media.video import decode_clip, decode_image
+from data_pipeline.media.codec import decode_clip, decode_image
 from data_pipeline.pyramid import Clip
 from t2v.methods.method import Method
 

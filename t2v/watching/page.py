@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_pipeline.errors import DataError, InputMissing
-from data_pipeline.media.video import decode_clip
+from data_pipeline.media.codec import decode_clip
 from data_pipeline.store.page import GENERATOR, write_page
 from t2v.watching.charts import COLOURS, Series, line_chart, shade, short
 from t2v.watching.page_files import (

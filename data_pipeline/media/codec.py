@@ -20,13 +20,8 @@ from data_pipeline.media.clips import Size
 from data_pipeline.media.container import choose_streams, open_container, read_packets
 from data_pipeline.media.damage import Decoder
 from data_pipeline.media.image import open_image
-from data_pipeline.media.picture import (
-    EXACT_RESIZE,
-    Orientation,
-    Picture,
-    orientation,
-    picture_of,
-)
+from data_pipeline.media.orientation import Orientation, Picture, orientation
+from data_pipeline.media.picture import EXACT_RESIZE, picture_of
 from data_pipeline.pyramid import Clip, Offsets, Patches, Pyramid, area_average, repeat_still
 from data_pipeline.stages import stage
 
