@@ -24,6 +24,7 @@ from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.store import Store
 from t2v.methods.method import Room, Team
 from t2v.recipe.recipe import method_of
+from t2v.sampling.generate import refuse_odd_sizes
 from t2v.sampling.subjects import Conditions, Request, read_prompts, subjects_of
 from tests.distributed import next_world, run_distributed
 from tests.tiny import THREE_LEVELS, class_condition, stirred_model, tiny_config, tiny_content
@@ -173,6 +174,24 @@ def test_a_request_that_cannot_be_is_one_line(run, tmp_path, capsys, more, words
     assert words in error
     assert "\n" not in error
     assert not list(out.glob("*.mp4"))
+
+
+def test_odd_sizes_are_refused_before_anything_is_sampled():
+    odd = {"levels": 2, "patch_size": [2, 3, 8], "clip_size": [4, 6, 16]}
+    plain = {"overlap": ""}
+    method = method_of(tiny_config(pyramid=odd, sampling=plain))
+    refuse_odd_sizes(method, Request())
+    with pytest.raises(ConfigError) as refused:
+        refuse_odd_sizes(method, Request(levels=True))
+    assert str(refused.value) == (
+        "--levels: the size of level 0, 3x8 is wrong because H.264 4:2:0 needs even sides; leave "
+        "it out."
+    )
+    base = {"levels": 1, "patch_size": [2, 3, 8], "clip_size": [2, 3, 8]}
+    alone = {"model": {"levels_per_block": [1, 1]}, "diffusion": {"input_scale_growth": 1.0}}
+    one = method_of(tiny_config(pyramid=base, sampling=plain | {"steps": [2]}, **alone))
+    with pytest.raises(ConfigError, match="its clip size 3x8 is wrong"):
+        refuse_odd_sizes(one, Request())
 
 
 @pytest.mark.parametrize(

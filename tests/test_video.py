@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -90,6 +91,25 @@ def test_equal_clips_give_equal_bytes_and_decode_to_nearly_themselves():
     still = encode_image(clip[0])
     assert still == encode_image(clip[0])
     assert abs(decode_image(still).astype(int) - clip[0]).mean() < 1
+
+
+@pytest.mark.parametrize("frames", [1, 9, 400])
+def test_a_clip_with_its_index_first_has_the_same_frames_behind_it(frames):
+    clip = np.random.default_rng(0).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
+    plain, first = (dict(boxes(encode_clip(clip, 24.0, index_first=f))) for f in (False, True))
+    assert list(plain) == [b"ftyp", b"free", b"mdat", b"moov"]
+    assert [name for name in first if name != b"free"] == [b"ftyp", b"moov", b"mdat"]
+    assert first[b"mdat"] == plain[b"mdat"]
+    shown = [decode_clip(encode_clip(clip, 24.0, index_first=f)) for f in (False, True)]
+    assert np.array_equal(*shown)
+
+
+def boxes(media: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(name, content) of each box of an mp4 file."""
+    while media:
+        length = int.from_bytes(media[:4])
+        yield media[4:8], media[8:length]
+        media = media[length:]
 
 
 def test_a_clip_gives_equal_bytes_whatever_lay_in_memory():

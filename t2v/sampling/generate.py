@@ -35,7 +35,7 @@ from data_pipeline.terminal import Terminal
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
-from t2v.methods.method import Output, Room, Team
+from t2v.methods.method import Method, Output, Room, Team
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
 from t2v.sampling.codec import Codec
@@ -114,6 +114,7 @@ def sample_checkpoint(
 
 def sample_recipe(recipe: Recipe, out: Path, means: Means, world: World) -> None:
     """`sample_checkpoint` of processes that have met and know what is asked for."""
+    world.together(lambda: refuse_odd_sizes(method_of(recipe.config), recipe.request))
     subjects = world.together(lambda: subjects_of(recipe.config, recipe.request))
     pending = world.on_first(lambda: [s for s in subjects if not is_done(out, recipe, s)])
     if pending:
@@ -121,6 +122,18 @@ def sample_recipe(recipe: Recipe, out: Path, means: Means, world: World) -> None
     world.gather(None)  # every clip is written
     if world.is_first:
         summarise(out, len(subjects))
+
+
+def refuse_odd_sizes(method: Method, request: Request) -> None:
+    """ConfigError before hours of sampling where a clip to be written could not be."""
+    finest = len(method.outputs) - 1
+    for level in range(0 if request.levels else finest, finest + 1):
+        _, height, width = method.outputs[level].size
+        if height % 2 or width % 2:
+            why = f"{height}x{width} is wrong because H.264 4:2:0 needs even sides"
+            if level < finest:
+                raise ConfigError(f"--levels: the size of level {level}, {why}; leave it out.")
+            raise ConfigError(f"checkpoint: its clip size {why}; give one of an even clip size.")
 
 
 def sample_pending(
@@ -254,11 +267,11 @@ def write_sample(
     levels = {}
     for level, clip in enumerate(clips[:-1], coarsest):
         file = f"{subject.number:04d}.level-{level}.mp4"
-        media = encode_clip(clip, fps / outputs[level].frame_stride)
+        media = encode_clip(clip, fps / outputs[level].frame_stride, index_first=True)
         storage.write_atomic(str(out / file), media)
         levels[str(level)] = {"file": file, "sha256": sha256(media).hexdigest()}
     file = f"{subject.number:04d}.mp4"
-    media = encode_clip(clips[-1], fps)
+    media = encode_clip(clips[-1], fps, index_first=True)
     storage.write_atomic(str(out / file), media)
     record = {
         "prompt": subject.shows,
