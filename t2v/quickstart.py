@@ -36,11 +36,8 @@ STAGINGS = {
     "hpdm": Staging(radius=0.32, travel=0.30, jitter=0.03),
     "pyramid-flow": Staging(),
 }
+# Of a recipe that is split over processes.
 PROCESSES = 2
-LAUNCH = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-    *(f"--nproc-per-node={PROCESSES}", "-m", "t2v.cli"),
-)
 # The least share that counts as working, of what is measured.
 BOUNDS = {
     "hpdm": {"colour": 0.9, "shape": 0.8, "direction": 0.9, "in one piece": 0.9},
@@ -77,11 +74,11 @@ def run_quickstart(workdir: Path, method: str, seed: int = 0) -> int:
     prepare_data(workdir, configs[last])
     given = [f"seed={seed}"]
     for recipe in earlier:
-        part(f"{recipe}: {configs[recipe].total_steps} steps on {PROCESSES} FSDP2 processes")
+        part(f"{recipe}: {configs[recipe].total_steps} steps, {where(configs[recipe])}")
         train(workdir, recipe, *given)
         given = [f"seed={seed}", f"warm_start.checkpoint={workdir / 'runs' / recipe}"]
     started_from = f", warm-started from {earlier[-1]}" if earlier else ""
-    part(f"{last}: {steps} steps{started_from}, stopped around step {steps // 2}")
+    part(f"{last}: {steps} steps, {where(configs[last])}{started_from}, stopped near the middle")
     train(workdir, last, *given, preempt_at=steps // 2)
     part(f"{last}: resumed from {resolve_checkpoint(workdir / 'runs' / last).name}")
     train(workdir, last, *given)
@@ -138,7 +135,7 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
     run_dir, path = workdir / "runs" / recipe, CONFIGS / f"{recipe}.yaml"
     config = load_config(path, list(overrides))
     command = [
-        *(*LAUNCH, "train", str(path)),
+        *(*launch(processes_of(config)), "train", str(path)),
         f"run_dir={run_dir}",
         *(f"data.sources.{n}.path={workdir / 'data' / k}" for n, k in enumerate(kinds(config))),
         *overrides,
@@ -146,7 +143,8 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
     log = workdir / "runs" / f"{recipe}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
+        environment = threads_for(processes_of(config))
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         follow(job, run_dir, config.total_steps, preempt_at)
     state = read_status(run_dir).get("state")
     wanted = "preempted" if preempt_at else "done"
@@ -154,10 +152,27 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
         raise UserError(f"{log}: {recipe} ended as '{state}', not '{wanted}'; the log says why.")
 
 
-def environment() -> dict[str, str]:
+def processes_of(config: RunConfig) -> int:
+    """How many processes train a recipe."""
+    return 1 if config.engine.kind == "single" else PROCESSES
+
+
+def where(config: RunConfig) -> str:
+    """What a recipe's engine runs on, in words."""
+    processes = processes_of(config)
+    return "one process" if processes == 1 else f"{processes} {config.engine.kind} processes"
+
+
+def launch(processes: int) -> tuple[str, ...]:
+    """The beginning of a command that runs on so many processes."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return (*torchrun, f"--nproc-per-node={processes}", "-m", "t2v.cli")
+
+
+def threads_for(processes: int) -> dict[str, str]:
     """A process's share of the cores: threads that wait for each other stand still on a machine
     that others use, too."""
-    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
+    threads = max(1, (os.cpu_count() or 1) // processes)
     return os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
@@ -189,11 +204,13 @@ def sample(workdir: Path, recipe: str, toys: list[Toy]) -> Path:
     prompts = workdir / "prompts.txt"
     prompts.write_text("\n".join(toy.caption for toy in toys) + "\n")
     command = [
-        *(*LAUNCH, "sample"),
+        *(*launch(PROCESSES), "sample"),
         str(workdir / "runs" / recipe),
         *("--prompts", str(prompts), "--out", str(out), "--encoder", str(workdir / "encoder")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=threads_for(PROCESSES)
+    )
     if done.returncode:
         raise UserError(f"{out}: sampling failed because {done.stderr.strip()[-500:]}")
     return out
