@@ -18,6 +18,7 @@ from t2v.evaluation.conditions import request_for
 from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
 from t2v.recipe.recipe import load_config
 from tests.distributed import run_distributed
+from tests.frame_network import SIDE, write_frame_network
 from tests.scenes import (
     CLIPS,
     SIZE,
@@ -66,8 +67,9 @@ def test_shipped_protocols_are_whole_and_fit_their_recipes():
 
 
 def test_distance_between_halves_is_near_zero_and_rises_with_noise(home, tmp_path):
-    """Of a stand-in network with random weights: no distance that could be published."""
-    content = rules(home)
+    """Of a network that sees single frames: no distance that could be published."""
+    network = write_frame_network(tmp_path / "frames.pt")
+    content = rules(home, i3d={"path": str(network), "resolution": SIDE})
     content["views"][0] |= {"metrics": ["fvd", "mmd"]}
     protocol = write_rules(tmp_path / "p.yaml", content)
     values, kernel_distances = [], []
