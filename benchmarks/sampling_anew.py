@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2v.methods.hpdm.level_network import Batch, LevelNetwork
 from t2v.methods.hpdm.memory import plan_memory
 from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import ALONE, sample_level
 from t2v.methods.hpdm.settings import level_tilings
 from t2v.methods.hpdm.store import Fetched, Store
-from t2v.methods.hpdm.tiles import Batch, LevelNetwork, read_level
+from t2v.methods.hpdm.tiles import read_level
 from t2v.methods.hpdm.tiling import Tiling, cut_tile
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig
@@ -22,6 +23,8 @@ class Anew(LevelNetwork):
     """Features of coarser levels computed for every call, from windows that contain the tile."""
 
     finished: list[Tensor]
+    scales: list[float]
+    sigma_min: float
 
     def __call__(
         self,
@@ -94,22 +97,24 @@ def condition_of(label: int) -> Condition:
 def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[Tensor]:
     """All levels of a clip, with features computed per tile or per step."""
     sampling, pyramid = config.method.sampling, config.method.pyramid
+    diffusion = config.method.diffusion
     rooms = plan_memory(model, sampling, clips=1, device_bytes=1 << 62)
     branches = [condition_of(0), condition_of(4)]
     levels: list[Tensor] = []
 
     def network(kind: type[LevelNetwork], level: int, count: int, volumes: dict) -> LevelNetwork:
         return kind(
-            model, level, branches=branches[:count], volumes=volumes,
-            diffusion=config.method.diffusion, room=rooms[level], store=store, team=ALONE,
+            model, level, branches=[(told, None) for told in branches[:count]], volumes=volumes,
+            diffusion=diffusion, room=rooms[level], store=store, team=ALONE,
         )  # fmt: skip
 
     def read(upto: int) -> dict:
         volumes: dict = {}
         for level in range(upto):
-            reader = network(LevelNetwork, level, sampling.read_branches(level), volumes)
+            reader = network(LevelNetwork, level, len(sampling.readers(level)), volumes)
             tiling = level_tilings(sampling, pyramid, level)[0]
-            volumes |= read_level(reader, tiling, levels[level])
+            sigma = sampling.context.level_sigma(diffusion, level)
+            volumes |= read_level(reader, tiling, levels[level] / reader.input_scale, sigma)
         return volumes
 
     for level in range(pyramid.levels):
@@ -118,7 +123,8 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
             maker = network(Anew, level, count, dict.fromkeys(model.config.context_features(level)))
             assert isinstance(maker, Anew)
             maker.volumes, maker.finished = {}, levels
-            maker.scales = [config.method.diffusion.level_input_scale(n) for n in range(level)]
+            maker.scales = [diffusion.level_input_scale(n) for n in range(level)]
+            maker.sigma_min = diffusion.sigma_min
         else:
             maker = network(LevelNetwork, level, count, read(level))
             shared = maker.shared
@@ -132,7 +138,5 @@ def sample_anew(model: HPDM, config: RunConfig, way: str, store: Store) -> list[
                 return call(*args, **named)
 
             maker.shared = renewed
-        levels.append(
-            sample_level(maker, [1], sampling, config.method.diffusion, lambda tiles: None)
-        )
+        levels.append(sample_level(maker, [1], sampling, diffusion, lambda tiles: None))
     return levels

@@ -277,10 +277,10 @@ def taken(model, config, rooms: list[LevelRoom], clips: int) -> list[int]:
     for level, room in enumerate(rooms):
         branches = len(config.method.sampling.branches(level))
         total = 4 * clips * canvas_bytes(model, level)
-        total += max(room.tile_batch, branches) * row_bytes(model, level)
+        total += max(room.tile_batch, branches) * row_bytes(model, level, model.config.num_latents)
         for coarse in range(min(level + 1, len(rooms) - 1)):
             if rooms[coarse].volumes == "device":
-                reads = config.method.sampling.read_branches(coarse)
+                reads = len(config.method.sampling.readers(coarse))
                 total += clips * reads * volume_bytes(model, coarse, level, 4)
         if room.latents == "device":
             tiles = max(

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from t2v.engine import compute
 from t2v.engine.compute import prepare_blocks
 from t2v.engine.config import EngineConfig
-from t2v.recipe.recipe import RunConfig, load_config, method_of
+from t2v.methods.hpdm.objective import drawn_latents
+from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
 from t2v.train.held_out import passes
 from tests.distributed import run_distributed
 from tests.tiny import NoiseBatch, noise_batch
@@ -73,8 +74,8 @@ def batch_of(config: RunConfig, numbers: list[int]) -> NoiseBatch:
     return batch
 
 
-def step(network: torch.nn.Module, config: RunConfig, numbers: list[int]) -> None:
-    batch = batch_of(config, numbers)
+def step(network: torch.nn.Module, config: RunConfig, numbers: list[int], number: int = 0) -> None:
+    batch = replace(batch_of(config, numbers), step=number)
     device = torch.device("cpu")
     method_of(config).losses(network, batch, seed=0, device=device).sum().backward()
 
@@ -117,6 +118,31 @@ def test_every_recipe_has_the_graphs_that_are_stated_held_out_or_not(name):
     (found,) = run_distributed(counted, 1, name, timeout_seconds=600)
     # Self-conditioning's passes have no gradients, as held-out ones.
     assert found == [STATED[name]] * 3
+
+
+def counted_with_budget() -> int:
+    """Graphs of the text-to-video recipe where a step's latents are of four sizes."""
+    count_only()
+    budget, content = [4, 3, 2, 1], small("t2v_64x288x512").model_dump(mode="json")
+    content["method"]["latent_budget"] = budget
+    content["method"]["model"]["num_latents"] = max(budget)
+    config = parse_config(content, "budget")
+    network, known = built(config), set()
+    for number in range(50):
+        drawn = drawn_latents(budget, seed=0, step=number)
+        if drawn not in known:
+            step(network, config, [2 * number, 2 * number + 1], number)
+            known.add(drawn)
+    held_out(network, config, samples=5, size=2)
+    assert known == set(budget)
+    return graphs()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_latent_budget_multiplies_graphs_by_its_sizes_and_may_have_four():
+    found = run_distributed(counted_with_budget, 1, timeout_seconds=600)
+    assert found == [4 * STATED["t2v_64x288x512"]]
 
 
 def one_too_many() -> str:

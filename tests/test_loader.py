@@ -131,6 +131,12 @@ def test_a_resumed_loader_goes_on_where_it_stopped_twice(mixture, reference):
     assert [step for piece in pieces for step in piece] == reference
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_micro_batch_knows_its_step(mixture, rank):
+    steps = make(mixture, rank=rank, world=2).steps(2, 5)
+    assert [[batch.step for batch in step] for step in steps] == [[2] * 3, [3] * 3, [4] * 3]
+
+
 def test_step_k_covers_its_samples_in_the_exact_mixture(reference):
     for k, samples in enumerate(reference):
         assert sorted(samples) == list(range(12 * k, 12 * (k + 1)))

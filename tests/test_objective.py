@@ -22,7 +22,9 @@ class Knower(nn.Module):
         super().__init__()
         self.config, self.x, self.error = config, x, error
 
-    def forward(self, scaled, told, offsets, condition, previous=None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, scaled, told, offsets, condition, previous=None, **_
+    ) -> tuple[Tensor, Tensor]:
         sigma = (4 * told).exp().flatten()
         scales = [self.config.method.diffusion.level_input_scale(n) for n in range(told.shape[1])]
         scale = torch.tensor(scales).expand_as(told).flatten()

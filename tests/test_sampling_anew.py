@@ -5,11 +5,12 @@ import contextlib
 import torch
 
 from t2v.methods.hpdm.diffusion import c_in, c_noise, c_out, c_skip
+from t2v.methods.hpdm.level_network import LevelNetwork
 from t2v.methods.hpdm.memory import plan_memory
 from t2v.methods.hpdm.sampling import ALONE
 from t2v.methods.hpdm.settings import level_tilings
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import LevelNetwork, TiledDenoiser, read_level
+from t2v.methods.hpdm.tiles import TiledDenoiser, read_level
 from t2v.methods.hpdm.tiling import Slab
 from tests.tiny import class_condition, stirred_model, tiny_config
 
@@ -28,7 +29,7 @@ def test_context_kept_from_a_finished_level_equals_context_computed_anew():
     rooms = plan_memory(model, sampling, clips=2, device_bytes=1 << 62)
     store = Store(torch.device("cpu"))
     shared = {
-        "branches": [condition],
+        "branches": [(condition, None)],
         "diffusion": diffusion,
         "store": store,
         "team": ALONE,

@@ -37,6 +37,7 @@ RECIPE: dict[str, Any] = {
         },
         "diffusion": {"input_scale": 1.0, "input_scale_growth": 2.0},
         "sampling": {"steps": [4, 2]},
+        "latent_budget": None,
     },
     "conditioning": {"kind": "class", "num_classes": 3},
     "data": {"sources": [{"path": "data/none"}], "num_workers": 0},
@@ -102,6 +103,7 @@ class NoiseBatch:
     label: Tensor
     text_tokens: None = None
     text_mask: None = None
+    step: int = 0
 
 
 def noise_batch(config: RunConfig, numbers: list[int]) -> NoiseBatch:

@@ -62,6 +62,7 @@ class Batch:
     text_mask: Bool[Tensor, "batch tokens"] | None
     label: Int64[Tensor, " batch"] | None
     quarantined: list[dict]
+    step: int = 0  # that it belongs to, like all micro-batches that add up to it
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -146,8 +147,9 @@ class Loader:
         end = first + (total_steps - start_step) * self.global_batch_size
         starts = range(first + self.rank * self._size, end, self.world_size * self._size)
         with closing(self._batches(starts)) as batches:
-            for _ in range(start_step, total_steps):
-                yield [_batch(next(batches), self._text) for _ in range(self.accumulation_steps)]
+            for step in range(start_step, total_steps):
+                reads = (next(batches) for _ in range(self.accumulation_steps))
+                yield [replace(_batch(read, self._text), step=step) for read in reads]
 
     @property
     def worker_pids(self) -> list[int]:

@@ -125,7 +125,6 @@ class Method(ABC):
 
     parts: tuple[str, ...]
     passes_without_gradient: int = 0  # of the network, for one training pass
-    mean_compute: float = 1.0  # operations of an average sample / those for `inputs()`
     calls_per_clip: int  # of the network, to generate it without guidance
     is_guided: bool = False  # whether generation looks at the null condition
 
@@ -139,6 +138,11 @@ class Method(ABC):
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
         """A training sample's inputs of the network, as zeros: the heaviest's where they differ."""
+
+    @property
+    def mean_compute(self) -> float:
+        """Operations of an average training sample over those for `inputs()`."""
+        return 1.0
 
     @abstractmethod
     def losses(

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 from t2v.engine.compute import PRODUCTS, round_attention
 from t2v.engine.config import EngineConfig
 from t2v.methods.method import Method
+from t2v.network.flops import flops_of
 from t2v.network.network import Network
 from t2v.recipe.recipe import RunConfig, method_of
 
@@ -83,10 +83,8 @@ def training_tflop(method: Method) -> float:
 def forward_flops(method: Method) -> int:
     """Floating-point operations of an average sample's forward pass."""
     with torch.device("meta"):
-        model = method.network()
-        with FlopCounterMode(display=False) as counter:
-            model(**method.inputs())
-    return round(counter.get_total_flops() * method.mean_compute)
+        flops = flops_of(method.network(), method.inputs())
+    return round(flops * method.mean_compute)
 
 
 def parameters_by_kind(method: Method, model: Network) -> dict[str, int]:

@@ -1,14 +1,16 @@
 """What a recipe says of HPDM, and what of it must fit together."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.pyramid import AXES, Pyramid
 from t2v.methods.hpdm.diffusion import DiffusionConfig
 from t2v.methods.hpdm.network import ModelConfig
-from t2v.methods.hpdm.settings import HPDMSamplingConfig
+from t2v.methods.hpdm.settings import HPDMSamplingConfig, problem_with, problem_with_latents
 from t2v.methods.method import MethodConfig
+
+MOST_SIZES = 4  # of a latent budget: blocks are compiled anew for each
 
 
 class HPDMConfig(MethodConfig):
@@ -19,6 +21,12 @@ class HPDMConfig(MethodConfig):
     model: ModelConfig
     diffusion: DiffusionConfig
     sampling: HPDMSamplingConfig
+    latent_budget: list[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="numbers of latents, of which each step draws one, leaving out the others at "
+        "the tail, so that sampling may use fewer; none: all, always",
+    )
 
     @property
     def view(self) -> Pyramid:
@@ -41,7 +49,19 @@ class HPDMConfig(MethodConfig):
                 f"model.levels_per_block: {blocks} is wrong because it does not rise from at least "
                 f"1 to pyramid.levels = {pyramid.levels}; let its last entry cover every level"
             )
-        if problem := self.sampling.problem_with(pyramid, model.token_size):
+        budget = self.latent_budget or [model.num_latents]
+        if max(budget) != model.num_latents:
+            raise ValueError(
+                f"latent_budget: {budget} is wrong because its largest number is not that of "
+                f"model.num_latents {model.num_latents}, which all else counts on; add it"
+            )
+        if len(sizes := sorted(set(budget))) > MOST_SIZES:
+            raise ValueError(
+                f"latent_budget: {sizes} is wrong because blocks are compiled for each of "
+                f"{len(sizes)} sizes; give at most {MOST_SIZES}"
+            )
+        problem = problem_with(self.sampling, pyramid, model.token_size)
+        if problem := problem or problem_with_latents(self.sampling, min(budget), max(budget)):
             raise ValueError(f"sampling.{problem}")
         for width, head, name in (
             (model.token_dim, model.token_head_dim, "token"),

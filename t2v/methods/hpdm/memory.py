@@ -77,7 +77,7 @@ def plan_memory(
         canvases = CANVASES + KEPT_CANVASES[sampling.level_solver(level)]
         spare = device_bytes - canvases * clips * canvas_bytes(model, level)
         branches = len(sampling.branches(level))
-        row = row_bytes(model, level)
+        row = row_bytes(model, level, max(latents_of(model, sampling, level)))
         if spare < 2 * branches * row:
             more = (2 * branches * row - spare) / 2**30
             raise ConfigError(
@@ -90,7 +90,7 @@ def plan_memory(
     volumes: list[Where] = [
         free.place(
             {
-                level: clips * sampling.read_branches(coarse) * volume_bytes(
+                level: clips * len(sampling.readers(coarse)) * volume_bytes(
                     model, coarse, level, dtype.itemsize
                 )
                 for level in levels[coarse:]
@@ -104,8 +104,8 @@ def plan_memory(
         slabs = (Slab(0, 0, tilings[0].size[0]),)
         tile_bytes = 0
         if model.self_conditioning is not None:
-            latents = model.config.num_latents * model.config.latent_dim * dtype.itemsize
-            tile_bytes = clips * len(sampling.branches(level)) * latents
+            latents = sum(latents_of(model, sampling, level))
+            tile_bytes = clips * latents * model.config.latent_dim * dtype.itemsize
         if tile_bytes and len(tilings) == 1:
             most = free.device[level] * team_size // tile_bytes
             cut = tilings[0].slabs(most)
@@ -167,11 +167,16 @@ def volume_bytes(model: HPDM, coarse: int, level: int, itemsize: int) -> int:
     return values * itemsize
 
 
-def row_bytes(model: HPDM, level: int) -> int:
+def latents_of(model: HPDM, sampling: HPDMSamplingConfig, level: int) -> list[int]:
+    """How many latents each branch of a level has."""
+    return [branch.latents or model.config.num_latents for branch in sampling.branches(level)]
+
+
+def row_bytes(model: HPDM, level: int, num_latents: int) -> int:
     """The most that one tile takes inside a forward pass, estimated from its activations."""
     config, tokens = model.config, model.grid.count
     activations = tokens * (18 * config.token_dim + 2 * config.latent_dim)
-    latents = 18 * config.num_latents * config.latent_dim
+    latents = 18 * num_latents * config.latent_dim
     inputs = len(config.context_blocks(level)) * tokens * config.feature_dim
     corner = torch.zeros(1, 3, dtype=torch.long)
     boxes = sum(

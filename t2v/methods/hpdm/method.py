@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from contextlib import closing
-from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from data_pipeline.feeding.config import Conditioning
 from data_pipeline.feeding.loader import Batch
 from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.cost import mean_compute, sampling_flops
 from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at
 from t2v.methods.hpdm.memory import clips_that_fit, plan_memory
 from t2v.methods.hpdm.network import CHANNELS, HPDM
@@ -45,7 +45,9 @@ class HPDMMethod(Method):
         self.parts = tuple(f"level_{level}" for level in levels)
         self.passes_without_gradient = int(config.model.self_conditioning_rate > 0)
         self.calls_per_clip = sum(network_calls(config.sampling, config.pyramid))
-        self.is_guided = any("null" in config.sampling.branches(level) for level in levels)
+        self.is_guided = any(
+            branch.shows == "null" for n in levels for branch in config.sampling.branches(n)
+        )
 
     def network(self) -> HPDM:
         return HPDM(self.config.model, self.config.pyramid, self.conditioning)
@@ -58,6 +60,11 @@ class HPDMMethod(Method):
             "offsets": torch.zeros(1, pyramid.levels, 3, dtype=torch.long),
             "condition": blank_condition(self.conditioning),
         }
+
+    @property
+    def mean_compute(self) -> float:
+        budget = self.config.latent_budget
+        return mean_compute(self, budget) if budget else 1.0
 
     def losses(
         self, network: HPDM, batch: Batch, *, seed: int, device: torch.device
@@ -77,8 +84,9 @@ class HPDMMethod(Method):
         numbers = batch.numbers.tolist()
         places = noise_bins(numbers, turns, bins=bins, levels=len(self.parts), seed=seed)
         drawn = fixed_noise(self.config, numbers, turns, places, bins=bins, seed=seed)
-        on_device = (values.to(device) for values in drawn)
-        return weighted_errors(network, batch, self.config, *on_device), places
+        noise, sigma, conditioned = (values.to(device) for values in drawn)
+        errors = weighted_errors(network, batch, self.config, noise, sigma, conditioned)
+        return errors, places
 
     def bin_edges(self, bins: int) -> list[float]:
         """Of level 0; a finer level's lie as much lower as its noise follows the input scale."""
@@ -92,10 +100,7 @@ class HPDMMethod(Method):
         return kind_of(parameter)
 
     def facts(self) -> dict[str, Any]:
-        pyramid, patch = self.config.pyramid, self.config.pyramid.patch_size
-        calls = network_calls(self.config.sampling, pyramid)
-        tokens = prod(patch) // prod(self.config.model.token_size)
-        return {"tokens per patch": tokens, "network calls per sampled clip": calls}
+        return facts_of(self.config, self.conditioning)
 
     @property
     def outputs(self) -> list[Output]:
@@ -156,6 +161,19 @@ def kind_of(parameter: str) -> str:
     if ".modulation." in parameter:
         return "modulation"
     return "latent layers" if ".layers." in rest else "read and write"
+
+
+def facts_of(config: HPDMConfig, conditioning: Conditioning) -> dict[str, Any]:
+    """What `t2v plan` tells besides."""
+    pyramid, sampling = config.pyramid, config.sampling
+    with torch.device("meta"):
+        network = HPDM(config.model, pyramid, conditioning)
+    flops = sampling_flops(network, sampling, config.diffusion, conditioning)
+    return {
+        "tokens per patch": network.grid.count,
+        "network calls per sampled clip": network_calls(sampling, pyramid),
+        "TFLOP per sampled clip": [float(f"{one / 1e12:.4g}") for one in flops],
+    }
 
 
 def outputs_of(config: HPDMConfig) -> list[Output]:

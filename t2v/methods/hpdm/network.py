@@ -237,15 +237,17 @@ class HPDM(Network):
         condition: Condition,
         previous_latents: Latents | None = None,
         *,
+        num_latents: int | None = None,
         level: int | None = None,
         kept: Mapping[tuple[int, int], Volume] | None = None,
         watch: Callable[[int, Tokens], None] = lambda block, features: None,
     ) -> tuple[Patches, Latents]:
         """Output for a noisy patch at each level (scaled by `c_in`), and the last latents.
 
-        `noise` is `c_noise` of each patch. Level l's output depends on levels 0..l only. Training
-        passes all levels together. Sampling passes one `level` at a time with features `kept` from
-        passes of coarser ones (see `Context`), which `watch` is shown as (block, its input).
+        `noise` is `c_noise` of each patch. Level l's output depends on levels 0..l only. The first
+        `num_latents` work, or all. Training passes all levels together. Sampling passes one `level`
+        at a time with features `kept` from passes of coarser ones (see `Context`), which `watch` is
+        shown as (block, its input).
         """
         levels = list(range(self.pyramid.levels)) if level is None else [level]
         pixels = self.grid.cut(x)
@@ -257,7 +259,7 @@ class HPDM(Network):
             alone = len(levels) - seen.shape[1]
             tokens = torch.cat([tokens[:, :alone], tokens[:, alone:] + seen], dim=1)
         tokens = self.tokenizer_norm(tokens) + self.positions()
-        latents = self.latents.expand(len(x), len(levels), -1, -1)
+        latents = self.latents[:num_latents].expand(len(x), len(levels), -1, -1)
         if self.self_conditioning is not None:
             latents = self.self_conditioning(latents, previous_latents)
         vector, text = self.conditioning(noise, levels, condition)

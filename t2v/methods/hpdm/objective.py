@@ -1,5 +1,7 @@
 """The training loss: every level denoises its own patch at its own noise level (paper, eq. 4)."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ from t2v.methods.seeds import mix
 from t2v.network.conditioning import Condition
 
 Patches = Float[Tensor, "batch levels channels frames height width"]
+BUDGET_KEY = 0x4255444745  # keeps a step's number of latents apart from the draws of samples
 
 
 def level_losses(
@@ -29,14 +32,21 @@ def level_losses(
 ) -> Float[Tensor, " levels"]:
     """Mean weighted squared error of each level; the loss is their sum.
 
-    Noise, noise levels and self-conditioning are functions of (seed, sample number) alone: neither
-    rank nor world size changes them.
+    Noise, noise levels and self-conditioning are functions of (seed, sample number) alone, the
+    number of latents is one of (seed, step): neither rank nor world size changes them.
     """
     shape = (config.pyramid.levels, CHANNELS, *config.pyramid.patch_size)
     noise, sigma, self_conditioned = draw_noise(
         config, batch.numbers, torch.Size(shape), seed=seed, device=device
     )
-    return weighted_errors(model, batch, config, noise, sigma, self_conditioned).mean(0)
+    budget = config.latent_budget
+    latents = drawn_latents(budget, seed=seed, step=batch.step) if budget else None
+    return weighted_errors(model, batch, config, noise, sigma, self_conditioned, latents).mean(0)
+
+
+def drawn_latents(budget: Sequence[int], *, seed: int, step: int) -> int:
+    """How many latents work in a step: one of the budget, each as likely."""
+    return budget[mix(seed ^ BUDGET_KEY, step) % len(budget)]
 
 
 def weighted_errors(
@@ -46,9 +56,10 @@ def weighted_errors(
     noise: Patches,
     sigma: Float[Tensor, "batch levels"],
     self_conditioned: Float[Tensor, " batch"],
+    num_latents: int | None = None,
 ) -> Float[Tensor, "batch levels"]:
     """Weighted squared error of each sample's levels at given noise; 1 in `self_conditioned` lets
-    a sample's pass see the latents of an earlier one."""
+    a sample's pass see the latents of an earlier one. The first `num_latents` work, or all."""
     device = noise.device
     x = to_patches(batch.patches.to(device))
     diffusion, levels = config.diffusion, range(config.pyramid.levels)
@@ -70,9 +81,9 @@ def weighted_errors(
     previous = None
     if config.model.self_conditioning_rate > 0:
         with torch.no_grad():
-            previous = model(scaled, told, offsets, condition)[1]
+            previous = model(scaled, told, offsets, condition, num_latents=num_latents)[1]
         previous = previous * self_conditioned[:, None, None, None]
-    output, _ = model(scaled, told, offsets, condition, previous)
+    output, _ = model(scaled, told, offsets, condition, previous, num_latents=num_latents)
 
     error = (output.flatten(0, 1) - target).square().mean(dim=(1, 2, 3, 4))
     weight = loss_weight(

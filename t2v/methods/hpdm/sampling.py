@@ -13,18 +13,13 @@ import torch
 
 from data_pipeline.pyramid import Pyramid
 from t2v.methods.hpdm.diffusion import DiffusionConfig
+from t2v.methods.hpdm.level_network import FeatureVolumes, LevelNetwork
 from t2v.methods.hpdm.memory import LevelRoom, plan_memory
 from t2v.methods.hpdm.network import HPDM
-from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
-from t2v.methods.hpdm.solver import Canvas, Solver, noise_levels
+from t2v.methods.hpdm.settings import Branch, HPDMSamplingConfig, level_tilings
+from t2v.methods.hpdm.solver import Canvas, Solver, churned, noise_levels
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import (
-    FeatureVolumes,
-    LevelNetwork,
-    TiledDenoiser,
-    read_level,
-    shrink,
-)
+from t2v.methods.hpdm.tiles import TiledDenoiser, read_level, shrink
 from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
 
@@ -58,6 +53,10 @@ def generate(
     """
     known = [] if given is None else coarser_clips(given, model.pyramid)
     device, conditions = condition.fps.device, {"prompt": condition, "null": null}
+
+    def told(branches: tuple[Branch, ...]) -> list[tuple[Condition, int | None]]:
+        return [(conditions[branch.shows], branch.latents) for branch in branches]
+
     rooms = rooms or plan_memory(model, sampling, clips=len(seeds), device_bytes=UNBOUNDED_BYTES)
     volumes: FeatureVolumes = {}
     levels: list[Canvas] = []
@@ -72,13 +71,12 @@ def generate(
             if level < len(known):
                 levels.append(known[level])
             else:
-                denoised = network(branches=[conditions[name] for name in sampling.branches(level)])
+                denoised = network(branches=told(sampling.branches(level)))
                 coarse = levels[-1] if levels and sampling.coarse_projection else None
                 levels.append(sample_level(denoised, seeds, sampling, diffusion, progress, coarse))
             if level + 1 == len(rooms):
                 break
-            names = ("prompt", "null")[: sampling.read_branches(level)]
-            reader = network(branches=[conditions[name] for name in names])
+            reader = network(branches=told(sampling.readers(level)))
             tiling = level_tilings(sampling, model.pyramid, level)[0]
             sigma = sampling.context.level_sigma(diffusion, level)
             x = levels[level] / reader.input_scale
@@ -117,7 +115,7 @@ def sample_level(
         x_noisy, solver = slab.of(whole), Solver(sampling.level_solver(level))
         for step, (sigma, following) in enumerate(pairwise(sigmas)):
             if level == 0 and sampling.churn > 0:
-                raised = sigma * (1 + min(sampling.churn / (len(sigmas) - 1), 2**0.5 - 1))
+                raised = churned(sigma, sampling.churn, sampling.steps[level])
                 x_noisy = x_noisy + (raised**2 - sigma**2) ** 0.5 * draw(generators, size)
                 sigma = raised
             denoiser = denoisers[step % len(denoisers)]

@@ -1,17 +1,28 @@
 """Sampling settings, and what follows from them and the pyramid alone."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.pyramid import AXES, Pyramid
-from data_pipeline.strict import Strict
+from data_pipeline.strict import Share, Strict
 from t2v.methods.hpdm.diffusion import DiffusionConfig
 from t2v.methods.hpdm.solver import MULTISTEP, SolverName
 from t2v.methods.hpdm.tiling import OVERLAPS, Blending, Tiling, tile_level
 from t2v.methods.method import SamplingConfig
 
-Branch = Literal["prompt", "null"]
+T = TypeVar("T")
+Shown = Literal["prompt", "null"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What tiles are denoised under: a condition, and a number of latents (None: all)."""
+
+    shows: Shown
+    latents: int | None = None
 
 
 def _known_axes(value: str | list[str]) -> str | list[str]:
@@ -24,6 +35,17 @@ def _known_axes(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def at_level(value: T | list[T], level: int) -> T:
+    """A level's own of a list, or what holds for all."""
+    return value[level] if isinstance(value, list) else value
+
+
+def per_level(value: str | list[str]) -> list[str]:
+    """What holds for all levels, or each level's own."""
+    return [value] if isinstance(value, str) else value
+
+
+Latents = Annotated[int, Field(ge=1)]
 Interval = Annotated[
     tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
 ]
@@ -71,6 +93,21 @@ class HPDMSamplingConfig(SamplingConfig):
     blending: Blending = Field(
         default="uniform", description="weights of overlapping tiles; tapered: less at their ends"
     )
+    guide: Shown = Field(
+        default="null",
+        description="what guidance leads away from: the null condition, or the prompt as fewer "
+        "latents see it (autoguidance)",
+    )
+    guidance_rescale: Share | list[Share] = Field(
+        default=0.0,
+        description="how much of its unguided contrast a guided tile gets back; one, or per level",
+    )
+    latents: Latents | list[Latents] | None = Field(
+        default=None, description="how many latents work; none: all; one, or one per level"
+    )
+    guide_latents: Latents | list[Latents] | None = Field(
+        default=None, description="the same of what guidance leads away from; none: as many"
+    )
     guidance_interval: Interval | list[Interval] | None = Field(
         default=None, description="(lowest, highest) sigma with guidance; one, or one per level"
     )
@@ -104,7 +141,7 @@ class HPDMSamplingConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _refuse_axes_that_overlap_and_shift(self) -> "HPDMSamplingConfig":
-        both = sorted({a for a in self.shifted for o in self._per_level("overlap") if a in o})
+        both = sorted({a for a in self.shifted for o in per_level(self.overlap) if a in o})
         if both:
             raise ValueError(
                 f"shifted: '{self.shifted}' is wrong because tiles already overlap on "
@@ -114,12 +151,11 @@ class HPDMSamplingConfig(SamplingConfig):
 
     def level_overlap(self, level: int) -> str:
         """Axes on which the tiles of a level overlap."""
-        return self.overlap if isinstance(self.overlap, str) else self.overlap[level]
+        return at_level(self.overlap, level)
 
     def level_guidance(self, level: int) -> float:
         """Guidance scale of a level."""
-        scale = self.guidance_scale
-        return scale[level] if isinstance(scale, list) else scale
+        return at_level(self.guidance_scale, level)
 
     def level_solver(self, level: int) -> SolverName:
         """Solver of a level."""
@@ -129,43 +165,27 @@ class HPDMSamplingConfig(SamplingConfig):
 
     def guides_at(self, level: int, sigma: float) -> bool:
         """Whether a level is guided at a noise level."""
-        interval = self.guidance_interval
-        if isinstance(interval, list):
-            interval = interval[level]
-        return interval is None or interval[0] <= sigma <= interval[1]
+        if self.guidance_interval is None:
+            return True
+        low, high = at_level(self.guidance_interval, level)
+        return low <= sigma <= high
 
     def branches(self, level: int) -> tuple[Branch, ...]:
-        """The conditions under which a level's tiles are denoised."""
-        return ("prompt",) if self.level_guidance(level) == 1 else ("prompt", "null")
+        """Under what a level's tiles are denoised: the prompt and, if guided, what leads away."""
+        return self._branches(level, guided=self.level_guidance(level) != 1)
 
-    def read_branches(self, level: int) -> int:
-        """The number of conditions under which a finished level is read for the finer ones."""
+    def readers(self, level: int) -> tuple[Branch, ...]:
+        """Under what a finished level is read for the finer ones: as it would be denoised."""
         finer = range(level + 1, len(self.steps))
-        return max((len(self.branches(level)) for level in finer), default=1)
+        return self._branches(level, guided=any(self.level_guidance(n) != 1 for n in finer))
 
-    def problem_with(self, pyramid: Pyramid, token_size: tuple[int, int, int]) -> str | None:
-        """Why these settings do not suit a pyramid, beginning with the field's name."""
-        for name in ("steps", "overlap", "guidance_scale", "guidance_interval"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != pyramid.levels:
-                return (
-                    f"{name}: {value} has {len(value)} entries for {pyramid.levels} levels; "
-                    "give one per level"
-                )
-        for name in ("overlap", "shifted"):
-            letters = "".join(self._per_level(name))
-            for axis, letter in enumerate("fhw"):
-                patch, token = pyramid.patch_size[axis], token_size[axis]
-                if letter in letters and pyramid.growth[axis] > 1 and patch % (2 * token):
-                    return (
-                        f"{name}: '{letter}' is wrong because half of pyramid.patch_size {patch} "
-                        f"({AXES[axis]}) is not whole tokens of {token}; leave '{letter}' out"
-                    )
-        return None
-
-    def _per_level(self, name: str) -> list[str]:
-        value = getattr(self, name)
-        return [value] if isinstance(value, str) else value
+    def _branches(self, level: int, *, guided: bool) -> tuple[Branch, ...]:
+        weak = self.latents if self.guide_latents is None else self.guide_latents
+        prompt, guide = (
+            Branch(shows, many[level] if isinstance(many, list) else many)
+            for shows, many in (("prompt", self.latents), (self.guide, weak))
+        )
+        return (prompt, guide) if guided else (prompt,)
 
 
 def level_tilings(sampling: HPDMSamplingConfig, pyramid: Pyramid, level: int) -> list[Tiling]:
@@ -180,10 +200,68 @@ def level_tilings(sampling: HPDMSamplingConfig, pyramid: Pyramid, level: int) ->
 
 def network_calls(sampling: HPDMSamplingConfig, pyramid: Pyramid) -> list[int]:
     """Tiles that the denoising of one clip takes at each level, without guidance."""
-    calls = []
-    for level, steps in enumerate(sampling.steps):
-        tilings = level_tilings(sampling, pyramid, level)
-        counts = [len(tilings[step % len(tilings)]) for step in range(steps)]
-        twice = sampling.level_solver(level) == "heun"
-        calls.append(sum(counts) + (sum(counts[:-1]) if twice else 0))
-    return calls
+    return [
+        sum(tiles for *_, tiles in calls_of_level(sampling, pyramid, level))
+        for level in range(pyramid.levels)
+    ]
+
+
+def calls_of_level(
+    sampling: HPDMSamplingConfig, pyramid: Pyramid, level: int
+) -> Iterator[tuple[int, int, int]]:
+    """(step, number of the noise level, tiles) of each time that a clip is denoised at a level."""
+    tilings, steps = level_tilings(sampling, pyramid, level), sampling.steps[level]
+    for step in range(steps):
+        tiles = len(tilings[step % len(tilings)])
+        yield step, step, tiles
+        if sampling.level_solver(level) == "heun" and step + 1 < steps:
+            yield step, step + 1, tiles
+
+
+def problem_with(
+    sampling: HPDMSamplingConfig, pyramid: Pyramid, token_size: tuple[int, int, int]
+) -> str | None:
+    """Why these settings do not suit a pyramid, beginning with the field's name."""
+    for name in (
+        "steps", "overlap", "guidance_scale", "guidance_interval", "guidance_rescale",
+        "latents", "guide_latents",
+    ):  # fmt: skip
+        value = getattr(sampling, name)
+        if isinstance(value, list) and len(value) != pyramid.levels:
+            return (
+                f"{name}: {value} has {len(value)} entries for {pyramid.levels} levels; "
+                "give one per level"
+            )
+    for name in ("overlap", "shifted"):
+        letters = "".join(per_level(getattr(sampling, name)))
+        for axis, letter in enumerate("fhw"):
+            patch, token = pyramid.patch_size[axis], token_size[axis]
+            if letter in letters and pyramid.growth[axis] > 1 and patch % (2 * token):
+                return (
+                    f"{name}: '{letter}' is wrong because half of pyramid.patch_size {patch} "
+                    f"({AXES[axis]}) is not whole tokens of {token}; leave '{letter}' out"
+                )
+    return None
+
+
+def problem_with_latents(sampling: HPDMSamplingConfig, fewest: int, most: int) -> str | None:
+    """Why these settings do not suit a network that was trained with these numbers of latents,
+    beginning with the field's name."""
+    for name in ("latents", "guide_latents"):
+        value = getattr(sampling, name)
+        for number in value if isinstance(value, list) else [value or most]:
+            if not fewest <= number <= most:
+                known = f"{fewest} to {most}" if fewest < most else f"{most}"
+                return (
+                    f"{name}: {number} is wrong because the network is trained with {known} "
+                    "latents (method.latent_budget); stay within"
+                )
+    for level in range(len(sampling.steps)):
+        counts = [branch.latents or most for branch in sampling.branches(level)]
+        if sampling.guide == "prompt" and len(counts) == 2 and counts[0] <= counts[1]:
+            return (
+                f"guide: 'prompt' is wrong because at level {level} its {counts[1]} latents "
+                f"are no fewer than the {counts[0]} that it guides; lower guide_latents, or "
+                "use 'null'"
+            )
+    return None

@@ -35,6 +35,11 @@ def noise_levels(config: DiffusionConfig, steps: int, level: int = 0) -> Float[T
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
+def churned(sigma: float, churn: float, steps: int) -> float:
+    """The noise level to which EDM's S_churn raises one before its step (Algorithm 2)."""
+    return sigma * (1 + min(churn / steps, 2**0.5 - 1))
+
+
 @dataclass(frozen=True)
 class Point:
     """A clip on the trajectory, what it is a noisy version of (D / s), and its noise level."""

@@ -1,153 +1,26 @@
-"""The network at one level on tiles of clips: context, guidance pairs, self-conditioning, batches,
-and the processes that share them."""
+"""A level's clips and the network: denoised in tiles that overlap, or read for finer levels."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, denoised
-from t2v.methods.hpdm.memory import LevelRoom
-from t2v.methods.hpdm.network import HPDM, PIXELS, Latents
-from t2v.methods.hpdm.settings import HPDMSamplingConfig
+from t2v.methods.hpdm.diffusion import c_in
+from t2v.methods.hpdm.level_network import (
+    LATENTS,
+    Batch,
+    FeatureVolumes,
+    LevelNetwork,
+    TileBatch,
+    box,
+)
+from t2v.methods.hpdm.network import PIXELS, Latents
+from t2v.methods.hpdm.settings import HPDMSamplingConfig, at_level
 from t2v.methods.hpdm.solver import Canvas
-from t2v.methods.hpdm.store import Box, Fetched, Kept, Store
+from t2v.methods.hpdm.store import Box, Fetched, Kept
 from t2v.methods.hpdm.tiling import Slab, Tiling, cut_tile
-from t2v.methods.method import Team
-from t2v.network.conditioning import Condition
-
-TileBatch = Float[Tensor, "rows channels tile_frames tile_height tile_width"]
-# (block, coarser level) -> features of the whole level, by (branch and clip, frame, row, column).
-FeatureVolumes = dict[tuple[int, int], Kept]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tiles that go through the network together: (clip, tile) of each.
-
-    They go once for each branch; `rows` are their places among all branches' clips.
-    """
-
-    number: int
-    clips: list[int]
-    tiles: list[int]
-    rows: list[int]
-
-    @property
-    def unguided(self) -> "Batch":
-        """The same tiles under the first branch alone."""
-        return replace(self, rows=self.rows[: len(self.tiles)])
-
-
-class LevelNetwork:
-    """The network on tiles of one level.
-
-    `branches` are the conditions of one forward pass: the prompt's alone, or also the one that
-    guidance leads away from, whose context was read under that same condition.
-    """
-
-    def __init__(
-        self,
-        model: HPDM,
-        level: int,
-        *,
-        branches: list[Condition],
-        volumes: FeatureVolumes,
-        diffusion: DiffusionConfig,
-        room: LevelRoom,
-        store: Store,
-        team: Team,
-    ) -> None:
-        self.model, self.level, self.room = model, level, room
-        self.store, self.team = store, team
-        self.clips, self.branches = len(branches[0].fps), len(branches)
-        self.condition = joined(branches)
-        self.volumes = {key: volumes[key] for key in model.config.context_features(level)}
-        self.input_scale = diffusion.level_input_scale(level)
-        self.device = branches[0].fps.device
-        self.rows_at_once = max(1, room.tile_batch // self.branches)
-
-    def batches(self, tiles: list[int]) -> list[Batch]:
-        """Tiles of every clip, in the order in which they are added up."""
-        pairs = [(clip, tile) for clip in range(self.clips) for tile in tiles]
-        batches = []
-        for first in range(0, len(pairs), self.rows_at_once):
-            clips, numbers = zip(*pairs[first : first + self.rows_at_once], strict=True)
-            rows = [branch * self.clips + clip for branch in range(self.branches) for clip in clips]
-            batches.append(Batch(len(batches), list(clips), list(numbers), rows))
-        return batches
-
-    def features(self, batch: Batch, tiling: Tiling) -> Fetched:
-        """The boxes of kept features that tiles look at."""
-        boxes = {}
-        for block, coarser in self.volumes:
-            if (block == PIXELS, coarser) in boxes:
-                continue
-            grid = self.model.pixel_grid if block == PIXELS else self.model.grid
-            low, shape = grid.support(self.level, tiling.offsets[batch.tiles], coarser)
-            corners = zip(batch.rows, low.tolist() * self.branches, strict=False)
-            places = [box(row, corner, shape) for row, corner in corners]
-            boxes[block == PIXELS, coarser] = places
-        return {
-            (block, coarser): kept.read(boxes[block == PIXELS, coarser])[:, 0]
-            for (block, coarser), kept in self.volumes.items()
-        }
-
-    def __call__(
-        self,
-        x_noisy: TileBatch,
-        batch: Batch,
-        tiling: Tiling,
-        sigma: float,
-        given: Fetched,
-        watch: Callable[[int, Tensor], None] = lambda block, features: None,
-    ) -> tuple[Float[Tensor, "branches rows channels frames height width"], Latents]:
-        """Denoised tiles and last latents, given features and perhaps earlier latents."""
-        branches = len(batch.rows) // len(batch.tiles)
-        x_noisy = x_noisy.repeat(branches, 1, 1, 1, 1)
-        sigmas = torch.full((len(x_noisy),), sigma, device=self.device)
-        scales = torch.full_like(sigmas, self.input_scale)
-        output, latents = self.model(
-            (c_in(sigmas, scales)[:, None, None, None, None] * x_noisy)[:, None],
-            c_noise(sigmas)[:, None],
-            tiling.offsets[batch.tiles].repeat(branches, 1).to(self.device)[:, None],
-            self.condition.rows(torch.tensor(batch.rows, device=self.device)),
-            given.get("latents"),
-            level=self.level,
-            kept=given,
-            watch=watch,
-        )
-        answers = denoised(x_noisy, output[:, 0], sigmas, scales)
-        return answers.unflatten(0, (branches, -1)), latents
-
-    def shared(
-        self,
-        batches: list[Batch],
-        load: Callable[[Batch], Fetched],
-        compute: Callable[[Batch, Fetched], dict[int, Tensor]],
-        shape: tuple[int, ...],
-        parts: Sequence[int] = (0,),
-    ) -> Iterator[tuple[Batch, int, Tensor]]:
-        """(batch, part, answer), the same on every member of the team, of which each loads, ahead,
-        and computes its share of the batches.
-
-        A batch is of the same rows however many share the work, so that its bytes are the same.
-        """
-        rank, size = self.team.rank, self.team.size
-        mine = self.store.fetched(partial(load, batch) for batch in batches[rank::size])
-        for first in range(0, len(batches), size):
-            round_, answers = batches[first : first + size], {}
-            if rank < len(round_):
-                answers = compute(round_[rank], next(mine))
-            for part in parts:
-                answer = answers.pop(part, None)
-                if size > 1 or answer is None:
-                    answer = padded(answer, (self.rows_at_once, *shape), self.device)
-                for batch, rows in zip(round_, self.team.gather(answer), strict=False):
-                    yield batch, part, rows[: len(batch.tiles)]
 
 
 class TiledDenoiser:
@@ -170,24 +43,25 @@ class TiledDenoiser:
         self.network, self.tiling, self.slab = network, tiling, slab
         self.sampling, self.progress = sampling, progress
         self.guidance_scale = sampling.level_guidance(network.level)
+        self.rescale = at_level(sampling.guidance_rescale, network.level)
         self.input_scale = network.input_scale
         growth = network.model.pyramid.growth
         self.coarse = None if coarse is None else slab.shrunk(growth).of(coarse)
         self.batches = network.batches(tiling.inside(slab))
-        self.latents = None
-        self.kept_rows = network.rows_at_once * network.branches
+        self.latents: list[Kept] = []  # of each pass
         if network.model.self_conditioning is not None:
-            config = network.model.config
+            dim, room = network.model.config.latent_dim, network.room
             mine = -(-len(self.batches) // network.team.size)
-            shape = mine * self.kept_rows, config.num_latents, config.latent_dim
-            self.latents = network.store.keep(shape, network.room.dtype, network.room.latents)
+            for some in network.passes:
+                shape = mine * network.rows_at_once * len(some.branches), some.latents, dim
+                self.latents.append(network.store.keep(shape, room.dtype, room.latents))
 
     def __call__(self, x_noisy: Canvas, sigma: float) -> Canvas:
         """The clean clips, in [-1, 1], that the noisy ones stand for (MultiDiffusion average)."""
         average, patch = torch.zeros_like(x_noisy), self.tiling.patch
         batches = self.batches
         if not self.sampling.guides_at(self.network.level, sigma):
-            batches = [batch.unguided for batch in batches]
+            batches = [batch.under(range(1)) for batch in batches]
         compute = partial(self._denoise, x_noisy, sigma)
         shape = x_noisy.shape[1], *patch
         for batch, _, tiles in self.network.shared(batches, self._given, compute, shape):
@@ -202,8 +76,8 @@ class TiledDenoiser:
 
     def _given(self, batch: Batch) -> Fetched:
         given = self.network.features(batch, self.tiling)
-        if self.latents is not None:
-            given["latents"] = self.latents.read([self._place(batch)])[0][:, None]
+        for number, place in self._places(batch):
+            given[LATENTS, number] = self.latents[number].read([place])[0][:, None]
         return given
 
     def _denoise(
@@ -211,17 +85,41 @@ class TiledDenoiser:
     ) -> dict[int, TileBatch]:
         tiles = cut_tiles(x_noisy, batch, self.tiling, self.slab)
         answers, latents = self.network(tiles, batch, self.tiling, sigma, given)
-        if (kept := self.latents) is not None:
-            place = self._place(batch)
-            self.network.store.write_later(lambda: kept.write(place, latents[:, 0]))
-        if len(answers) == 2:
-            return {0: torch.lerp(answers[1], answers[0], self.guidance_scale)}
-        return {0: answers[0]}
+        if places := self._places(batch):
+            self.network.store.write_later(partial(self._keep, places, latents))
+        if len(answers) == 1:
+            return {0: answers[0]}
+        guided = torch.lerp(answers[1], answers[0], self.guidance_scale)
+        return {0: rescaled(guided, answers[0], self.rescale) if self.rescale else guided}
 
-    def _place(self, batch: Batch) -> Box:
-        """Where this process keeps a batch's latents."""
-        first = batch.number // self.network.team.size * self.kept_rows
-        return (slice(first, first + len(batch.rows)),)
+    def _keep(self, places: list[tuple[int, Box]], latents: list[Latents]) -> None:
+        for number, place in places:
+            self.latents[number].write(place, latents[number][:, 0])
+
+    def _places(self, batch: Batch) -> list[tuple[int, Box]]:
+        """(pass, where this process keeps its latents) of those that a batch goes through."""
+        turn, most = batch.number // self.network.team.size, self.network.rows_at_once
+        places: list[tuple[int, Box]] = []
+        for number in range(len(self.latents)):
+            branches = self.network.passes[number].branches
+            if rows := batch.under(branches).rows:
+                first = turn * most * len(branches)
+                places.append((number, (slice(first, first + len(rows)),)))
+        return places
+
+
+def rescaled(guided: TileBatch, plain: TileBatch, share: float) -> TileBatch:
+    """Guided tiles whose contrast is moved by a share to that of the unguided ones (arXiv
+    2305.08891, eqs. 15 and 16).
+
+    The standard deviations are those about a tile's mean, which stays: tiles may be flat, and
+    scaled about zero they would lose their brightness.
+    """
+    axes = tuple(range(1, guided.dim()))
+    mean = guided.mean(axes, keepdim=True)
+    have = guided.std(axes, keepdim=True).clamp(min=1e-6)
+    ratio = plain.std(axes, keepdim=True) / have
+    return guided + (guided - mean) * (share * (ratio - 1))
 
 
 def project(fine: Canvas, coarse: Canvas, growth: tuple[int, int, int]) -> None:
@@ -271,19 +169,22 @@ def read_level(
 
     def compute(batch: Batch, given: Fetched) -> dict[int, Tensor]:
         """The first of two passes makes the latents that the second one sees, as in training."""
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[int, list[Tensor]] = {block: [] for block in blocks}
 
         def watch(block: int, features: Tensor) -> None:
             if block in blocks:
-                rows = features[:, 0].unflatten(0, (network.branches, -1))
-                inputs[block] = rows.transpose(0, 1).float()
+                rows = features[:, 0].unflatten(0, (-1, len(batch.tiles)))
+                inputs[block].append(rows.transpose(0, 1).float())
 
         tiles = cut_tiles(x_noisy, batch, tiling, whole)
         if model.self_conditioning is not None:
             latents = network(tiles, batch, tiling, sigma, given)[1]
-            given = given | {"latents": latents}
+            given = given | {(LATENTS, number): last for number, last in enumerate(latents)}
         network(tiles, batch, tiling, sigma, given, watch)
-        return inputs
+        return {
+            block: torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            for block, parts in inputs.items()
+        }
 
     answers = network.shared(
         network.batches(list(range(len(tiling)))), lambda batch: network.features(batch, tiling),
@@ -301,32 +202,9 @@ def read_level(
     return volumes
 
 
-def joined(conditions: list[Condition]) -> Condition:
-    """The rows of several conditions, one after the other."""
-    names = [name for name, value in vars(conditions[0]).items() if value is not None]
-    return replace(
-        conditions[0],
-        **{name: torch.cat([getattr(c, name) for c in conditions]) for name in names},
-    )
-
-
 def cut_tiles(canvas: Canvas, batch: Batch, tiling: Tiling, slab: Slab) -> TileBatch:
     """A batch's tiles of the canvas of a slab."""
     pairs = zip(batch.clips, batch.tiles, strict=True)
     return torch.stack(
         [cut_tile(canvas[clip], tiling.corner(tile, slab), tiling.patch) for clip, tile in pairs]
     )
-
-
-def padded(rows: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Rows, or none, with zeros behind them."""
-    full = torch.zeros(shape, device=device)
-    if rows is not None:
-        full[: len(rows)] = rows
-    return full
-
-
-def box(row: int, corner: list[int], shape: tuple[int, int, int]) -> Box:
-    """Where features of one clip's window are kept."""
-    sides = zip(corner, shape, strict=True)
-    return (slice(row, row + 1), *(slice(low, low + side) for low, side in sides))

@@ -46,8 +46,11 @@ class PyramidFlowMethod(Method):
         self.parts = tuple(f"stage_{stage}" for stage in range(config.flow.stages))
         self.calls_per_clip = sum(sum(sampling.steps_of(unit)) for unit in range(units))
         self.is_guided = any(sampling.guidance_of(unit) != 1 for unit in range(units))
-        text = text_shape(conditioning)
-        self.mean_compute = mean_compute(config, text[0] if text else 0)
+
+    @property
+    def mean_compute(self) -> float:
+        text = text_shape(self.conditioning)
+        return mean_compute(self.config, text[0] if text else 0)
 
     def network(self) -> PyramidFlow:
         return PyramidFlow(self.config, self.conditioning)
