@@ -143,8 +143,7 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
     log = workdir / "runs" / f"{recipe}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        environment = threads_for(processes_of(config))
-        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         follow(job, run_dir, config.total_steps, preempt_at)
     state = read_status(run_dir).get("state")
     wanted = "preempted" if preempt_at else "done"
@@ -169,11 +168,10 @@ def launch(processes: int) -> tuple[str, ...]:
     return (*torchrun, f"--nproc-per-node={processes}", "-m", "t2v.cli")
 
 
-def threads_for(processes: int) -> dict[str, str]:
-    """A process's share of the cores: threads that wait for each other stand still on a machine
-    that others use, too."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    return os.environ | {"OMP_NUM_THREADS": str(threads)}
+def environment() -> dict[str, str]:
+    """One thread in each process: models so small gain nothing by more, and threads that wait for
+    each other stand still on a machine that others use, too."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def follow(job: subprocess.Popen, run_dir: Path, total_steps: int, preempt_at: int | None) -> None:
@@ -208,9 +206,7 @@ def sample(workdir: Path, recipe: str, toys: list[Toy]) -> Path:
         str(workdir / "runs" / recipe),
         *("--prompts", str(prompts), "--out", str(out), "--encoder", str(workdir / "encoder")),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=threads_for(PROCESSES)
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     if done.returncode:
         raise UserError(f"{out}: sampling failed because {done.stderr.strip()[-500:]}")
     return out
