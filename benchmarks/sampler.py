@@ -6,8 +6,8 @@ Each argument is the folder of a finished `t2v quickstart`. **Solvers**: how far
 run with ten times as many calls, at equal calls, at every level; levels below the one that is
 measured are sampled alike, so that the same context and noise begin every trajectory. **Settings**:
 clips of all prompts by rows that each change the recipe's sampler, read by the quickstart's pixel
-reader, with the sampling FLOPs of one clip as counted by torch. Intervals are 95 % of Student's law
-over folders.
+reader, with the sampling FLOPs of one clip as `t2v plan` counts them. Intervals are 95 % of
+Student's law over folders.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ablations import features
 from data_pipeline.making.toy import all_toys, toy_clips
 from data_pipeline.making.toy_score import read_toy
 from t2v.evaluation.scores import KernelDistance, frechet_distance, moments
 from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.cost import sampling_flops
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import HPDMSamplingConfig
 from t2v.methods.hpdm.tiles import shrink
@@ -91,7 +91,12 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
         network = method_of(config).network()
         source.load(network, "ema")
         network.eval()
+        with torch.device("meta"):
+            blank = method_of(config).network()
         settings = config.method.sampling.model_dump()
+
+        def with_changes(changes: dict[str, Any]) -> HPDMSamplingConfig:
+            return HPDMSamplingConfig.model_validate(settings | changes)
 
         def clips_of(chosen: list) -> Clips:
             condition, null = conditions.of(chosen)
@@ -102,7 +107,7 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
                     condition=condition,
                     null=null,
                     seeds=[subject.seed for subject in chosen],
-                    sampling=HPDMSamplingConfig.model_validate(settings | changes),
+                    sampling=with_changes(changes),
                     diffusion=config.method.diffusion,
                 )
 
@@ -113,10 +118,11 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
         rows = []
         for name, changes in ROWS.items():
             levels = clips_of(subjects)(changes)
-            with FlopCounterMode(display=False) as counter:
-                clips_of(subjects[:1])(changes)
+            flops = sampling_flops(
+                blank, with_changes(changes), config.method.diffusion, config.conditioning
+            )
             measured = quality(levels, toys, known)
-            rows.append({"row": name} | measured | {"gflops": counter.get_total_flops() / 1e9})
+            rows.append({"row": name} | measured | {"gflops": sum(flops) / 1e9})
             print(rows[-1], flush=True)
     return solved, rows
 
