@@ -39,7 +39,7 @@ from t2v.evaluation.scores import KernelDistance
 from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.methods.hpdm.sampling import generate
-from t2v.methods.hpdm.tiles import shrink
+from t2v.methods.hpdm.tiled_denoiser import shrink
 from t2v.network.conditioning import Condition
 from t2v.train.ema import Ema
 from t2v.train.schedule import learning_rate

@@ -32,7 +32,7 @@ from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.cost import sampling_flops
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import HPDMSamplingConfig
-from t2v.methods.hpdm.tiles import shrink
+from t2v.methods.hpdm.tiled_denoiser import shrink
 from t2v.quickstart import STAGINGS
 from t2v.recipe.recipe import method_of
 from t2v.sampling.generate import sampling_world, with_sampling

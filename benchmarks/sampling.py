@@ -42,7 +42,7 @@ from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import network_calls
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import TiledDenoiser
+from t2v.methods.hpdm.tiled_denoiser import TiledDenoiser
 from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
 from t2v.sampling.generate import Means, room_left, to_bytes
 

@@ -11,7 +11,7 @@ from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import ALONE, sample_level
 from t2v.methods.hpdm.settings import level_tilings
 from t2v.methods.hpdm.store import Fetched, Store
-from t2v.methods.hpdm.tiles import read_level
+from t2v.methods.hpdm.tiled_denoiser import read_level
 from t2v.methods.hpdm.tiling import Tiling, cut_tile
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig

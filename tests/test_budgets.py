@@ -19,7 +19,7 @@ from t2v.methods.hpdm.objective import drawn_latents
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import level_tilings
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import rescaled
+from t2v.methods.hpdm.tiled_denoiser import rescaled
 from t2v.plan.footprint import forward_flops
 from t2v.recipe.recipe import RunConfig, method_of
 from tests.test_hpdm import random_inputs

@@ -15,7 +15,7 @@ from t2v.methods.hpdm.diffusion import c_in
 from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import network_calls
-from t2v.methods.hpdm.tiles import project
+from t2v.methods.hpdm.tiled_denoiser import project
 from t2v.methods.hpdm.tiling import OVERLAPS
 from t2v.recipe.recipe import RunConfig
 from tests.test_sampling import Painter, gentle_model, random_clips, sample, three_levels

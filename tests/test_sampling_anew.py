@@ -10,7 +10,7 @@ from t2v.methods.hpdm.memory import plan_memory
 from t2v.methods.hpdm.sampling import ALONE
 from t2v.methods.hpdm.settings import level_tilings
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import TiledDenoiser, read_level
+from t2v.methods.hpdm.tiled_denoiser import TiledDenoiser, read_level
 from t2v.methods.hpdm.tiling import Slab
 from tests.tiny import class_condition, stirred_model, tiny_config
 

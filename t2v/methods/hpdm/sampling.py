@@ -19,7 +19,7 @@ from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.settings import Branch, HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.solver import Canvas, Solver, churned, noise_levels
 from t2v.methods.hpdm.store import Store
-from t2v.methods.hpdm.tiles import TiledDenoiser, read_level, shrink
+from t2v.methods.hpdm.tiled_denoiser import TiledDenoiser, read_level, shrink
 from t2v.methods.method import Team
 from t2v.network.conditioning import Condition
 
