@@ -8,18 +8,16 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import join, quote
 from typing import Any
 
+from cluster.bad_nodes import FILE, read_bad_nodes
 from cluster.job import DataJob, TrainingJob, grace_of, run_folder, shared_memory_of
-from cluster.names import DIRECTIVE_VALUE
 from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
 from cluster.render_slurm import SCRIPT
-from cluster.status import seconds_of
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import storage
 from t2v.evaluation.protocol import load_protocol
@@ -123,7 +121,7 @@ def training_job(
         grace=grace_of(config, forecast, profile),
         shared_memory=shared_memory_of(config, profile),
         setup_seconds=config.watchdog.setup_seconds,
-        bad_nodes=_bad_nodes(run_folder(config.run_dir, profile)),
+        bad_nodes=read_bad_nodes(run_folder(config.run_dir, profile) / FILE),
     )
 
 
@@ -247,19 +245,3 @@ def _forecast(config: RunConfig, profile: Profile, nodes: int, origin: str) -> P
 def _record(profile: Profile, code: str) -> dict[str, Any]:
     container = profile.container if isinstance(profile, SlurmProfile) else profile
     return {"t2v": code, "image": container.image if container else None, "cluster": profile.kind}
-
-
-def _bad_nodes(folder: Path) -> tuple[str, ...]:
-    """Nodes that failed a preflight of this run and whose time is not over: a name per line, and
-    until when; without a time they are an operator's."""
-    path = folder / "bad_nodes"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found, now = set(), datetime.now(UTC).isoformat()
-    for line in filter(str.strip, text.splitlines()):
-        name, *until = line.split()
-        is_time = all(seconds_of(word) is not None for word in until)
-        if not re.fullmatch(DIRECTIVE_VALUE, name) or len(until) > 1 or not is_time:
-            raise ConfigError(f"{path}: {line!r} is no node's name; write one name per line.")
-        if not until or until[0] > now:
-            found.add(name)
-    return tuple(sorted(found))

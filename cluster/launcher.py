@@ -20,6 +20,11 @@ from data_pipeline.cpus import usable_cpus
 from data_pipeline.errors import ConfigError
 
 ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>\d{1,5})")
+ROOT_CAUSE = re.compile(
+    r"Root Cause.*?rank\s*:\s*(?P<rank>\d+).*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL
+)
+# What ends a rank from outside, or by its hardware; an abort may be a library's own timeout.
+KILLED = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
 # No packet is sent there (RFC 5737): the kernel only says by which interface it would go.
 ANYWHERE = "203.0.113.1"
 
@@ -100,6 +105,12 @@ def end_group(launcher: subprocess.Popen, number: signal.Signals) -> None:
         os.killpg(launcher.pid, number)
     except ProcessLookupError:
         return
+
+
+def root_cause(log: str) -> tuple[int, int] | None:
+    """(rank, exit code) of the rank that a launcher saw fail first, by what it wrote."""
+    seen = ROOT_CAUSE.search(log)
+    return (int(seen["rank"]), int(seen["code"])) if seen else None
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:

@@ -10,7 +10,6 @@ the failure records and status.json.
 import contextlib
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -29,6 +28,7 @@ from cluster.launcher import (
     Place,
     end_group,
     ignore_user_signals,
+    root_cause,
     split_endpoint,
     start_launcher,
 )
@@ -58,9 +58,6 @@ PREFLIGHT_PORTS = 100
 SITE_SECONDS = 60.0
 # How long ranks may take to follow one that is gone: by then every collective has failed.
 FOLLOW_SECONDS = 120.0
-ROOT_CAUSE = re.compile(
-    r"Root Cause.*?rank\s*:\s*(?P<rank>\d+).*?exitcode\s*:\s*(?P<code>-?\d+)", re.DOTALL
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,16 +306,16 @@ def exit_code_of(
         return int(status["exit_code"]), str(status.get("reason"))
     if returned == PREEMPTED:
         return PREEMPTED, "told to stop before the ranks began"
-    seen = ROOT_CAUSE.search(launcher_log(job, log_dir))
+    seen = root_cause(launcher_log(job, log_dir))
     if seen is None:
         if asked:
             return PREEMPTED, "told to stop; nothing newer was saved"
         return 1, f"the launcher ended with {returned}: {last_words(job, log_dir)}"
-    code = int(seen["code"])
+    rank, code = seen
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return 128 - code, f"rank {seen['rank']} was killed by {name}"
-    return code, f"rank {seen['rank']} ended with {code}; its log says why"
+        return 128 - code, f"rank {rank} was killed by {name}"
+    return code, f"rank {rank} ended with {code}; its log says why"
 
 
 def launcher_log(job: NodeJob, log_dir: Path) -> str:

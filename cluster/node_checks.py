@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.bad_nodes import node_name
 from cluster.checks import Check, Verdict
 from cluster.gpus import Promise, check_gpus, query_gpus
 from cluster.job import BYTES_PER_PARAMETER, sample_bytes
@@ -37,12 +37,6 @@ def check_node(config: RunConfig, *, ranks: int, promise: Promise | None = None)
         _guarded("disk", lambda: check_disk(run_dir, needed_bytes=missing_bytes(config))),
         _guarded("data", lambda: check_data(config)),
     ]
-
-
-def node_name() -> str:
-    """What the scheduler calls this node."""
-    told = os.environ.get("SLURMD_NODENAME") or os.environ.get("T2V_NODE")
-    return told or socket.gethostname()
 
 
 def check_versions() -> Check:

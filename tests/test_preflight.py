@@ -13,9 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bad_nodes import BROKEN_DAYS, note_bad_nodes, read_bad_nodes
 from cluster.checks import Check, failed
 from cluster.fabric import measure, pairings, slow_members
 from cluster.gpus import Promise, check_gpus, parse_gpus, visible
+from cluster.judgement import (
+    Judgement,
+    NodeReport,
+    judge,
+    of_the_silent,
+    own_exit_code,
+    with_fabric,
+)
 from cluster.launcher import Place
 from cluster.meeting import Meeting
 from cluster.node_checks import (
@@ -28,16 +37,7 @@ from cluster.node_checks import (
     missing_bytes,
     skew_verdict,
 )
-from cluster.preflight import (
-    Judgement,
-    NodeReport,
-    check_alone,
-    check_together,
-    judge,
-    note_bad_nodes,
-    of_the_silent,
-    own_exit_code,
-)
+from cluster.preflight import check_alone, check_together
 from data_pipeline.errors import InputMissing
 from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
@@ -206,25 +206,44 @@ def test_a_node_that_none_reaches_is_told_from_one_link_that_is_down():
     assert judge(seen("1 ip", "0 ip")).bad_nodes == []  # of two, none can be told from the other
 
 
-def test_nodes_that_say_nothing_are_bad_but_for_all_of_several(monkeypatch):
-    monkeypatch.setenv("T2V_NODE_NAMES", "n1 n2 n3")
-    meeting = Meeting(Place(nnodes=3))
-    nobody = Judgement(0, [], [])
-    assert of_the_silent(meeting, [2], "did not come", nobody) == Judgement(
+def test_nodes_that_say_nothing_are_bad_but_for_all_of_several():
+    names, nobody = {0: "n1", 1: "n2", 2: "n3"}, Judgement(0, [], [])
+    assert of_the_silent(names, 3, [2], "did not come", nobody) == Judgement(
         69, ["n3: did not come"], ["n3"]
     )
-    assert of_the_silent(meeting, [1, 2], "did not come", nobody).exit_code == 74
-    monkeypatch.delenv("T2V_NODE_NAMES")
-    judged = of_the_silent(meeting, [2], "did not come", nobody)
+    assert of_the_silent(names, 3, [1, 2], "did not come", nobody).exit_code == 74
+    judged = of_the_silent({0: "n1"}, 3, [2], "did not come", nobody)
     assert judged == Judgement(74, ["node number 2: did not come"], [])
 
 
-def test_bad_nodes_are_written_down_until_a_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("T2V_BAD_NODES", str(tmp_path / "bad_nodes"))
-    note_bad_nodes(Judgement(69, [], ["n2", ""]))
-    name, end = (tmp_path / "bad_nodes").read_text().split()
+def test_ranks_that_hang_or_are_killed_are_the_cause_and_others_errors_are_not():
+    good, lost = {"all": 1e9}, {"failure": "RuntimeError: connection closed by peer"}
+    hang = {"failure": "its ranks hang", "is_cause": True}
+    reports = [report("n1"), report("n2"), report("n3")]
+
+    def judged(*told) -> Judgement:
+        return judge(with_fabric(reports, dict(enumerate(told))))
+
+    assert judged(good, good, good) == Judgement(0, [], [])
+    assert judged(lost, lost, hang).bad_nodes == ["n3"]
+    assert judged(lost, lost, hang).exit_code == 69
+    for alike in (lost, hang):  # who began, nobody can tell
+        assert judged(alike, alike, alike).bad_nodes == []
+        assert judged(alike, alike, alike).exit_code == 74
+
+
+def test_bad_nodes_are_avoided_until_their_time_is_over(tmp_path, monkeypatch):
+    file = tmp_path / "bad_nodes"
+    monkeypatch.setenv("T2V_BAD_NODES", str(file))
+    note_bad_nodes(["n2", ""])
+    name, end = file.read_text().split()
     assert name == "n2"
-    assert datetime.fromisoformat(end) > datetime.now(UTC)
+    left = datetime.fromisoformat(end) - datetime.now(UTC)
+    assert timedelta(days=BROKEN_DAYS, minutes=-1) < left < timedelta(days=BROKEN_DAYS)
+    note_bad_nodes(["n3"], days=-1)
+    file.write_text(file.read_text() + "n1\n")  # an operator's
+    assert read_bad_nodes(file) == ("n1", "n2")
+    assert read_bad_nodes(tmp_path / "none") == ()
 
 
 def test_limits_of_this_process_are_looked_at():

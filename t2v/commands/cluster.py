@@ -77,7 +77,9 @@ def preflight(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     refuse_strange_rank(options)
     from cluster import preflight as flight
+    from cluster.bad_nodes import node_name, note_bad_nodes
     from cluster.gpus import Promise
+    from cluster.judgement import own_exit_code
     from cluster.launcher import Place
     from cluster.meeting import Meeting
     from t2v.recipe.recipe import accumulation_steps, load_config
@@ -104,9 +106,11 @@ def preflight(options: argparse.Namespace) -> int:
         meeting = Meeting(place, options.timeout_seconds)
         recipe = (options.config, *options.overrides)
         reports, judgement = flight.check_together(config, meeting, recipe=recipe, promise=promise)
-    code = flight.own_exit_code(judgement, flight.node_name(), speaks=is_first)
+    speaks = options.node_rank == judgement.judge
+    code = own_exit_code(judgement, node_name(), speaks=speaks)
+    if speaks:
+        note_bad_nodes(judgement.bad_nodes)
     if is_first:
-        flight.note_bad_nodes(judgement)
         print(flight.to_json(reports, judgement)) if options.json else flight.print_reports(
             reports, judgement
         )
