@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.checks import Check
+from cluster.gpu_events import is_chosen
 from data_pipeline.errors import ConfigError
 
 GIB = 2**30
@@ -54,14 +55,7 @@ def parse_gpus(text: str) -> list[Gpu]:
 
 def visible(gpus: list[Gpu], chosen: str | None) -> list[Gpu]:
     """Those of a node's GPUs that are this job's: on a shared node the driver shows all."""
-    if chosen is None:
-        return gpus
-    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
-    return [
-        gpu
-        for gpu in gpus
-        if any(w == gpu["index"] or (w[:4] == "GPU-" and gpu["uuid"].startswith(w)) for w in wanted)
-    ]
+    return [gpu for gpu in gpus if is_chosen(gpu["index"], gpu["uuid"], chosen)]
 
 
 def check_gpus(gpus: list[Gpu] | None, *, ranks: int, promise: Promise) -> list[Check]:

@@ -23,12 +23,14 @@ from types import FrameType
 
 import psutil
 
+from cluster.bad_nodes import node_name, note_bad_nodes
+from cluster.ending import culprits, exit_code_of
+from cluster.gpu_events import GpuWatch
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
 from cluster.launcher import (
     Place,
     end_group,
     ignore_user_signals,
-    root_cause,
     split_endpoint,
     start_launcher,
 )
@@ -96,8 +98,10 @@ def run_node(job: NodeJob) -> int:
     number = next_number(read_attempts(job.run_dir))
     log_dir = log_folder(job.run_dir, number)
     log_dir.mkdir(parents=True, exist_ok=True)
-    record = NodeRecord(node=job.name, host=socket.gethostname(), started=time.time())
+    host, name = socket.gethostname(), node_name()
+    record = NodeRecord(node=job.name, host=host, started=time.time(), name=name)
     write_record(log_dir, record)
+    gpus = GpuWatch(lambda events: write_record(log_dir, replace(record, gpu_events=events)))
     if job.node_rank == 0 and is_older(job.flag, since):
         job.flag.unlink(missing_ok=True)
     try:
@@ -106,7 +110,11 @@ def run_node(job: NodeJob) -> int:
     except UserError as failure:
         code, reason = failure.exit_code, str(failure)
     tell_failed_start(job.run_dir, number, code, reason)
-    write_record(log_dir, replace(record, ended=time.time(), exit_code=code, reason=reason))
+    events, is_broken = gpus.close()
+    ending = replace(record, ended=time.time(), exit_code=code, reason=reason, gpu_events=events)
+    write_record(log_dir, ending)
+    if code:
+        tell_whom_to_avoid(job, log_dir, record, is_broken=is_broken)
     if job.on_end and job.node_rank == 0:
         tell_site(job.on_end, job.run_dir)
     print(plain(f"{job.name}: {reason} (exit code {code}; logs: {log_dir})"), flush=True)
@@ -163,6 +171,18 @@ def run_preflight(job: NodeJob, requests: "Requests", since: float) -> int:
     return checking.returncode if checking.returncode >= 0 else 128 - checking.returncode
 
 
+def tell_whom_to_avoid(job: NodeJob, log_dir: Path, record: NodeRecord, *, is_broken: bool) -> None:
+    """Write nodes into the run's list for the next attempt: this one by its driver's word, and the
+    first node those that its ranks have found. A full disk does not change how the run ended."""
+    with contextlib.suppress(OSError):
+        if is_broken:
+            note_bad_nodes([record.name])
+        if job.node_rank == 0:
+            found = culprits(job.run_dir, log_dir, record, job.nproc_per_node)
+            for name, days in found.items():
+                note_bad_nodes([name], days=days)
+
+
 def tell_site(program: str, run_dir: Path) -> None:
     """Run the site's program about an attempt that has ended; whatever it does changes nothing."""
     try:
@@ -197,7 +217,7 @@ def see_through(
         ]
         launcher = start_launcher(job, "cluster.rank", arguments, log)
         returned = watch(job, launcher, requests, since)
-    return exit_code_of(job, log_dir, record, returned, asked=requests.heard())
+    return exit_code_of(job.run_dir, log_dir, record, returned, asked=requests.heard())
 
 
 def pause_after_failures(job: NodeJob, told_to_stop: Callable[[], bool]) -> None:
@@ -275,58 +295,6 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: f
             next_beat = now + BEAT_SECONDS
         time.sleep(POLL_SECONDS)
     return launcher.returncode
-
-
-def exit_code_of(
-    job: NodeJob, log_dir: Path, record: NodeRecord, returned: int, *, asked: bool
-) -> tuple[int, str]:
-    """(exit code, why) of an attempt whose launcher returned `returned`.
-
-    Best word first: the earliest failure record, the run's status, what the launcher saw of its
-    own ranks.
-    """
-    since = int(record.started)
-    if returned == 0:
-        return 0, "done"
-    status = read_json(job.run_dir / "status.json")
-    is_fresh = (seconds_of(status.get("updated")) or 0.0) >= since
-    if is_fresh and status.get("state") == "done":
-        return 0, "done"
-    failures = [read_json(path) for path in log_dir.glob("failure-rank-*.json")]
-    fresh = [f for f in failures if f.get("exit_code") and (seconds_of(f.get("at")) or 0) >= since]
-    if fresh:
-        first = min(fresh, key=lambda failure: seconds_of(failure["at"]) or 0.0)
-        if first["exit_code"] != PREEMPTED:
-            rank, reason = f"rank {first.get('rank')}", str(first.get("reason"))
-            said = reason if reason.startswith(f"{rank} ") else f"{rank}: {reason}"
-            return int(first["exit_code"]), said
-    if is_fresh and status.get("state") == "preempted":
-        return PREEMPTED, f"preempted at step {status.get('step')}, saved"
-    if is_fresh and status.get("state") == "failed" and status.get("exit_code"):
-        return int(status["exit_code"]), str(status.get("reason"))
-    if returned == PREEMPTED:
-        return PREEMPTED, "told to stop before the ranks began"
-    seen = root_cause(launcher_log(job, log_dir))
-    if seen is None:
-        if asked:
-            return PREEMPTED, "told to stop; nothing newer was saved"
-        return 1, f"the launcher ended with {returned}: {last_words(job, log_dir)}"
-    rank, code = seen
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return 128 - code, f"rank {rank} was killed by {name}"
-    return code, f"rank {rank} ended with {code}; its log says why"
-
-
-def launcher_log(job: NodeJob, log_dir: Path) -> str:
-    path = log_dir / f"launcher-{job.name}.log"
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def last_words(job: NodeJob, log_dir: Path) -> str:
-    """The launcher's last error in one line, or where to look."""
-    lines = [line for line in launcher_log(job, log_dir).splitlines() if "Error: " in line]
-    return lines[-1].strip()[-300:] if lines else "its log says why"
 
 
 def log_folder(run_dir: Path, attempt: int) -> Path:

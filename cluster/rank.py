@@ -27,6 +27,7 @@ POLL_SECONDS = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS_BYTES = 65536
 SAVED = 75
+RECORDER = "TORCH_FR_DUMP_TEMP_FILE"
 
 
 def main(folder: str, *arguments: str) -> int:
@@ -42,6 +43,8 @@ def main(folder: str, *arguments: str) -> int:
         os.dup2(file, 2)
         os.close(file)
     trace, file = new_trace()
+    # Where a hang ends in the hands of NCCL's own watchdog, it leaves the last collectives there.
+    os.environ.setdefault(RECORDER, str(logs / "nccl-trace-rank-"))
     child = subprocess.Popen(
         [sys.executable, "-m", "t2v.cli", "train", *arguments],
         env=os.environ | {VARIABLE: str(file)},

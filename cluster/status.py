@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ SECONDS_AND_RATES = (
     "started",
     "ended",
 )
-TEXTS = ("state", "reason", "host", "updated", "node")
+TEXTS = ("state", "reason", "host", "updated", "node", "name")
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -48,6 +48,8 @@ class NodeRecord:
     ended: float | None = None
     exit_code: int | None = None
     reason: str = ""
+    name: str = ""  # what the scheduler calls it
+    gpu_events: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class RunStatus:
     is_stale: bool
     goodput: float | None  # share of the time since the first start that led to a line of metrics
     host: str | None
+    straggler: dict[str, Any] | None  # the rank that others wait for, its host and what it costs
+    gpu_events: tuple[str, ...]  # of the newest attempt, what drivers told of their GPUs
     decision: Decision
     pause_seconds: float  # before it is started again
 
@@ -132,9 +136,21 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         is_stale=goes_on and silent is not None and silent > STALE_SECONDS,
         goodput=metrics.get("goodput"),
         host=status.get("host"),
+        straggler=straggler_of(status),
+        gpu_events=tuple(f"{n.name or n.host}: {told}" for n in nodes for told in n.gpu_events),
         decision=decide(ending, failures(attempts, checkpoint)),
         pause_seconds=pause_seconds(failures(attempts, checkpoint) + 1),
     )
+
+
+def straggler_of(status: dict[str, Any]) -> dict[str, Any] | None:
+    """The straggler of a status, if it tells of one and the file is sound."""
+    found = status.get("straggler")
+    if not isinstance(found, dict) or not is_number(found.get("share")):
+        return None
+    if not isinstance(found.get("host"), str):
+        return None
+    return found if all(is_number(found.get(name)) for name in ("rank", "steps")) else None
 
 
 def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
@@ -208,17 +224,18 @@ def last_checkpoint(run_dir: Path) -> Saved | None:
 def last_nodes(run_dir: Path) -> list[NodeRecord]:
     """The nodes of the newest attempt that any wrapper has begun."""
     attempts = sorted((run_dir / "logs").glob("attempt-*"))
-    for attempt in reversed(attempts):
-        records = [read_json(path) for path in sorted(attempt.glob("node-*.json"))]
-        known = NodeRecord.__dataclass_fields__
-        nodes = [
-            NodeRecord(**{name: value for name, value in record.items() if name in known})
-            for record in map(sound, records)
-            if {"node", "host", "started"} <= set(record)
-        ]
-        if nodes:
-            return nodes
-    return []
+    return next(filter(None, map(records_in, reversed(attempts))), [])
+
+
+def records_in(attempt: Path) -> list[NodeRecord]:
+    """What the wrappers of an attempt left in its folder."""
+    records = [read_json(path) for path in sorted(attempt.glob("node-*.json"))]
+    known = NodeRecord.__dataclass_fields__
+    return [
+        NodeRecord(**{name: value for name, value in record.items() if name in known})
+        for record in map(sound, records)
+        if {"node", "host", "started"} <= set(record)
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -239,8 +256,13 @@ def sound(facts: dict[str, Any]) -> dict[str, Any]:
             (name in COUNTS and not (type(value) is int and value >= -1))
             or (name in SECONDS_AND_RATES and not is_number(value))
             or (name in TEXTS and not isinstance(value, str))
+            or (name == "gpu_events" and not is_list_of_texts(value))
         )
     }
+
+
+def is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def is_number(value: object) -> bool:

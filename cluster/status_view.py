@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.live import Live
 from rich.table import Table
@@ -91,6 +92,8 @@ def one_run(status: RunStatus) -> Table:
         ("failures without progress", status.failures_without_progress or ""),
         ("samples replaced", _data_text(status)),
         ("steps skipped", status.skipped_steps or ""),
+        ("slow", straggler_text(status.straggler)),
+        ("GPUs", "; ".join(status.gpu_events)),
         ("last word", f"{spell(status.silent_seconds)} ago" if status.silent_seconds else ""),
         ("if it has ended", status.decision),
     ]
@@ -114,6 +117,16 @@ def spell(seconds: float | None) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+
+
+def straggler_text(found: dict[str, Any] | None) -> str:
+    """`rank 3 on n2: others waited for it 31 % of 100 steps`; empty for none."""
+    if found is None:
+        return ""
+    return (
+        f"rank {found['rank']} on {found['host']}: others waited for it {found['share']:.0%} of "
+        f"{found['steps']} steps"
+    )
 
 
 def _checkpoint_text(status: RunStatus) -> str:

@@ -13,15 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.bad_nodes import BROKEN_DAYS, SLOW_DAYS, read_bad_nodes
+from cluster.ending import culprits, exit_code_of
 from cluster.heartbeat import NoHeartbeat, beat, check_health
 from cluster.launcher import launcher_command, split_endpoint
 from cluster.node import (
     NodeJob,
-    exit_code_of,
     is_older,
     last_word,
     pause_after_failures,
     tell_failed_start,
+    tell_whom_to_avoid,
     wait_for_name,
     write_record,
 )
@@ -59,11 +61,57 @@ def iso(seconds: float) -> str:
 
 def meant(run_dir: Path, returned: int, *, asked: bool = False) -> int:
     record = NodeRecord("node-00000", "n1", STARTED)
-    return exit_code_of(job_of(run_dir), run_dir, record, returned, asked=asked)[0]
+    return exit_code_of(run_dir, run_dir, record, returned, asked=asked)[0]
 
 
 def write_status(run_dir: Path, at: float, **facts) -> None:
     (run_dir / "status.json").write_text(json.dumps({**facts, "updated": iso(at)}))
+
+
+def two_nodes(run_dir: Path, hang: dict | None = None, straggler: dict | None = None) -> NodeRecord:
+    """A run folder that is its own log folder, of two nodes of four ranks."""
+    for number in range(2):
+        node = NodeRecord(f"node-{number:05d}", f"host-{number}", STARTED, name=f"n{number + 1}")
+        write_record(run_dir, node)
+    if hang is not None:
+        told = {"exit_code": 71, "at": iso(STARTED + 9), "section": "step", **hang}
+        (run_dir / f"failure-rank-{hang['rank']:05d}.json").write_text(json.dumps(told))
+    write_status(run_dir, STARTED + 9, state="failed", straggler=straggler)
+    return NodeRecord("node-00000", "host-0", STARTED, name="n1")
+
+
+def test_the_node_of_the_rank_that_hung_or_was_slow_to_the_end_is_avoided(tmp_path):
+    def avoided(**told) -> dict[str, float]:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        return culprits(tmp_path, tmp_path, two_nodes(tmp_path, **told), 4)
+
+    slow = {"rank": 6, "host": "host-1", "share": 0.4, "steps": 100, "step": 900}
+    assert avoided() == {}
+    assert avoided(hang={"rank": 5}) == {"n2": BROKEN_DAYS}
+    assert avoided(hang={"rank": 3}) == {"n1": BROKEN_DAYS}
+    assert avoided(straggler=slow) == {"n2": SLOW_DAYS}
+    assert avoided(straggler=slow | {"share": 0.15}) == {}  # not worth another node
+    assert avoided(straggler=slow | {"share": "[/"}) == avoided(straggler={}) == {}
+    assert avoided(hang={"rank": 5, "section": "data"}) == {}  # storage, or a sample
+    assert avoided(hang={"rank": 5, "exit_code": 74}) == {}
+    assert avoided(hang={"rank": 5, "at": iso(STARTED - 9)}) == {}  # of an earlier attempt
+    assert avoided(hang={"rank": 99}) == {}
+
+
+def test_a_node_writes_itself_down_and_the_first_writes_others(tmp_path, monkeypatch):
+    file = tmp_path / "bad_nodes"
+    monkeypatch.setenv("T2V_BAD_NODES", str(file))
+    first = two_nodes(tmp_path, hang={"rank": 1})
+    job = job_of(tmp_path, nproc_per_node=1, nnodes=2, node_rank=1)
+    tell_whom_to_avoid(job, tmp_path, first, is_broken=False)
+    assert read_bad_nodes(file) == ()
+    tell_whom_to_avoid(job, tmp_path, first, is_broken=True)
+    assert read_bad_nodes(file) == ("n1",)
+    tell_whom_to_avoid(
+        job_of(tmp_path, nproc_per_node=1, nnodes=2), tmp_path, first, is_broken=False
+    )
+    assert read_bad_nodes(file) == ("n1", "n2")
 
 
 def test_the_launchers_1_becomes_what_the_ranks_meant(tmp_path):

@@ -141,6 +141,18 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_the_undisturbed_one(
     assert_same_tensors(tensors_at(run_dir, STEPS), undisturbed)
 
 
+def test_a_requeued_job_avoids_a_node_that_was_found_bad_meanwhile(cluster, dataset, tmp_path):
+    job_id, run_dir = launch(cluster, dataset, tmp_path, nodes=1)
+    wait_for_step(cluster, job_id, run_dir, 5)
+    first = cluster.job(job_id)["NodeList"]
+    (run_dir / "bad_nodes").write_text(f"{first} 2999-01-01T00:00:00+00:00\n")
+    cluster.run("scancel", "--signal=USR1", "--batch", job_id)
+    cluster.wait_for(job_id, "PENDING", seconds=60)
+    job = wait_for_end(cluster, job_id, run_dir, "COMPLETED")
+    assert job["Restarts"] == "1"
+    assert job["NodeList"] == ({"n1", "n2"} - {first}).pop()
+
+
 def test_a_job_that_loses_a_rank_and_then_a_node_ends_as_the_undisturbed_one(
     cluster, dataset, undisturbed, tmp_path
 ):

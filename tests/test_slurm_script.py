@@ -80,6 +80,26 @@ def test_a_bad_node_is_avoided_by_the_job_that_takes_over(tmp_path):
     assert calls[-1][:2] == ["scontrol", ["update", "JobId=23", "Dependency=afterok:99"]]
 
 
+def test_a_requeued_job_avoids_what_was_found_bad_while_it_trained(tmp_path):
+    script = training_script(job(), site(tmp_path, exclude=["n9"])).replace("sleep 120", "exit 75")
+    stand_in = STAND_IN.replace("os.kill(os.getppid(), 9)", "pass")
+    bad_nodes = tmp_path / "runs" / "tiny" / "bad_nodes"
+    bad_nodes.parent.mkdir(parents=True)
+    for told, expected in (
+        ("n3 2020-01-01T00:00:00+00:00\n", []),  # whose time is over
+        ("n2 2999-01-01T00:00:00+00:00\n", [["update", "JobId=17", "ExcNodeList=n9,n2"]]),
+        ("n4\nn5\nn6\n", []),  # more than the job has
+    ):
+        bad_nodes.write_text(told)
+        process, calls = start_script(
+            script, tmp_path, CODE="71", DECISION="requeue", program=stand_in
+        )
+        process.communicate(timeout=60)
+        asked = [words for name, words, _ in read_calls(calls) if name == "scontrol"]
+        assert [words for words in asked if words[0] == "update"] == expected
+        calls.unlink()
+
+
 def test_a_bad_node_without_a_name_is_not_avoided_for_ever(tmp_path):
     script = training_script(job(), site(tmp_path))
     code, calls = run_script(script, tmp_path, PREFLIGHT="69")
