@@ -54,6 +54,23 @@ def progress(dumps: dict[str, dict]) -> dict[str, Progress]:
     return found
 
 
+def collective_seconds(after_ns: int) -> tuple[float, float, int]:
+    """(seconds that a device spent in collectives launched after a moment, seconds from the first
+    to the last of these, when that was launched, in ns since 1970). A rank that comes last waits
+    for none; zeros where the recorder does not time, as of gloo."""
+    dump = recorded().get("_dump_nccl_trace_json", {})
+    seconds, launched = 0.0, []
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        for entry in dump.get("entries", []):
+            duration, at = entry.get("duration_ms"), int(entry["time_created_ns"])
+            if at > after_ns and isinstance(duration, int | float):
+                seconds += duration / 1000
+                launched.append(at)
+    if len(launched) < 2:
+        return 0.0, 0.0, after_ns
+    return seconds, (max(launched) - min(launched)) / 1e9, max(launched)
+
+
 def leave_record(folder: Path, rank: int, dumps: dict[str, dict]) -> None:
     """The last collectives of a rank, for people."""
     with contextlib.suppress(OSError):

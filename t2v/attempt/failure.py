@@ -104,10 +104,11 @@ def waits_for_others() -> bool:
     """Whether any thread of this process is waiting for another rank: in a collective, or, where
     these are launched and not waited for, for its device."""
     frames = sys._current_frames()
-    return any(_is_waiting(frame) for frame in frames.values())
+    return any(is_waiting(frame) for frame in frames.values())
 
 
-def _is_waiting(frame: FrameType) -> bool:
+def is_waiting(frame: FrameType) -> bool:
+    """Whether a thread, by its innermost frame, waits for another rank or for its device."""
     innermost: FrameType | None = frame
     for _ in range(6):
         if innermost is None:

@@ -35,6 +35,9 @@ class MetricsConfig(Strict):
     prometheus_port: int | None = Field(
         default=None, ge=1024, le=65535, description="of rank 0's host, for Prometheus to ask"
     )
+    straggler_steps: int = Field(
+        default=100, ge=0, description="steps after which ranks compare who waits; 0: never"
+    )
 
 
 class StepSums:

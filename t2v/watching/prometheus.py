@@ -23,6 +23,11 @@ GAUGES = {
     "samples_per_second": ("t2v_samples_per_second", "Of all ranks together."),
     "step_seconds": ("t2v_step_seconds", "Mean of a step since the last line."),
     "data_wait_share": ("t2v_data_wait_share", "Share of a step that ranks wait for samples."),
+    "straggler_share": (
+        "t2v_straggler_share",
+        "Share of a step's time that ranks wait for the slowest; 0 where none is late.",
+    ),
+    "straggler_rank": ("t2v_straggler_rank", "The rank they wait for; -1: none."),
     "goodput": ("t2v_goodput", "Share of the time since the first start that led to lines."),
     "mfu": ("t2v_model_flops_utilisation", "Model FLOP/s of a device over its peak."),
     "restarts": ("t2v_restarts", "Attempts after the first."),

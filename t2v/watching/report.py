@@ -19,6 +19,7 @@ from t2v.watching.metrics import Metrics, MetricsConfig, StepSums
 from t2v.watching.prometheus import PrometheusView
 from t2v.watching.rates import Rates, device_name, first_start, peak_memory
 from t2v.watching.side_job import SamplesConfig, SideJob
+from t2v.watching.stragglers import Stragglers
 from t2v.watching.views import Guarded, ProgressView, say
 
 
@@ -53,6 +54,8 @@ class Report:
         """`state` is what the run begins with."""
         self.run, self.world, self.status = run, world, status
         self.sums = StepSums(run.parts, world)
+        self.stragglers = Stragglers(run_dir, world, status, run.metrics.straggler_steps)
+        self.late: dict[str, Any] = {}  # until the next line
         self.ids: list[str] = []
         self.dropped: list[dict] = []
         self.lines = self.quarantine = None
@@ -95,6 +98,7 @@ class Report:
             facts["skipped_samples"] = [name for part in ids for name in part]
         self.ids = []
         self._account_for_dropped(state.samples)
+        self.late |= self.stragglers.step(step)
         last = step == self.run.total_steps
         if step % self.run.metrics.every_steps and not last and not skipped:
             return
@@ -102,8 +106,10 @@ class Report:
             "step": step,
             "samples": state.samples,
             **self.sums.summary(self.run.global_batch_size),
+            **self.late,
             **facts,
         }
+        self.late = {}
         if self.lines is not None and self.status is not None:
             self.lines.step(values)
             rate = values["samples_per_second"]
@@ -144,6 +150,7 @@ class Report:
                 say(f"step {saved.step} was not saved because {saved.problem}")
 
     def close(self) -> None:
+        self.stragglers.close()
         if self.lines is not None:
             self.lines.close()
 
