@@ -17,8 +17,9 @@ DEFINITIONS = {
     "TrainJob": ("trainjobs.trainer.kubeflow.org", "Kubeflow Trainer 2.1"),
     "TrainingRuntime": ("trainingruntimes.trainer.kubeflow.org", "Kubeflow Trainer 2.1"),
 }
-QUEUES = ("localqueues.kueue.x-k8s.io", "Kueue 0.10")
-TOPOLOGIES = ("topologies.kueue.x-k8s.io", "Kueue 0.10")
+QUEUES, TOPOLOGIES = "localqueues.kueue.x-k8s.io", "topologies.kueue.x-k8s.io"
+# Of TrainJobs, the first Kueue that places them by topology and counts them as a whole.
+OLDEST_KUEUE = {"trainjob": "Kueue 0.14"}
 
 
 def refuse_old(
@@ -39,10 +40,11 @@ def refuse_old(
                     f"{described['kind']} does not know {', '.join(lost)} and would drop it; "
                     f"install {oldest} or newer, or use another flavour."
                 )
+    oldest = OLDEST_KUEUE.get(profile.flavour, "Kueue 0.10")
     if profile.queue:
-        _definition(*QUEUES, call)
+        _definition(QUEUES, oldest, call)
     if profile.topology:
-        _definition(*TOPOLOGIES, call)
+        _definition(TOPOLOGIES, oldest, call)
 
 
 def dropped(node: Any, schema: Object, path: str = "") -> Iterator[str]:

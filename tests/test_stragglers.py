@@ -1,10 +1,10 @@
 """The rank that others wait for is named with what it costs, and no rank where all are alike."""
 
+import io
 import json
 import random
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -105,8 +105,8 @@ def test_a_slow_rank_is_named_with_its_share(dataset, tmp_path, site):
     assert [line["straggler_rank"] for line in lines if "straggler_rank" in line] == [1, 1]
     told = (tmp_path / "run" / "attempts.jsonl").read_text()
     assert told.count('"straggler"') == 1  # it is news once
-    console = Terminal(width=160, record=True)
-    console.print(shown([run_status(Path(tmp_path / "run"))]))
+    console = Terminal(width=160, file=io.StringIO(), record=True)
+    console.print(shown([run_status(tmp_path / "run")]))
     assert f"rank 1 on {status['host']}" in console.export_text()
 
 
