@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def method_with(changes: dict[str, dict[str, Any]]) -> HPDMMethod:
     }
     for section, change in changes.items():
         if section != "optimizer":
-            content[section] |= change
+            old = content.get(section)
+            content[section] = old | change if isinstance(old, dict) else change
     return HPDMMethod(HPDMConfig.model_validate(content), NoConditioning(kind="none"))
 
 
@@ -171,7 +173,7 @@ def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.
     average = Ema(parameters, 40.0)
     for step in range(STEPS):
         numbers = range(step * BATCH, (step + 1) * BATCH)
-        batch = batch_of(numbers, method.config.pyramid, seed)
+        batch = replace(batch_of(numbers, method.config.pyramid, seed), step=step)
         method.losses(network, batch, seed=seed, device=CPU).sum().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
         rate = learning_rate(settings, step, STEPS)
@@ -184,16 +186,21 @@ def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.
 
 
 @torch.no_grad()
-def judged(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
-    """Held-out loss of both levels, and of sampled clips what they miss of each other and of real
-    ones. The loss weighs as the row trains, so rows of other weights have none to compare."""
-    pyramid, sampling = method.config.pyramid, method.config.sampling
-    numbers = range(10**6, 10**6 + HELD_OUT)
-    batch = batch_of(numbers, pyramid, seed)
+def held_out_losses(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
+    """Of both levels. The loss weighs as the row trains, so rows of other weights have none to
+    compare."""
+    batch = batch_of(range(10**6, 10**6 + HELD_OUT), method.config.pyramid, seed)
     losses = [
         method.held_out(network, batch, turns=[turn] * HELD_OUT, bins=4, seed=seed, device=CPU)[0]
         for turn in range(4)
     ]
+    return {f"loss {level}": float(torch.stack(losses)[:, :, level].mean()) for level in range(2)}
+
+
+@torch.no_grad()
+def sampled_quality(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
+    """What sampled clips miss of each other and of real ones."""
+    pyramid, sampling = method.config.pyramid, method.config.sampling
     told = Condition(torch.full((SAMPLED,), 8.0), torch.full((SAMPLED, 2), 16.0))
     levels = generate(
         network,
@@ -208,9 +215,7 @@ def judged(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
     )
     fine = torch.from_numpy(real).movedim(-1, 1).float() / 127.5 - 1
     known = [shrink(fine, pyramid.growth), fine]
-    found: dict[str, float] = {
-        f"loss {level}": float(torch.stack(losses)[:, :, level].mean()) for level in range(2)
-    }
+    found: dict[str, float] = {}
     apart = shrink(levels[1], pyramid.growth) - levels[0]
     found["mismatch"] = float(apart.square().mean().sqrt())
     for level in range(2):
@@ -263,7 +268,8 @@ def main() -> None:
             continue
         started = time.process_time()
         method = method_with(ROWS[row])
-        found = judged(method, trained(method, ROWS[row].get("optimizer", {}), seed), seed)
+        network = trained(method, ROWS[row].get("optimizer", {}), seed)
+        found = held_out_losses(method, network, seed) | sampled_quality(method, network, seed)
         cpu = {"cpu_seconds": round(time.process_time() - started, 1), "date": str(date.today())}
         done.append({"row": row, "seed": seed} | found | cpu)
         path.write_text(json.dumps(size | {"runs": done}, indent=1) + "\n")
