@@ -65,7 +65,9 @@ def test_what_others_keep_among_checkpoints_stays(state, tmp_path, capsys):
     assert untouched(made.folder, theirs)
     assert untouched(first, inside)
     assert len(tree(tmp_path / "archived")) == 3
-    assert capsys.readouterr().out.count("step-00000001: not retired because it holds more") == 1
+    told = capsys.readouterr().out
+    assert told.count("step-00000001: not retired because it holds more") == 1
+    assert told.count("step-00000002: not retired because it is a link") == 1
     # A refused step is moved aside with all that is in it.
     (made.folder / "step-00000006" / INDEX).write_text("damaged")
     (made.folder / "step-00000006" / "notes.txt").write_text("notes")

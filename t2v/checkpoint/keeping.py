@@ -93,9 +93,12 @@ class Keeping:
     def _holds_strangers(self, folder: Path) -> bool:
         """Whether a step holds more than was saved, or is kept elsewhere by a link."""
         own = {MANIFEST, *read_manifest(folder).files}
-        if not folder.is_symlink() and own.issuperset(os.listdir(folder)):
+        if folder.is_symlink():
+            self._tell(folder, "not retired because it is a link")
+        elif not own.issuperset(os.listdir(folder)):
+            self._tell(folder, "not retired because it holds more than was saved")
+        else:
             return False
-        self._tell(folder, "not retired because it holds more than was saved")
         return True
 
     def _remove(self, folder: Path) -> None:
