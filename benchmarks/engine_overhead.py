@@ -26,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.train_step import hardware, noise_batch
 from data_pipeline.feeding.loader import Batch
+from data_pipeline.feeding.mixture import Mixture
 from t2v import loop
 from t2v.engine.world import World
 from t2v.recipe.recipe import RunConfig, accumulation_steps, load_config, method_of
@@ -46,6 +47,7 @@ CHANGES = {
     "method.model.latent_head_dim": "64",
     "method.model.conditioning_dim": "256",
     "method.model.levels_per_block": "[1, 1, 2, 3]",
+    "metrics.wandb_project": "null",
     "engine.precision": "fp32",
     "engine.compile": "false",
     "global_batch_size": "2",
@@ -102,6 +104,7 @@ class TurnTaking:
 
     fingerprint = "noise"
     text_encoder = autoencoder = None
+    mixture = Mixture(parts=())
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
@@ -109,7 +112,7 @@ class TurnTaking:
         self.system: list[Seconds] = []
         self.watching = 0.0  # seconds of computing, of the thread that looks for stragglers
 
-    def steps(self, start_step: int, total_steps: int) -> Iterator[list[Batch]]:
+    def steps(self, start_step: int, total_steps: int, *, samples: int) -> Iterator[list[Batch]]:
         bare = BareLoop(self.config, self.world)
         count = accumulation_steps(self.config, self.world.world_size)
         batches = [noise_batch(self.config, self.config.micro_batch_size) for _ in range(count)]
