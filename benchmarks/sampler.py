@@ -118,9 +118,10 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
         rows = []
         for name, changes in ROWS.items():
             levels = clips_of(subjects)(changes)
-            flops = sampling_flops(
-                blank, with_changes(changes), config.method.diffusion, config.conditioning
-            )
+            with torch.enable_grad():  # which torch's counter of operations wants
+                flops = sampling_flops(
+                    blank, with_changes(changes), config.method.diffusion, config.conditioning
+                )
             measured = quality(levels, toys, known)
             rows.append({"row": name} | measured | {"gflops": sum(flops) / 1e9})
             print(rows[-1], flush=True)
