@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bad_nodes import BROKEN_DAYS, SLOW_DAYS
-from cluster.launcher import root_cause
 from cluster.status import (
     NodeRecord,
     read_json,
@@ -14,6 +13,7 @@ from cluster.status import (
     sound,
     straggler_of,
 )
+from cluster.torchrun import root_cause
 from t2v.attempt.record import PREEMPTED
 
 HANG = 71

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from cluster.launcher import Place, address_of, own_interface, split_endpoint
+from cluster.torchrun import Place, address_of, own_interface, split_endpoint
 from data_pipeline.errors import StorageError
 
 PREFIX, JUDGEMENT = "preflight", "judgement"

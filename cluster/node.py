@@ -27,15 +27,15 @@ from cluster.bad_nodes import node_name, note_bad_nodes
 from cluster.ending import culprits, exit_code_of
 from cluster.gpu_events import GpuWatch
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
-from cluster.launcher import (
+from cluster.requeue import PREEMPTED
+from cluster.status import NodeRecord, last_nodes, read_json, run_status, seconds_of
+from cluster.torchrun import (
     Place,
     end_group,
     ignore_user_signals,
     split_endpoint,
     start_launcher,
 )
-from cluster.requeue import PREEMPTED
-from cluster.status import NodeRecord, last_nodes, read_json, run_status, seconds_of
 from data_pipeline.errors import ConfigError, StorageError, UserError
 from data_pipeline.plain import plain
 from data_pipeline.store import storage

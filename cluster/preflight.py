@@ -30,9 +30,9 @@ from cluster.judgement import (
     parse_report,
     with_fabric,
 )
-from cluster.launcher import KILLED, Place, root_cause, start_launcher
 from cluster.meeting import JUDGEMENT, Meeting, Seat, agreed_clock, await_keys, knock, seated
 from cluster.node_checks import check_node
+from cluster.torchrun import KILLED, Place, root_cause, start_launcher
 from data_pipeline.errors import NodeUnfit, StorageError
 from data_pipeline.plain import plain
 from data_pipeline.terminal import Terminal

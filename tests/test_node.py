@@ -16,7 +16,6 @@ import pytest
 from cluster.bad_nodes import BROKEN_DAYS, SLOW_DAYS, read_bad_nodes
 from cluster.ending import culprits, exit_code_of
 from cluster.heartbeat import NoHeartbeat, beat, check_health
-from cluster.launcher import launcher_command, split_endpoint
 from cluster.node import (
     NodeJob,
     is_older,
@@ -28,6 +27,7 @@ from cluster.node import (
     write_record,
 )
 from cluster.status import NodeRecord, run_status
+from cluster.torchrun import launcher_command, split_endpoint
 from data_pipeline.errors import ConfigError, StorageError
 from t2v.attempt.failure import wait_until
 from t2v.attempt.record import append_attempt, failed_starts, next_number, read_attempts

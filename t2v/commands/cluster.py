@@ -80,8 +80,8 @@ def preflight(options: argparse.Namespace) -> int:
     from cluster.bad_nodes import node_name, note_bad_nodes
     from cluster.gpus import Promise
     from cluster.judgement import own_exit_code
-    from cluster.launcher import Place
     from cluster.meeting import Meeting
+    from cluster.torchrun import Place
     from t2v.recipe.recipe import accumulation_steps, load_config
 
     config = load_config(options.config, options.overrides)

@@ -5,9 +5,8 @@ import os
 
 import pytest
 
-from cluster import launcher
-from cluster.launcher import Place, address_of, launcher_environment, matching, own_interface
 from cluster.node import NodeJob, is_done, tell_site
+from cluster.torchrun import Place, address_of, launcher_environment, matching, own_interface
 from data_pipeline.cpus import usable_cpus
 from data_pipeline.errors import ConfigError
 
