@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from cluster import torchrun
 from cluster.node import NodeJob, is_done, tell_site
 from cluster.torchrun import Place, address_of, launcher_environment, matching, own_interface
 from data_pipeline.cpus import usable_cpus
@@ -27,9 +28,9 @@ def test_gloo_takes_the_interface_that_nccl_would(rule, name):
 def test_a_node_takes_the_way_to_the_first_one_and_never_its_own_loopback(monkeypatch):
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     found = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"], "ib0": ["10.1.0.2"]}
-    monkeypatch.setattr(launcher, "addresses", lambda: found)
+    monkeypatch.setattr(torchrun, "addresses", lambda: found)
     ways = {"n1": [], "n2": ["10.1.0.2"]}  # n1 is this very host, by Debian's hosts file
-    monkeypatch.setattr(launcher, "route_to", lambda host: ways.get(host, []))
+    monkeypatch.setattr(torchrun, "route_to", lambda host: ways.get(host, []))
     monkeypatch.setenv("T2V_NODE_NAMES", "n1 n2")
     place = Place(nnodes=2, rdzv_endpoint="n1:29400")
     assert own_interface(place) == "ib0"
