@@ -11,6 +11,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from data_pipeline.errors import NotWanted
 from data_pipeline.media.clips import probe, read_clip
 from data_pipeline.media.codec import decode_clip
+from data_pipeline.media.picture import EXACT_RESIZE, Orientation, fitted_picture
 from tests.odd_media import (
     QUADRANTS,
     corners_of,
@@ -227,6 +228,21 @@ def test_matrices_and_ranges_are_as_tagged(matrix, wide, container, codec, pixel
     )  # fmt: skip
     corners = corners_of(read_clip(media, "video", (2, 48, 80)).clip[1])
     assert abs(corners - QUADRANTS).max() <= 8
+
+
+@pytest.mark.parametrize("pixels", "yuv420p yuvj422p yuv444p nv12 yuv420p10le gray bgra rgb565le "
+                         "gbrp10le".split())  # fmt: skip
+@pytest.mark.parametrize("size", [(96, 130), (288, 512), (33, 47)])
+def test_pixels_do_not_depend_on_how_they_are_laid_out_on_the_way(pixels, size):
+    """Against one conversion to RGB by rows, as slow as it is."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 130, 3), np.uint8)
+    frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=pixels)
+    scale = max(size[0] / 96, size[1] / 130)
+    height, width = (max(n, round(m * scale)) for n, m in zip(size, (96, 130), strict=True))
+    rows = frame.reformat(width, height, "rgb24", interpolation=EXACT_RESIZE, threads=1)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    wanted = rows.to_ndarray()[top : top + size[0], left : left + size[1]]
+    assert np.array_equal(fitted_picture(frame, Orientation(), 1.0, size), wanted)
 
 
 def test_sound_and_covers_alone_are_not_wanted():
