@@ -14,8 +14,10 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
+from data_pipeline.making import build as building
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
+from data_pipeline.making.plan import Plan
 from data_pipeline.media.clips import read_clip
 from data_pipeline.media.codec import (
     decode_clip,
@@ -317,3 +319,45 @@ def test_odd_real_clips_are_built(shared_clips, tmp_path):
         path.with_suffix(".txt").write_text(f"a test clip, {path.stem}")
     dataset = build(odd, tmp_path / "built", frames=10, height=36, width=64)
     assert dataset.info.samples == 8
+
+
+@pytest.mark.parametrize("content", [b"more than there was", None])
+def test_a_file_that_changes_after_it_was_listed_stops_a_build(few, tmp_path, monkeypatch, content):
+    """Put back, it gives the bytes of a build that nothing happened to."""
+    build(few, tmp_path / "whole", **SIZE, shard_samples=2)
+    film, open_plan = few / "000003.mp4", building.open_plan
+    before = film.read_bytes()
+
+    def change(path: str) -> Plan:
+        film.write_bytes(before + content) if content else film.unlink()
+        return open_plan(path)
+
+    monkeypatch.setattr(building, "open_plan", change)
+    with pytest.raises(InputMissing, match=r"000003\.mp4: (is not what was listed|no such file)"):
+        build(few, tmp_path / "out", **SIZE, shard_samples=2, max_drop_rate=1.0)
+    monkeypatch.undo()
+    film.write_bytes(before)
+    build(few, tmp_path / "out", **SIZE, shard_samples=2, max_drop_rate=1.0)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("was_killed", [True, False])
+def test_no_plan_is_kept_of_a_source_that_changed_meanwhile(few, tmp_path, monkeypatch, was_killed):
+    """Not even where a build that was killed had written down what it would build."""
+    build(few, tmp_path / "whole", **SIZE)
+    if was_killed:
+        (tmp_path / "out").mkdir()
+        shutil.copy(tmp_path / "whole" / "build.json", tmp_path / "out")
+    film, aside, write_plan = few / "000003.mp4", tmp_path / "aside", building.write_plan
+
+    def lose(*arguments, **options) -> None:
+        film.rename(aside)
+        write_plan(*arguments, **options)
+
+    monkeypatch.setattr(building, "write_plan", lose)
+    with pytest.raises(ConfigError, match="changed while it was listed; build again"):
+        build(few, tmp_path / "out", **SIZE)
+    monkeypatch.undo()
+    aside.rename(film)
+    build(few, tmp_path / "out", **SIZE)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -230,8 +230,20 @@ def test_matrices_and_ranges_are_as_tagged(matrix, wide, container, codec, pixel
     assert abs(corners - QUADRANTS).max() <= 8
 
 
-@pytest.mark.parametrize("pixels", "yuv420p yuvj422p yuv444p nv12 yuv420p10le gray bgra rgb565le "
-                         "gbrp10le".split())  # fmt: skip
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        "yuv420p",
+        "yuvj422p",
+        "yuv444p",
+        "nv12",
+        "yuv420p10le",
+        "gray",
+        "bgra",
+        "rgb565le",
+        "gbrp10le",
+    ],
+)
 @pytest.mark.parametrize("size", [(96, 130), (288, 512), (33, 47)])
 def test_pixels_do_not_depend_on_how_they_are_laid_out_on_the_way(pixels, size):
     """Against one conversion to RGB by rows, as slow as it is."""

@@ -139,19 +139,27 @@ def build(
     out, columns, filters = str(out), columns or Columns(), filters or Filters()
     _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
     refuse_bad_target(Target(kind or "video", (frames, height, width), fps, cut, filters))
-    material = find_material(str(source), columns, root=root, kind=kind, split=split)
+    find = partial(find_material, str(source), columns, root=root, kind=kind, split=split)
+    material = find()
     storage.refuse_overlap(str(source), out)
     settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut}
     settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
     settings |= {"crop_bars": crop_bars, "columns": asdict(columns), "source": material.version}
     folder, plan_file = storage.join(out, "shards"), storage.join(out, PLAN)
-    made_folders, is_new, names = storage.absent_folders(folder), False, []
+    made_folders, is_new, has_planned = storage.absent_folders(folder), False, False
+    names: list[str] = []
     try:
         is_new = _claim(out, settings)
         if storage.exists(storage.join(out, MANIFEST)):
             return _with_contact_sheet(open_dataset(out))
         if not storage.exists(plan_file):
+            has_planned = True
             material.write(plan_file)
+            if find().version != material.version:
+                raise ConfigError(
+                    f"{source}: is wrong because it changed while it was listed; build again once "
+                    "its writer is done."
+                )
         plan = open_plan(plan_file)
         is_video = plan.kind == "video"
         size, rate = (frames if is_video else 1, height, width), fps if is_video else 0.0
@@ -160,7 +168,8 @@ def build(
         budget = Budget(material.source, material.folder, plan.rows, max_drop_rate)
         budget.refuse_excess(plan.account, {})
         names = [f"{number:06d}" for number in range(-(-plan.files // shard_samples))]
-        mine = [n for n in range(task[0], len(names), task[1]) if not _finished(folder, names[n])]
+        finished = _finished(folder)
+        mine = [n for n in range(task[0], len(names), task[1]) if names[n] not in finished]
         begins = {n: n * shard_samples for n in mine}
         counts = {n: min(shard_samples, plan.files - begin) for n, begin in begins.items()}
         make = partial(
@@ -186,14 +195,16 @@ def build(
     except BaseException:
         if is_new and not storage.exists(plan_file):
             names = []  # another task could not go on by settings that cannot be planned
-        if (task[1] == 1 or not names) and not (names and _finished(folder, names[0])):
+        if (task[1] == 1 or not names) and not (names and names[0] in _finished(folder)):
             first = [f"{folder}/000000{suffix}" for suffix in BEFORE_INDEX]
-            ours = [*first, plan_file, storage.join(out, CLAIM)]
-            storage.take_back(ours if is_new else [], made_folders)
+            ours = [*first, storage.join(out, CLAIM)] if is_new else []
+            storage.take_back([*ours, plan_file] if is_new or has_planned else [], made_folders)
         raise
-    if not all(_finished(folder, name) for name in names):
+    if not _finished(folder).issuperset(names):
         return None
-    storage.remove_partial(folder)
+    # Beside the shards, another task may be writing the manifest at this moment.
+    for place in (folder, out)[: 2 if task[1] == 1 else 1]:
+        storage.remove_partial(place)
     left_out = _all_left_out(folder, names)
     budget.refuse_excess(plan.account, left_out.unusable)
     tally = Tally()
@@ -303,8 +314,9 @@ def _claim(out: str, plan: dict) -> bool:
     return found is None
 
 
-def _finished(folder: str, name: str) -> bool:
-    return storage.exists(storage.join(folder, f"{name}.idx"))
+def _finished(folder: str) -> set[str]:
+    """The shards that are done, by one listing."""
+    return {name.removesuffix(".idx") for name in storage.list_files(folder, ".idx")}
 
 
 def _all_left_out(folder: str, names: Sequence[str]) -> LeftOut:

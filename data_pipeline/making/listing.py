@@ -22,18 +22,26 @@ class Place:
     """Where the bytes of a file are below a folder: a file of its own, or a part of a tar."""
 
     path: str
-    offset: int = 0
-    size: int | None = None  # none: the whole
+    size: int | None = None  # none: it was not listed
+    offset: int | None = None  # none: all of the file
 
     def read(self, folder: str) -> bytes:
-        """The bytes."""
+        """The bytes; InputMissing where they are not as many as were listed."""
         path = storage.join(folder, self.path)
-        if self.size is None:
-            return storage.read_bytes(path)
-        return storage.read_range(path, self.offset, self.size)
+        if self.size is None or self.offset is None:
+            content = storage.read_bytes(path)
+        else:
+            content = storage.read_range(path, self.offset, self.size)
+        if self.size not in (None, len(content)):
+            raise InputMissing(
+                f"{path}: is not what was listed because it holds {len(content)} bytes instead of "
+                f"{self.size}; put back what there was, or build into a new folder."
+            )
+        return content
 
     def __str__(self) -> str:
-        return json.dumps([self.path] if self.size is None else [self.path, self.offset, self.size])
+        values = [self.path, self.size, self.offset]
+        return json.dumps(values[: 3 - values[1:].count(None)])
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,14 @@ def kind_of(path: str) -> Kind | None:
 def scan(folder: str, tally: Tally) -> Iterator[Found]:
     """Every file below a folder; what cannot be told or is not entered is counted."""
     if storage.is_remote(folder):
-        paths: Iterator[str] = (path for path, _ in storage.list_below(folder))
+        files = storage.list_below(folder)
     elif not os.path.isdir(folder):
         raise InputMissing(f"{folder}: no such folder; give the one that holds the media.")
     else:
-        paths = _walk(folder, "", tally)
-    for path in paths:
+        files = _walk(folder, "", tally)
+    for path, size in files:
         if _is_usable(path, tally):
-            yield Found(path, Place(path))
+            yield Found(path, Place(path, size))
 
 
 def scan_tar(folder: str, path: str, tally: Tally) -> Iterator[Found]:
@@ -77,7 +85,7 @@ def scan_tar(folder: str, path: str, tally: Tally) -> Iterator[Found]:
     for name, offset, size in list_members(storage.join(folder, path), refuse):
         name = str(PurePosixPath(name))
         if _is_usable(name, tally):
-            yield Found(f"{path}/{name}", Place(path, offset, size))
+            yield Found(f"{path}/{name}", Place(path, size, offset))
 
 
 def _is_usable(path: str, tally: Tally) -> bool:
@@ -99,7 +107,7 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _walk(folder: str, below: str, tally: Tally) -> Iterator[str]:
+def _walk(folder: str, below: str, tally: Tally) -> Iterator[tuple[str, int]]:
     with os.scandir(os.path.join(folder, below)) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -109,6 +117,6 @@ def _walk(folder: str, below: str, tally: Tally) -> Iterator[str]:
         elif entry.is_dir():
             tally.add("passed_over", "link to a folder", [path])
         elif entry.is_file():
-            yield path
+            yield path, entry.stat().st_size
         else:
             tally.add("passed_over", "link that leads nowhere, or no file", [path])

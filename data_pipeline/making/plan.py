@@ -126,9 +126,10 @@ def version(source: str) -> str:
         return source
     told = []
     for found in scan(source, Tally()):
-        stat = os.stat(storage.join(source, found.file))
-        edited = stat.st_mtime_ns if found.file.endswith((*TEXTS, IN_FOLDERS)) else 0
-        told.append((found.file, stat.st_size, edited))
+        edited = 0
+        if found.file.endswith((*TEXTS, IN_FOLDERS)):
+            edited = os.stat(storage.join(source, found.file)).st_mtime_ns
+        told.append((found.file, found.place.size, edited))
     return digest_json(sorted(told))
 
 
