@@ -7,9 +7,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from data_pipeline.media.video import Clip, encode_clip
 
 from data_pipeline.making.toy import Staging, all_toys, write_toy
+from data_pipeline.media.codec import Clip, encode_clip
 from data_pipeline.text.embed import make_tiny_encoder
 from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
 from t2v.cli import main
