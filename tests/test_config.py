@@ -61,7 +61,8 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         ("method.samplings={}", "method.samplings: unknown field; did you mean 'sampling'?"),
         (
             "method.hpdm={}",
-            "method.hpdm: unknown field; known here: kind, sampling, pyramid, model, diffusion.",
+            "method.hpdm: unknown field; known here: kind, sampling, pyramid, model, diffusion, "
+            "latent_budget.",
         ),
         (
             "method.kind=hpmd",
@@ -80,7 +81,7 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
         (
             "metrics.zzz=1",
             "metrics.zzz: unknown field; known here: every_steps, wandb_project, tensorboard, "
-            "prometheus, prometheus_port.",
+            "prometheus, prometheus_port, straggler_steps.",
         ),
         (
             "optimizer.learning_rate=1e-4",

@@ -4,23 +4,23 @@ import math
 
 import torch
 
-from t2v.network.layers import Attention, ModulatedLayer, scalar_features, sine_table
+from t2v.network.layers import Attention, ModulatedLayer, key_bias, scalar_features, sine_table
 
 
 def test_attention_equals_its_formula_head_by_head():
     torch.manual_seed(0)
     attention = Attention(query_dim=6, context_dim=5, inner_dim=8, head_dim=4)
     x, context = torch.randn(2, 3, 6), torch.randn(2, 7, 5)
-    mask = torch.rand(2, 1, 1, 7) < 0.7
-    mask[..., 0] = True
+    mask = torch.rand(2, 5) < 0.7  # of the last five keys; the first two are always seen
+    seen = torch.cat([mask.new_ones(2, 2), mask], dim=1)[:, None]
     q, (k, v) = attention.query(x), attention.key_value(context).chunk(2, dim=2)
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
         scores = q[..., head] @ k[..., head].mT / math.sqrt(4)
-        scores = scores.masked_fill(~mask[:, 0], -math.inf)
+        scores = scores.masked_fill(~seen, -math.inf)
         heads.append(scores.softmax(dim=2) @ v[..., head])
     expected = attention.out(torch.cat(heads, dim=2))
-    torch.testing.assert_close(attention(x, context, mask), expected)
+    torch.testing.assert_close(attention(x, context, key_bias(mask, 2)), expected)
 
 
 def test_a_modulated_layer_starts_as_the_identity():

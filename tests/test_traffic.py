@@ -108,10 +108,12 @@ def test_a_micro_batch_sends_nothing_to_the_device_but_itself():
 
 
 def test_a_batch_moves_whole_but_for_its_numbers():
-    names = {name for name in Batch.__dataclass_fields__ if name not in ("ids", "quarantined")}
+    names = {
+        name for name in Batch.__dataclass_fields__ if name not in ("ids", "quarantined", "step")
+    }
     batch = noise_batch(tiny_config(), [0, 1])
     absent = dict.fromkeys(names - set(vars(batch)))  # what this batch has none of
-    told = absent | vars(batch) | {"ids": ["a", "b"], "quarantined": []}
+    told = absent | vars(batch) | {"ids": ["a", "b"], "quarantined": [], "step": 3}
     empty = {name for name, value in told.items() if value is None}
     assert {"patches", "offsets", "fps", "label"}.isdisjoint(empty)
     assert set(Batch(**told).tensors) == names - {"numbers"} - empty

@@ -83,4 +83,4 @@ def _template(shape: str) -> Bool[np.ndarray, "template template"]:
 
 
 def _vote(values: list[str]) -> str:
-    return max(set(values), key=values.count)
+    return max(dict.fromkeys(values), key=values.count)  # of equals, the first
