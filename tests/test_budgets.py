@@ -204,6 +204,7 @@ def test_branches_of_unlike_latents_are_kept_apart_wherever_they_are_kept(guide,
         torch.testing.assert_close(alone[0], together[1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_latents_are_kept_for_as_many_as_work(monkeypatch):
     """Those that tiles hand to their next step: one by one, so that no batch has room to spare."""
     settings = {"guidance_scale": 2.0, "tile_batch": 2, "overlap": "h"}

@@ -58,6 +58,7 @@ def test_larger_batches_go_on_at_the_same_sample_with_moments_and_averages(datas
     assert samples == [4, 8, 16, 24, 32, 40, 48, 56]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_changed_batches_are_the_same_on_two_ranks_to_rounding(dataset, tmp_path, capfd):
     alone, two = (config_of(dataset, tmp_path / name, **TAME) for name in ("alone", "two"))

@@ -50,6 +50,7 @@ def end(process: subprocess.Popen, *, well: bool) -> None:
     process.communicate("." if well else "x")
 
 
+@pytest.mark.slow
 def test_programs_are_used_again_until_one_that_wrote_them_did_not_end_well(users, tmp_path):
     first, folder = users()
     second, same = users()

@@ -43,10 +43,8 @@ ENGINES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [ENGINES[0], *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES[1:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_no_update_changes_what_a_save_still_copies(dataset, tmp_path, engine):
     """A copy that takes longer than the next step's gradients is of the step it is named after."""
     ranks = 1 if engine["kind"] == "single" else 2

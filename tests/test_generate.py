@@ -89,8 +89,9 @@ def clips_of(out: Path) -> list[np.ndarray]:
     return [decode_clip((out / record["file"]).read_bytes()) for record in records]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_clips_and_tiles_and_give_the_bytes_of_one(run, tmp_path, processes):
     """Three clips: with two processes one each and one shared, with four one per process or two."""
     torch.set_num_threads(1)
