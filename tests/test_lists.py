@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pyarrow
@@ -11,6 +13,7 @@ from numbered import write_csv, write_lines
 from pyarrow import parquet
 
 from data_pipeline.errors import UserError
+from data_pipeline.making.lists import open_database
 from data_pipeline.making.plan import Plan, open_plan, write_plan
 from data_pipeline.making.presets import Columns
 
@@ -228,3 +231,18 @@ def test_names_that_are_no_text_are_counted(folder):
     with open(os.fsencode(folder) + b"/\xff.mp4", "wb"):
         found = plan(folder)
     assert found.account.passed_over["name is no UTF-8"] == 1
+
+
+@pytest.mark.parametrize("way", ["fetchall", "to_arrow_reader"])
+def test_ctrl_c_in_the_midst_of_a_query_is_ctrl_c(way):
+    endless = (
+        "SELECT count(*) FROM range(10000000) AS a, range(10000000) AS b WHERE a.range < b.range"
+    )
+
+    def ask() -> None:
+        with open_database() as database:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            getattr(database.sql(endless), way)()
+
+    with pytest.raises(KeyboardInterrupt):
+        ask()

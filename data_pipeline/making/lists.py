@@ -27,6 +27,7 @@ MEMORY = "1GB"
 MOST_ROW_BYTES = 64 << 20
 OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
 UNNAMED = "unnamed"
+INTERRUPTED = "Query interrupted"
 REJECTS = {
     "MISSING COLUMNS": "has too few fields",
     "TOO MANY COLUMNS": "has too many fields",
@@ -70,7 +71,8 @@ def list_paths(path: str) -> list[str]:
 
 @contextmanager
 def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """An empty database that is gone with the block."""
+    """An empty database that is gone with the block. Ctrl-C in the midst of a query, which it tells
+    as an error of its own, is a KeyboardInterrupt."""
     with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
         database = duckdb.connect(
             f"{folder}/lists.db",
@@ -84,6 +86,10 @@ def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
         database.execute("SET enable_progress_bar = false")
         try:
             yield database
+        except RuntimeError as error:
+            if str(error) == INTERRUPTED:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             database.close()
 
@@ -129,6 +135,8 @@ def text(value: str) -> str:
 
 def reason(error: duckdb.Error) -> str:
     """What the database complains about, in one line."""
+    if isinstance(error, duckdb.InterruptException):
+        raise KeyboardInterrupt from error
     first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
     if "state machine" in first:
         return "some of its lines end in CR LF and others in LF"
