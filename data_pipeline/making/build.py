@@ -151,6 +151,8 @@ def build(
     try:
         is_new = _claim(out, settings)
         if storage.exists(storage.join(out, MANIFEST)):
+            if task[1] == 1:  # else another task may be drawing the contact sheet at this moment
+                storage.remove_partial(out)
             return _with_contact_sheet(open_dataset(out))
         if not storage.exists(plan_file):
             has_planned = True
