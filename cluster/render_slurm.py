@@ -36,7 +36,8 @@ SETUP_FAILED = (
     'correct it." >&2; exit 78; }'
 )
 # Below 32768, where Linux takes ports for outgoing connections.
-FIRST_PORT, PORTS = 20000, 12000
+# Two ports of each job: its nodes meet at the first, and at the second before, for preflight.
+FIRST_PORT, JOBS = 20000, 6000
 # As long as `t2v node` gives the same nodes; in a job's first step they also import the image, at
 # different speeds.
 MEETING_SECONDS = 600
@@ -115,7 +116,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         'export T2V_BAD_NODES="$run_dir/bad_nodes"',
         "attempt=${SLURM_RESTART_COUNT:-0}",
         *_head_node(profile),
-        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))",
+        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {JOBS} * 2))",
         'mkdir -p -- "$run_dir/slurm"',
         "",
         "# The flag file reaches ranks that are still starting, and leaves SIGUSR1 to NCCL.",

@@ -6,6 +6,7 @@ touches no service of the system, and needs root, as the daemons start jobs as t
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -165,8 +166,8 @@ def _configuration(folder: Path) -> str:
     host = socket.gethostname()
     controller_port, *node_ports = _free_ports(1 + len(NODES))
     ports = ",".join(map(str, node_ports))
-    # Ranks meet at a port made from the job's number, and tests in parallel share this host.
-    tester = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    # Ranks meet at a port made from the job's number, and clusters of other tests share this host.
+    first = secrets.randbelow(5000) + 1
     return f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -175,7 +176,7 @@ AuthType=auth/munge
 CryptoType=crypto/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmUser=root
-FirstJobId={1 + 1000 * tester}
+FirstJobId={first}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
