@@ -285,12 +285,12 @@ def test_a_run_is_told_where_and_what(tmp_path):
     recipe = f"{folder}/launch/{job().snapshot}/config.yaml"
     assert calls[1][1] == [
         *("preflight", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2"),
-        *("--rdzv-endpoint", "n1:20018", "--timeout-seconds", "600"),
+        *("--rdzv-endpoint", "n1:20035", "--timeout-seconds", "600"),
         *("--gpus", "2", "--gpu-memory-gib", "79.6", "--", recipe),
     ]
     assert calls[2][1] == [
         *("node", "--node-rank", "1", "--nnodes", "2", "--nproc-per-node", "2", "--gpus", "2"),
-        *("--rdzv-endpoint", "n1:20017", "--rdzv-id", "17-3"),
+        *("--rdzv-endpoint", "n1:20034", "--rdzv-id", "17-3"),
         *("--run-dir", str(folder), "--grace-seconds", "120", "--", recipe),
     ]
 

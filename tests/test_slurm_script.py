@@ -153,7 +153,7 @@ def test_nodes_meet_at_an_address_of_the_interface_that_the_site_names(tmp_path)
     script = training_script(job(), site(tmp_path, interface="lo"))
     code, calls = run_script(script, tmp_path, TELL="NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME")
     assert code == 0
-    assert calls[2][1][calls[2][1].index("--rdzv-endpoint") + 1] == "127.0.0.1:20017"
+    assert calls[2][1][calls[2][1].index("--rdzv-endpoint") + 1] == "127.0.0.1:20034"
     assert set(calls[2][2].values()) == {"lo"}
     code, calls = run_script(training_script(job(), site(tmp_path, interface="no0")), tmp_path)
     assert code == 78
