@@ -67,6 +67,7 @@ def encode(
     buffer = io.BytesIO()
     # The index comes first, or a file that is cut could not even be opened.
     muxing = {"moov_size": "20000"} if container in ("mp4", "mov") else {}
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     with av.open(buffer, "w", format=container, options=muxing) as muxer:
         stream = muxer.add_stream(codec, rate=24, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
@@ -76,6 +77,7 @@ def encode(
             frame.pts = number
             muxer.mux(stream.encode(frame))
         muxer.mux(stream.encode())
+    os.sched_setscheduler(0, policy, parameters)  # SVT-AV1 makes root's processes real-time ones
     return buffer.getvalue()
 
 

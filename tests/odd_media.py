@@ -1,8 +1,10 @@
 """Media as other programs make them, by plain calls of FFmpeg and not by the code under test."""
 
 import io
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -42,6 +44,18 @@ def corners_of(picture: np.ndarray) -> np.ndarray:
     return picture[np.ix_(rows, columns)].astype(int)
 
 
+@contextmanager
+def schedule_kept() -> Iterator[None]:
+    """SVT-AV1 leaves a process of root with the highest real-time priority, beside which nothing
+    else gets a core, its own children included."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@schedule_kept()
 def write_video(
     pictures: Sequence[np.ndarray],
     container: str = "mp4",
