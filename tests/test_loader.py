@@ -117,8 +117,7 @@ def damage(dataset: Path, shard: str, row: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (3, 0), (2, 2)])
 def test_batches_do_not_depend_on_ranks_or_workers(mixture, reference, world, workers):
     data = mixture.model_copy(update={"num_workers": workers})
     loaders = [make(data, rank=rank, world=world) for rank in range(world)]

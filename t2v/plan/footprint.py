@@ -37,6 +37,7 @@ class Footprint:
     kept_by_largest_block_bytes: int
     kept_products_bytes: int
     largest_tensor_bytes: int
+    method: dict[str, Any]  # what it tells of itself
 
 
 def measure(config: RunConfig) -> Footprint:
@@ -72,6 +73,7 @@ def _measure(method: Method, engine: EngineConfig) -> Footprint:
         kept_by_largest_block_bytes=max(by_block),
         kept_products_bytes=sum(size for key, size in products.items() if key not in between),
         largest_tensor_bytes=max(every.values()),
+        method=method.facts(),
     )
 
 

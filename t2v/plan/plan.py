@@ -151,7 +151,7 @@ def plan(
         assumed_peak_tflops=peak,
         forecasts=forecasts,
         communication=communication(config, footprint, gpus, gb_per_second),
-        method=method_of(config).facts(),
+        method=footprint.method,
     )
 
 
