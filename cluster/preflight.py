@@ -30,8 +30,8 @@ from cluster.judgement import (
     parse_report,
     with_fabric,
 )
-from cluster.meeting import JUDGEMENT, Meeting, Seat, agreed_clock, await_keys, knock, seated
 from cluster.node_checks import check_node
+from cluster.rendezvous import JUDGEMENT, Meeting, Seat, agreed_clock, await_keys, knock, seated
 from cluster.torchrun import KILLED, Place, root_cause, start_launcher
 from data_pipeline.errors import NodeUnfit, StorageError
 from data_pipeline.plain import plain

@@ -21,7 +21,7 @@ from t2v.attempt import preemption
 from t2v.attempt.attempt import begin_attempt
 from t2v.attempt.watchdog import Watchdog
 from t2v.checkpoint.checkpoints import Checkpoints
-from t2v.checkpoint.contract import refuse_other_run
+from t2v.checkpoint.compatibility import refuse_other_run
 from t2v.engine.compile_cache import sound_compile_cache
 from t2v.engine.compute import determinism, keep_freed_memory
 from t2v.engine.device import Pace, on_device, to_host

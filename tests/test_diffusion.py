@@ -18,9 +18,9 @@ from t2v.methods.hpdm.diffusion import (
     c_out,
     c_skip,
     denoised,
-    draw_sigma,
     loss_weight,
     lowered,
+    training_sigmas,
     v_target,
     x_from_v,
 )
@@ -95,7 +95,7 @@ def test_training_noise_levels_are_log_normal():
         input_scale=1.0, input_scale_growth=1.0, sigma_mean=-1.2, sigma_std=1.2
     )
     normal = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
-    logs = draw_sigma(normal, config).log()
+    logs = training_sigmas(normal, config).log()
     # Five standard errors of 50,000 draws.
     assert float(logs.mean()) == pytest.approx(-1.2, abs=0.03)
     assert float(logs.std()) == pytest.approx(1.2, abs=0.02)
@@ -136,7 +136,7 @@ def test_what_follows_the_input_scale_is_the_same_in_pixels_at_every_level():
     config = DiffusionConfig(input_scale=2.0, input_scale_growth=3.0, **dict.fromkeys(follow, 1.0))
     in_pixels = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64)
     normal = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None].expand(5, 3)
-    sigma = draw_sigma(normal, config)
+    sigma = training_sigmas(normal, config)
     torch.testing.assert_close(sigma * in_pixels, sigma[:, :1].expand(5, 3))
     for level in range(3):
         low, high = (end * 3.0**level for end in config.level_range(level))

@@ -25,7 +25,6 @@ from cluster.judgement import (
     own_exit_code,
     with_fabric,
 )
-from cluster.meeting import Meeting
 from cluster.node_checks import (
     check_data,
     check_disk,
@@ -37,6 +36,7 @@ from cluster.node_checks import (
     skew_verdict,
 )
 from cluster.preflight import check_alone, check_together
+from cluster.rendezvous import Meeting
 from cluster.torchrun import Place
 from data_pipeline.errors import InputMissing
 from data_pipeline.feeding.config import NoConditioning

@@ -19,7 +19,7 @@ from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.text.embed import embed, make_tiny_encoder
 from t2v.cli import main
 from t2v.recipe.recipe import method_of, parse_config
-from t2v.sampling.given import read_given
+from t2v.sampling.given_frames import read_given
 from tests.tiny_autoencoder import write_autoencoder
 from tests.tiny_flow import flow_content
 

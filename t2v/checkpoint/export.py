@@ -28,7 +28,7 @@ from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance as TextEncoder
-from t2v.checkpoint.contract import WEIGHTS, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, refuse_differences
 from t2v.checkpoint.finding import load_weights
 from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_file
 from t2v.checkpoint.tensor_files import SAFETENSORS_TYPES, TensorKind, read_whole, tensor_kinds

@@ -11,7 +11,7 @@ from torch import nn
 from data_pipeline.errors import InputMissing, StorageError
 from data_pipeline.plain import plain
 from data_pipeline.terminal import Terminal
-from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_sizes
 from t2v.checkpoint.proving import problems_of, with_remedy
 from t2v.checkpoint.tensor_files import read_slices, tensor_kinds, whole

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.errors import NumericError, StorageError, UserError
 from data_pipeline.store import storage
-from t2v.checkpoint.contract import WEIGHTS, model_signature
+from t2v.checkpoint.compatibility import WEIGHTS, model_signature
 from t2v.checkpoint.finding import step_folder
 from t2v.checkpoint.keeping import Keeping, staging_of
 from t2v.checkpoint.manifest import (

@@ -80,7 +80,7 @@ def preflight(options: argparse.Namespace) -> int:
     from cluster.bad_nodes import node_name, note_bad_nodes
     from cluster.gpus import Promise
     from cluster.judgement import own_exit_code
-    from cluster.meeting import Meeting
+    from cluster.rendezvous import Meeting
     from cluster.torchrun import Place
     from t2v.recipe.recipe import accumulation_steps, load_config
 

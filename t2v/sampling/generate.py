@@ -39,7 +39,7 @@ from t2v.methods.method import Method, Output, Room, Team
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
 from t2v.sampling.codec import Codec
-from t2v.sampling.given import stack_given
+from t2v.sampling.given_frames import stack_given
 from t2v.sampling.source import Source, open_source
 from t2v.sampling.subjects import Conditions, Request, Subject, subjects_of
 

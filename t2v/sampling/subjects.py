@@ -17,7 +17,7 @@ from data_pipeline.text.embeddings import Provenance
 from t2v.methods.method import Method
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, method_of
-from t2v.sampling.given import Given, read_given
+from t2v.sampling.given_frames import Given, read_given
 
 MAX_PROMPT_CHARACTERS = 2000
 MOST_CLIPS = 100_000

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import Manifest
 from t2v.checkpoint.tensor_files import Slice, read_slices, tensor_kinds
 from t2v.engine.engine import Engine

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.strict import Strict
-from t2v.checkpoint.contract import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.checkpoint.manifest import read_manifest
 from t2v.checkpoint.tensor_files import (

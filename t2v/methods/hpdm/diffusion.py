@@ -163,7 +163,7 @@ def loss_weight(
     return ((sigma**2 + 1) / (sigma**2 + 1 / input_scale)) ** 2 * relative
 
 
-def draw_sigma(
+def training_sigmas(
     unit_normal: Float[Tensor, "*batch levels"], config: DiffusionConfig
 ) -> Float[Tensor, "*batch levels"]:
     """Training noise levels of levels 0 and on, `ln sigma ~ N(mean, sigma_std^2)` with each level's

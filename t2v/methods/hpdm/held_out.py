@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from t2v.methods.hpdm.config import HPDMConfig
-from t2v.methods.hpdm.diffusion import DiffusionConfig, draw_sigma
+from t2v.methods.hpdm.diffusion import DiffusionConfig, training_sigmas
 from t2v.methods.hpdm.network import CHANNELS
 from t2v.methods.hpdm.objective import Patches
 from t2v.methods.seeds import mix
@@ -54,4 +54,4 @@ def sigma_at(
     """Noise levels of levels 0 and on at quantiles of the training distribution, short of its
     endless tails."""
     normal = torch.special.ndtri(quantile.double().clamp(1e-4, 1 - 1e-4))
-    return draw_sigma(normal.float(), diffusion)
+    return training_sigmas(normal.float(), diffusion)

@@ -14,9 +14,9 @@ from t2v.methods.hpdm.diffusion import (
     c_in,
     c_noise,
     c_nrm,
-    draw_sigma,
     loss_weight,
     lowered,
+    training_sigmas,
     v_target,
 )
 from t2v.methods.hpdm.network import CHANNELS
@@ -127,7 +127,7 @@ def draw_noise(
         taught = taught / max(diffusion.coarse_noise_share, 1e-9)
         finer = 1 + (taught * (levels - 1)).floor()
         normal = lowered(normal, finer * (taught < 1), diffusion.coarse_noise_quantile)
-    sigma = draw_sigma(normal, diffusion)
+    sigma = training_sigmas(normal, diffusion)
     return noise, sigma, (chance < config.model.self_conditioning_rate).float()
 
 

@@ -15,11 +15,11 @@ from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.flow import clock, training_pair
 from t2v.methods.pyramid_flow.history import Piece, corrupt, history_pieces
 from t2v.methods.pyramid_flow.network import Group
-from t2v.methods.pyramid_flow.turns import turn_of
 from t2v.methods.seeds import mix
 from t2v.network.conditioning import Condition
 
-HELD_OUT = 0x48454C444F5554  # keeps the held-out draws apart from those of training
+# Keep these draws apart from those of training's noise.
+HELD_OUT, TURN = 0x48454C444F5554, 0x5455524E
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,21 @@ def stage_losses(
 
 
 def training_turn(config: PyramidFlowConfig, number: int, seed: int) -> tuple[int, int]:
-    """(stage, unit) that a sample trains."""
-    return turn_of(
-        number,
-        stage_turns=config.stage_turns,
-        turn_samples=config.turn_samples,
-        units=len(config.units),
-        seed=seed,
-    )
+    """(stage, unit) that a sample trains: a function of its number, so that every step has the same
+    mixture and about as many tokens, on however many ranks.
+
+    Turns of `turn_samples` samples go through `stage_turns` round after round. A round trains one
+    unit at the finest stage and the one as far from the clip's other end at the coarser stages:
+    long histories meet short ones. As many rounds as there are units train each once at the finest
+    stage, in a drawn order.
+    """
+    units = len(config.units)
+    round_, place = divmod(number // config.turn_samples, len(config.stage_turns))
+    cycle, index = divmod(round_, units)
+    generator = torch.Generator().manual_seed(mix(seed ^ TURN, cycle))
+    unit = int(torch.randperm(units, generator=generator)[index])
+    stage = config.stage_turns[place]
+    return stage, unit if stage == max(config.stage_turns) else units - 1 - unit
 
 
 def held_out_losses(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError, StorageError
-from t2v.checkpoint.contract import refuse_other_run
+from t2v.checkpoint.compatibility import refuse_other_run
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.checkpoint.manifest import Manifest, record_file
 from t2v.checkpoint.proving import verify_checkpoint
