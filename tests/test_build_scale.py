@@ -87,8 +87,8 @@ def test_halves_that_were_killed_equal_the_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_20000_samples_in_100_shards_from_killed_halves_equal_the_whole(tmp_path):
-    halves_equal_the_whole(tmp_path, samples=20_000, per_shard=200)
+def test_4000_samples_in_100_shards_from_killed_halves_equal_the_whole(tmp_path):
+    halves_equal_the_whole(tmp_path, samples=4_000, per_shard=40)
     for folder in ("source", "whole", "halves"):
         shutil.rmtree(tmp_path / folder)
     assert os.listdir(tmp_path) == []
