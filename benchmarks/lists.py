@@ -54,7 +54,8 @@ def peak(): # of this process: what getrusage tells is the parent's, where that 
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before, begun = peak(), time.process_time()
 columns = Columns(where="score >= 0.5", times=("start", "end"))
-write_plan(sys.argv[2], sys.argv[1], columns, root=sys.argv[3], kind=None)
+with open(sys.argv[2], "wb") as file:
+    write_plan(file, sys.argv[1], columns, root=sys.argv[3], kind=None)
 planned = time.process_time()
 plan = open_plan(sys.argv[2])
 parts = (plan.items(begin, begin + 100) for begin in range(0, plan.files, 100))

@@ -44,7 +44,7 @@ EVERYWHERE = ("kill", "Ctrl-C", "full disk", "film vanishes", "film changes", "c
 IN_STORE = ("store throttles", "store cuts", "store refuses")
 THEIRS = {"notes.txt": b"notes", "shards/their.idx": b"theirs", ".download.part": b"half",
           "shards/.their.part": b"half", "their folder/000000.tar": b"theirs"}  # fmt: skip
-ENDS = {0, 65, 66, 74, 130, -signal.SIGKILL}
+ENDS = {0, 65, 66, 74, 78, 130, -signal.SIGKILL}  # 78: the source is another while it is spoiled
 
 
 @dataclass

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from threading import Thread
 from typing import TypeVar
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,6 +50,15 @@ def map_in_order(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def refuse_bad_task(task: tuple[int, int]) -> None:
+    """ConfigError unless a task is (number, count) with numbers from 0 on."""
+    if not 0 <= task[0] < task[1]:
+        raise ConfigError(
+            f"task: value {task[0]}/{task[1]} is wrong because tasks count from 0 to N-1; "
+            "give I/N with I below N."
+        )
 
 
 def _end_with_parent() -> None:

@@ -139,8 +139,11 @@ def test_a_killed_build_goes_on_to_the_same_dataset(media, datasets, tmp_path):
 
 
 def test_another_build_in_the_same_folder_is_refused(media, datasets, few):
-    for source, settings in ((few, SIZE), (media / "videos", SIZE | {"height": 26})):
-        with pytest.raises(ConfigError, match="another source or other settings"):
+    for source, settings, said in (
+        (few, SIZE, "was begun of another source, or of .* before it changed; put back"),
+        (media / "videos", SIZE | {"height": 26}, "holds a dataset of other settings"),
+    ):
+        with pytest.raises(ConfigError, match=said):
             build(source, datasets / "videos", **settings, shard_samples=6)
     with pytest.raises(ConfigError, match="is not empty and no build of ours"):
         build(few, media / "images", **SIZE)

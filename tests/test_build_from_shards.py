@@ -110,10 +110,10 @@ def test_a_plan_stands_until_its_source_changes(loose, tmp_path):
     assert build(loose, out, **how, task=(0, 2)) is None
     plan = (out / "plan.parquet").read_bytes()
     (loose / "000.json").write_text(json.dumps({"caption": "a hog", "score": 0}))
-    with pytest.raises(ConfigError, match="another source or other settings"):
+    with pytest.raises(ConfigError, match="before it changed; put back"):
         build(loose, out, **how, task=(1, 2))
     (loose / "000.json").unlink()
-    with pytest.raises(ConfigError, match="another source or other settings"):
+    with pytest.raises(ConfigError, match="before it changed; put back"):
         build(loose, out, **how, task=(1, 2))
     assert (out / "plan.parquet").read_bytes() == plan
 

@@ -87,6 +87,19 @@ def test_halves_that_were_killed_equal_the_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_builds_that_are_struck_end_with_the_bytes_of_those_that_are_not(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.soak_build", "--faults", "10"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(next(tmp_path.glob("soak-build-10-*.json")).read_text())
+    assert sum(result["faults"].values()) >= 10
+    assert not result["wrong"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_4000_samples_in_100_shards_from_killed_halves_equal_the_whole(tmp_path):
     halves_equal_the_whole(tmp_path, samples=4_000, per_shard=40)
     for folder in ("source", "whole", "halves"):

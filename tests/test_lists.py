@@ -36,7 +36,8 @@ def folder(tmp_path) -> Path:
 def plan(source: Path, root: Path | None = None, **columns) -> Plan:
     path = str(source.parent.parent / f"{source.name.replace('*', 'all')}.plan")
     where = str(root) if root else None
-    write_plan(path, str(source), Columns(**columns), root=where, kind=None)
+    with open(path, "wb") as file:
+        write_plan(file, str(source), Columns(**columns), root=where, kind=None)
     return open_plan(path)
 
 

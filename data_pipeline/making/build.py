@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.listing import Kind
@@ -31,9 +32,10 @@ from data_pipeline.making.samples import (
 )
 from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.media.clips import Cut
-from data_pipeline.parallel import map_in_order
+from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Account, Tally
+from data_pipeline.shards.captions import parse_object
 from data_pipeline.shards.contact_sheet import NAME as SHEET
 from data_pipeline.shards.contact_sheet import write_contact_sheet
 from data_pipeline.shards.dataset import (
@@ -58,7 +60,7 @@ class Material:
     source: str  # the list, or the folder
     folder: str
     version: str  # digest of what there is
-    write: Callable[[str], None]  # the plan, to a path
+    write: Callable[[BinaryIO], None]  # the plan, to a file
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -146,22 +148,22 @@ def build(
     settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
     settings |= {"crop_bars": crop_bars, "columns": asdict(columns), "source": material.version}
     folder, plan_file = storage.join(out, "shards"), storage.join(out, PLAN)
-    made_folders, is_new, has_planned = storage.absent_folders(folder), False, False
+    made_folders, is_new = storage.absent_folders(folder), False
     names: list[str] = []
     try:
-        is_new = _claim(out, settings)
+        is_new = _claim(out, str(source), settings)
         if storage.exists(storage.join(out, MANIFEST)):
             if task[1] == 1:  # else another task may be drawing the contact sheet at this moment
                 storage.remove_partial(out)
             return _with_contact_sheet(open_dataset(out))
         if not storage.exists(plan_file):
-            has_planned = True
-            material.write(plan_file)
-            if find().version != material.version:
-                raise ConfigError(
-                    f"{source}: is wrong because it changed while it was listed; build again once "
-                    "its writer is done."
-                )
+            with storage.open_atomic(plan_file) as file:
+                material.write(file)
+                if find().version != material.version:  # no plan stands but of what there is
+                    raise ConfigError(
+                        f"{source}: is wrong because it changed while it was listed; build again "
+                        "once its writer is done."
+                    )
         plan = open_plan(plan_file)
         is_video = plan.kind == "video"
         size, rate = (frames if is_video else 1, height, width), fps if is_video else 0.0
@@ -199,8 +201,8 @@ def build(
             names = []  # another task could not go on by settings that cannot be planned
         if (task[1] == 1 or not names) and not (names and names[0] in _finished(folder)):
             first = [f"{folder}/000000{suffix}" for suffix in BEFORE_INDEX]
-            ours = [*first, storage.join(out, CLAIM)] if is_new else []
-            storage.take_back([*ours, plan_file] if is_new or has_planned else [], made_folders)
+            ours = [*first, plan_file, storage.join(out, CLAIM)] if is_new else []
+            storage.take_back(ours, made_folders)
         raise
     if not _finished(folder).issuperset(names):
         return None
@@ -297,23 +299,28 @@ def _refuse_bad_counts(
         raise ConfigError(
             f"max_drop_rate: value {max_drop_rate} is wrong because it is no share; give 0 to 1."
         )
-    if not 0 <= task[0] < task[1]:
-        raise ConfigError(
-            f"task: value {task[0]}/{task[1]} is wrong because tasks count from 0 to N-1; "
-            "give I/N with I below N."
-        )
+    refuse_bad_task(task)
 
 
-def _claim(out: str, plan: dict) -> bool:
+def _claim(out: str, source: str, settings: dict) -> bool:
     """Write down what is built in a folder, or refuse if something else is; whether it is new."""
-    text = json.dumps(plan, indent=1) + "\n"
+    text = json.dumps(settings, indent=1) + "\n"
     found = storage.claim(out, CLAIM, text.encode(), what="build")
-    if found not in (None, text.encode()):
+    if found is None or found == text.encode():
+        return found is None
+    try:
+        before = parse_object(found)
+    except DataError:
+        before = {}
+    if before | {"source": settings["source"]} == json.loads(text):
         raise ConfigError(
-            f"{out}: holds a dataset of another source or other settings (see {CLAIM}); "
-            "give a new folder, or delete it first."
+            f"{out}: was begun of another source, or of {source} before it changed; put back what "
+            "there was, or give a new folder."
         )
-    return found is None
+    raise ConfigError(
+        f"{out}: holds a dataset of other settings (see {CLAIM}); give a new folder, or delete it "
+        "first."
+    )
 
 
 def _finished(folder: str) -> set[str]:

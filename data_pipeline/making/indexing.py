@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
 from data_pipeline.making.build import CLAIM
 from data_pipeline.making.listing import KINDS, Kind
-from data_pipeline.parallel import map_in_order
+from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Account, Tally
 from data_pipeline.shards.captions import COLUMNS
@@ -64,10 +64,11 @@ def index(
     path, place = str(path), str(out or path)
     if storage.exists(storage.join(path, CLAIM)):
         raise ConfigError(f"{path}: is a build of ours, indexed already; finish it with build.")
-    if not 0 <= task[0] < task[1] or (out is None and task[1] > 1):
+    refuse_bad_task(task)
+    if out is None and task[1] > 1:
         raise ConfigError(
-            f"task: value {task[0]}/{task[1]} is wrong because I must be below N, and tasks need a "
-            "folder of their own; give --out."
+            f"task: value {task[0]}/{task[1]} is wrong because tasks need a folder of their own; "
+            "give --out."
         )
     source = folder = shard_folder(path)
     names, tally = find_shards(source)

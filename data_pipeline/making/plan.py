@@ -8,10 +8,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import duckdb
 import pyarrow
@@ -134,7 +133,7 @@ def version(source: str) -> str:
 
 
 def write_plan(
-    path: str, source: str, columns: Columns, *, root: str | None, kind: Kind | None
+    file: BinaryIO, source: str, columns: Columns, *, root: str | None, kind: Kind | None
 ) -> None:
     """Plan a folder or lists; `root`: where the files of lists lie, if not beside them."""
     tally, folder = Tally(), folder_of(source, root)
@@ -166,20 +165,20 @@ def write_plan(
             "times": times and asdict(times),
             "account": tally.account().model_dump(),
         }
-        with _writer(path, told) as writer:
+        with _writer(file, told) as writer:
             for batch in _in_order(database):
                 writer.write_batch(batch, LINES_PER_GROUP)
 
 
-def write_rows(path: str, kind: Kind, items: Iterable[tuple[str, dict, dict]]) -> None:
+def write_rows(file: BinaryIO, kind: Kind, items: Iterable[tuple[str, dict, dict]]) -> None:
     """A plan of (file, captions by column, metadata), in their order."""
     lines = [
-        {"number": number, "row": number + 1, "file": file, "captions": json.dumps(captions),
+        {"number": number, "row": number + 1, "file": name, "captions": json.dumps(captions),
          "metadata": json.dumps(metadata)}
-        for number, (file, captions, metadata) in enumerate(items)
+        for number, (name, captions, metadata) in enumerate(items)
     ]  # fmt: skip
     told = {"kind": kind, "files": len(lines), "rows": len(lines), "times": None, "account": {}}
-    with _writer(path, told) as writer:
+    with _writer(file, told) as writer:
         writer.write_table(pyarrow.Table.from_pylist(lines, schema=SCHEMA), LINES_PER_GROUP)
 
 
@@ -204,11 +203,6 @@ def _in_order(database: duckdb.DuckDBPyConnection) -> Iterator[pyarrow.RecordBat
         yield pyarrow.record_batch(batch.columns, schema=SCHEMA)
 
 
-@contextmanager
-def _writer(path: str, told: dict[str, Any]) -> Iterator[parquet.ParquetWriter]:
+def _writer(file: BinaryIO, told: dict[str, Any]) -> parquet.ParquetWriter:
     schema = SCHEMA.with_metadata({TOLD: json.dumps(told).encode()})
-    with (
-        storage.open_atomic(path) as file,
-        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
-    ):
-        yield writer
+    return parquet.ParquetWriter(file, schema, compression="zstd")

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from data_pipeline.errors import ConfigError, DataError, UserError
 from data_pipeline.making.duplicates import MOST_BITS, originals
 from data_pipeline.media.measures import HASH_BYTES, Measures, measure_media
-from data_pipeline.parallel import map_in_order
+from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
 from data_pipeline.shards.dataset import MANIFEST, Dataset, ShardInfo, open_dataset
 from data_pipeline.shards.tar import digest64, examine_tar, read_member
@@ -89,8 +89,7 @@ def score(
     for name, value in (("workers", workers), ("deadline", deadline)):
         if not value > 0:
             raise ConfigError(f"{name}: value {value} is wrong because it is below 1; raise it.")
-    if not 0 <= task[0] < task[1]:
-        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
+    refuse_bad_task(task)
     whole, folder = storage.join(data.path, TABLE), storage.join(data.path, FOLDER)
     if storage.exists(whole) and _told(whole) is None:
         raise ConfigError(f"{whole}: is there already and no table of ours; move it away first.")

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.errors import ConfigError, DataError, UserError
+from data_pipeline.parallel import refuse_bad_task
 from data_pipeline.progress import progress
 from data_pipeline.shards.dataset import (
     FORMAT,
@@ -99,8 +100,7 @@ def begin(kind: Kind[Made], data: Dataset, name: str, task: tuple[int, int]) -> 
     """The folder of a set that is to be made; ConfigError for a name or task that is none."""
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"name: value {name!r} is wrong because it names no folder; use letters.")
-    if not 0 <= task[0] < task[1]:
-        raise ConfigError(f"task: value {task[0]}/{task[1]} is wrong because I must be below N.")
+    refuse_bad_task(task)
     return kind.place(data, name)
 
 
