@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from numbered import FPS, SIZE, clips_of, numbered_video, write_csv, write_lines
+from numbered import (
+    FPS,
+    SIZE,
+    clips_of,
+    numbered_clip,
+    numbered_video,
+    write_csv,
+    write_lines,
+)
+from odd_media import write_video
 
 from data_pipeline.errors import ConfigError, DataError, UserError
 from data_pipeline.making.build import build
@@ -60,6 +69,27 @@ def test_each_clip_is_its_own_frames_with_its_own_caption(video, tmp_path, name,
     assert clips_of(dataset) == [(caption, first, first + frames - 1) for caption, first, _ in TWO]
     assert "times" in dataset.info.notes
     assert [dataset.read(0, row).metadata["start_seconds"] for row in (0, 1)] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("1:02.5", 62.5), ("00:00:03,250", 3.25), (3, 3.0), ("3.250", 3.25), (" 1:00:00 ", 3600.0)],
+)
+def test_clocks_are_seconds(value, seconds):
+    assert parse_time(value, "seconds") == seconds
+    assert parse_time(value, "milliseconds") == seconds * (1000 if ":" in str(value) else 1)
+
+
+def test_frames_are_counted_whatever_they_last(tmp_path):
+    """After frame 10 was dropped, each comes one later than its number over the rate."""
+    times = [number + (number >= 10) for number in range(40)]
+    pictures = list(numbered_clip(40))
+    (tmp_path / "a.mp4").write_bytes(write_video(pictures, times=times))
+    path = write_lines(tmp_path / "l.jsonl", [
+        {"file": "a.mp4", "caption": str(n), "start_frame": float(n), "end_frame": n + 8}
+        for n in (0, 12, 32)])  # fmt: skip
+    dataset = build(path, tmp_path / "out", frames=8, **SIZE)
+    assert clips_of(dataset) == [(str(n), n, n + 7) for n in (0, 12, 32)]
 
 
 def test_cuts_stay_inside_the_clips_of_a_list(video, tmp_path):
@@ -118,7 +148,24 @@ def test_two_pairs_of_times_are_nobodys_guess():
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), -1, True, None, "", "a", [1], "1:2:3:4", "1e400"]
+    "value",
+    [
+        float("nan"),
+        float("inf"),
+        -1,
+        True,
+        None,
+        "",
+        "a",
+        [1],
+        "1:2:3:4",
+        "1e400",
+        "PT3S",
+        10**400,
+        "9" * 5000,
+        f"{'9' * 400}:1",
+        f"1:{'9' * 400}",
+    ],
 )
 def test_what_is_no_time_is_refused(value):
     with pytest.raises(DataError, match="time is none"):

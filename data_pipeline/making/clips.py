@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from data_pipeline.errors import DataError, UserError
@@ -38,23 +39,15 @@ def clips_of(item: Item, folder: str, columns: Columns, times: Times | None) -> 
     """What rows, or else the texts beside a file, say of it."""
     found = Clips()
     if not item.rows:
-        try:
+        with _judging(item.file, found):
             found.clips = list(_from_texts(item, folder, columns))
-        except DataError as error:
-            found.unusable[item.file] = str(error)
-        except RecursionError:
-            found.unusable[item.file] = "json is nested too deeply"
         return found
     by_range: dict[Range | None, list[Clip]] = {}
     for row in item.rows:
         name = item.file if len(item.rows) == 1 else f"{item.file} (row {row.number})"
-        try:
+        with _judging(name, found):
             for clip in _from_row(name, row, columns, times):
                 by_range.setdefault(clip.range, []).append(clip)
-        except DataError as error:
-            found.unusable[name] = str(error)
-        except RecursionError:
-            found.unusable[name] = "row is nested too deeply"
     # Rows of the same clip are captions of it.
     found.clips = [
         replace(same[0], captions=merged([clip.captions for clip in same]))
@@ -70,7 +63,7 @@ def span_of(range_: Range | None, probe: Probe, fps: float) -> Span:
     """
     if range_ is None:
         return WHOLE
-    begin, end = range_.seconds(probe.fps)
+    begin, end = range_.seconds(probe.time_of)
     if begin >= probe.seconds or (end is not None and end > probe.seconds + SLACK_SECONDS):
         late = begin if begin >= probe.seconds or end is None else end
         raise DataError(
@@ -81,6 +74,19 @@ def span_of(range_: Range | None, probe: Probe, fps: float) -> Span:
         return Span(begin)
     frames = math.ceil((min(end, probe.seconds) - begin) * fps - SLACK_FRAMES)
     return Span(begin, begin + frames / fps)
+
+
+@contextmanager
+def _judging(name: str, found: Clips) -> Iterator[None]:
+    """Whatever is wrong with what is said of a file costs that alone."""
+    try:
+        yield
+    except DataError as error:
+        found.unusable[name] = str(error)
+    except RecursionError:
+        found.unusable[name] = "is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        found.unusable[name] = f"json is damaged: {error}"
 
 
 def _from_row(name: str, row: Row, columns: Columns, times: Times | None) -> Iterator[Clip]:

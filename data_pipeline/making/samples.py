@@ -94,7 +94,11 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
     made = Made(unusable=found.unusable)
     if not found.clips:
         return made
-    media = item.place.read(source.folder)
+    try:
+        media = item.place.read(source.folder)
+    except DataError as error:
+        made.unusable |= dict.fromkeys([clip.name for clip in found.clips], str(error))
+        return made
     wanted: list[tuple[Clip, Span]] = []
     known: Probe | None = None
     bars: Bars | None = None
@@ -205,7 +209,8 @@ def _members(media: Media, clip: Clip, item: Item, target: Target, is_whole: boo
     }  # fmt: skip
     if not is_whole:
         metadata["start_seconds"] = round(media.start_seconds, 6)
-    text = json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
+    told = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+    text = told.encode(errors="backslashreplace")  # halves of characters as JSON spells them
     if target.kind == "image":
         return {"jpg": encode_image(media.clip[0]), "json": text}
     return {"mp4": encode_clip(media.clip, media.fps), "json": text}

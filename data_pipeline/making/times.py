@@ -8,7 +8,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,9 @@ SINGLE = re.compile(r"(clip|segment|scene|shot|video)?(time|frame)?"
 DURATIONS = ("duration", "durationsec", "durationseconds")
 WORDS = {"start", "begin", "end", "stop", "finish", "timestamp", "timestamps", "timespan", "onset",
          "offset", "interval", "t0", "t1"}  # fmt: skip
-CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:[.,]\d*)?)")
+CLOCK = re.compile(r"(?:(?:(\d{1,9}):)?(\d{1,9}):)?(\d+(?:[.,]\d*)?)")
+LONGEST_TIME = 1e15  # in any unit
+SCALES = {"seconds": 1.0, "milliseconds": 1e-3}
 LONGEST_LITERAL = 1 << 20
 
 
@@ -57,11 +59,11 @@ class Range:
     end: float | None
     unit: Unit
 
-    def seconds(self, fps: float) -> tuple[float, float | None]:
-        """The range in seconds, of a video of so many frames per second."""
-        factor = {"seconds": 1.0, "milliseconds": 1e-3, "frames": 1 / fps if fps else 0.0}
-        scale = factor[self.unit]
-        return self.start * scale, None if self.end is None else self.end * scale
+    def seconds(self, time_of: Callable[[int], float]) -> tuple[float, float | None]:
+        """The range in seconds, of a video whose frames by number are shown at some times."""
+        start, end = (None if edge is None else time_of(int(edge)) if self.unit == "frames"
+                      else edge * SCALES[self.unit] for edge in (self.start, self.end))  # fmt: skip
+        return start or 0.0, end
 
 
 def find_times(
@@ -129,7 +131,7 @@ def parse_time(value: object, unit: Unit) -> float:
     """A number in the unit, or a text of one, or HH:MM:SS.mmm."""
     time = math.nan
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        time = float(value)
+        time = float(value) if abs(value) < LONGEST_TIME else math.inf
     elif isinstance(value, str) and (match := CLOCK.fullmatch(value.strip())):
         hours, minutes, seconds = match.groups()
         if minutes is not None and unit == "frames":

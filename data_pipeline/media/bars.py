@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from data_pipeline.errors import DataError
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.orientation import Orientation, Picture, orientation
+from data_pipeline.media.orientation import Picture, orientation_of
 
 Grey = UInt8[np.ndarray, "height width"]  # full range: 0 is black, 255 is white
 
@@ -54,7 +54,7 @@ def media_bars(media: bytes, kind: str, deadline_seconds: float = math.inf) -> B
             continue
         while after <= shot.seconds:
             after = next(due, math.inf)
-        upright = orientation(shot.frame) or orientation(video.look) or Orientation()
+        upright = orientation_of(shot.frame, video.look)
         picture = upright.turn(grey_of(shot.frame, shot.frame.height, shot.frame.width))
         if lightest is None or lightest.shape != picture.shape:
             lightest = picture.copy()

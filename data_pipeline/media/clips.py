@@ -19,7 +19,7 @@ from data_pipeline.errors import NotWanted
 from data_pipeline.media.bars import Bars
 from data_pipeline.media.container import Shot, Video, open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.orientation import Orientation, Picture, orientation
+from data_pipeline.media.orientation import Orientation, Picture, orientation_of
 from data_pipeline.media.picture import fitted_picture, picture_of, shown_size
 from data_pipeline.media.scenes import mark_scenes
 from data_pipeline.pyramid import Clip, repeat_still
@@ -63,6 +63,14 @@ class Probe:
     height: int
     width: int
     seconds: float
+    times: Sequence[float] | np.ndarray = field(default=(), compare=False)  # of frames
+
+    def time_of(self, frame: int) -> float:
+        """When a frame is shown, by its number; of one behind the end, when it would be."""
+        behind = frame - len(self.times)
+        if behind < 0:
+            return float(self.times[frame])
+        return self.seconds + (behind / self.fps if self.fps else 0.0)
 
 
 def probe(media: bytes, kind: str, bars: Bars = NO_BARS) -> Probe:
@@ -73,8 +81,10 @@ def probe(media: bytes, kind: str, bars: Bars = NO_BARS) -> Probe:
         return Probe(1, 0.0, height, width, 0.0)
     video = open_video(media)
     line = video.timeline
-    height, width = shown_size(*_without(bars, video.look, _upright(video), video.aspect))
-    return Probe(len(line.times), line.fps, height, width, line.seconds)
+    height, width = shown_size(
+        *_without(bars, video.look, orientation_of(video.look), video.aspect)
+    )
+    return Probe(len(line.times), line.fps, height, width, line.seconds, line.times)
 
 
 def read_clip(
@@ -128,7 +138,7 @@ def read_clips(
     line = video.timeline
     if fps and line.fps < 0.98 * fps:
         raise NotWanted(f"has fewer than {fps:g} frames per second: {line.fps:.4g}")
-    view = _View(video, _upright(video), bars, size[1:])
+    view = _View(video, bars, size[1:])
     step = 1 / (fps or line.fps)
     cuttings = [_Cutting(span, size[0], step, cut == "none", view) for span in spans]
     wanted = [(cutting.span.start, cutting.end_seconds) for cutting in cuttings]
@@ -148,7 +158,6 @@ class _View:
     """How the frames of a video become pictures."""
 
     video: Video
-    upright: Orientation
     bars: Bars
     size: tuple[int, int]
 
@@ -162,7 +171,7 @@ class _Shown:
 
     @cached_property
     def look(self) -> Look:
-        upright = orientation(self.shot.frame) or self.view.upright
+        upright = orientation_of(self.shot.frame, self.view.video.look)
         return _without(self.view.bars, self.shot.frame, upright, self.view.video.aspect)
 
     @cached_property
@@ -258,7 +267,3 @@ def _without(bars: Bars, frame: av.VideoFrame, upright: Orientation, aspect: flo
     picture = bars.cut(picture_of(frame, upright))
     shown = 1 / aspect if upright.is_transposed else aspect
     return av.VideoFrame.from_ndarray(picture, format="rgb24"), Orientation(), shown
-
-
-def _upright(video: Video) -> Orientation:
-    return orientation(video.look) or Orientation()

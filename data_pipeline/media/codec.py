@@ -20,7 +20,7 @@ from data_pipeline.media.clips import Size
 from data_pipeline.media.container import choose_streams, open_container, read_packets
 from data_pipeline.media.damage import Decoder
 from data_pipeline.media.image import open_image
-from data_pipeline.media.orientation import Orientation, Picture, orientation
+from data_pipeline.media.orientation import Orientation, Picture, orientation_of
 from data_pipeline.media.picture import EXACT_RESIZE, picture_of
 from data_pipeline.pyramid import Clip, Offsets, Patches, Pyramid, area_average, repeat_still
 from data_pipeline.stages import stage
@@ -40,7 +40,7 @@ JPEG_QUALITY = 95
 
 def decode_clip(media: bytes) -> Clip:
     """Every frame of a clip, pixel by pixel."""
-    pictures = [picture_of(frame, orientation(frame) or Orientation()) for frame in _frames(media)]
+    pictures = [picture_of(frame, orientation_of(frame)) for frame in _frames(media)]
     if not pictures:
         raise DataError("holds no frame")
     if len({picture.shape for picture in pictures}) > 1:

@@ -15,7 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.media.bars import FULL_FRAMES, Bars, Grey, find_bars, grey_of
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
-from data_pipeline.media.orientation import Orientation, orientation
+from data_pipeline.media.orientation import Orientation, orientation_of
 from data_pipeline.media.picture import refuse_strange_colours
 
 LONGER_SIDE, LEAST_SIDE = 160, 32  # of small pictures
@@ -56,7 +56,7 @@ def measure_media(media: bytes, kind: str, deadline_seconds: float = math.inf) -
         frame, before = shot.frame, seen.seconds
         if number % stride == 0:
             refuse_strange_colours(frame)
-            upright = orientation(frame) or orientation(video.look) or Orientation()
+            upright = orientation_of(frame, video.look)
             seen.see_full(upright.turn(grey_of(frame, frame.height, frame.width)))
         small = upright.turn(grey_of(frame, *_small_size(frame.height, frame.width)))
         passed = None if shot.is_new or before is None else shot.seconds - before

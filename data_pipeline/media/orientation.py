@@ -44,3 +44,8 @@ def orientation(frame: av.VideoFrame) -> Orientation | None:
     if max(abs(a), abs(d)) <= 0.01 * crossed:
         return Orientation(True, flips_rows=b < 0, flips_columns=c < 0)
     raise NotWanted("is turned by no quarter turn: its display matrix is askew")
+
+
+def orientation_of(*frames: av.VideoFrame) -> Orientation:
+    """What the first of some frames that has a display matrix says; without any, as stored."""
+    return next(filter(None, map(orientation, frames)), Orientation())
