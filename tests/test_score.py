@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ from numbered import numbered_clip
 from pyarrow import parquet
 from strangers import tree
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making import scoring
 from data_pipeline.making.build import build
 from data_pipeline.making.duplicates import MOST_BITS, originals
@@ -20,6 +21,7 @@ from data_pipeline.making.indexing import index
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import open_scores, score
 from data_pipeline.making.stats import measure, write_page
+from data_pipeline.making.verify import verify
 from data_pipeline.media.codec import encode_clip, encode_image
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import write_tar
@@ -134,6 +136,42 @@ def test_files_of_others_are_not_replaced(dataset):
     with pytest.raises(ConfigError, match="is not empty"):
         score(dataset)
     assert tree(dataset) == before
+
+
+def change_table(path: Path, change) -> None:
+    table = parquet.read_table(path)
+    parquet.write_table(table.from_pylist(change(table.to_pylist()), schema=table.schema), path)
+
+
+def cut_pages(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[100:400] = bytes(300)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged, or no table of ours"),
+        (cut_pages, "is damaged because"),
+        (lambda path: change_table(path, lambda rows: rows[:-1]), "has not a row .* each sample"),
+        (lambda path: change_table(path, lambda rows: rows[::-1]), "'2/zeros' is not the sample"),
+        (lambda path: change_table(path, lambda rows: [r | {"black": np.inf} for r in rows]),
+         "'0/moving' has numbers that no clip has"),
+        (lambda path: change_table(path, lambda rows: [r | {"fault": None} for r in rows]),
+         "'2/zeros' has neither numbers nor a fault"),
+    ],
+)  # fmt: skip
+def test_scores_are_verified(dataset, tmp_path, spoil, said):
+    score(dataset)
+    assert not verify(dataset, decode=False)
+    spoil(dataset / "scores.parquet")
+    (fault,) = verify(dataset, decode=False)
+    assert re.search(said, str(fault))
+    assert "delete it and `t2v data score` again" in str(fault)
+    if spoil is cut_pages:
+        with pytest.raises(DataError, match=r"scores\.parquet: is damaged"):
+            build(dataset, tmp_path / "out", **SIZE, columns=Columns(where="motion > 1"))
 
 
 def test_a_build_chooses_by_scores_and_keeps_them_out_of_metadata(dataset, tmp_path):

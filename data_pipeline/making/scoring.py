@@ -5,6 +5,7 @@ table is written last, with the near-duplicates of all shards.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +38,7 @@ PART = pyarrow.schema(
     | dict.fromkeys(SIDES, pyarrow.int32())
     | {"hash": pyarrow.binary(HASH_BYTES)}
 )
+AGAIN = "delete it and `t2v data score` again"
 WHOLE = PART.append(pyarrow.field("duplicate_of", pyarrow.string()))
 
 
@@ -125,6 +127,42 @@ def open_scores(data: Dataset) -> Scores | None:
             f"`t2v data score {data.path}` again, or delete it."
         )
     return Scores(path)
+
+
+def fault_of_scores(data: Dataset) -> str | None:
+    """What is wrong with the scores of a dataset, if it has any and anything is."""
+    path = storage.join(data.path, TABLE)
+    if not storage.exists(path):
+        return None
+    samples = (
+        (shard.name, int(row["key"]))
+        for number, shard in enumerate(data.info.shards)
+        for row in data.index(number)
+    )
+    try:
+        if open_scores(data) is None:
+            return f"is damaged, or no table of ours; {AGAIN}"
+        with parquet.ParquetFile(storage.local_file(path)) as table:
+            if table.schema_arrow != WHOLE or table.metadata.num_rows != data.info.samples:
+                return f"has not a row of our columns for each sample; {AGAIN}"
+            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            for row, sample in zip(rows, samples, strict=True):
+                if why := _fault_of(row, *sample):
+                    return f"'{row['shard']}/{row['key']}' {why}; {AGAIN}"
+    except UserError as error:
+        return str(error)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        return f"is damaged because {str(error).splitlines()[0]}; {AGAIN}"
+    return None
+
+
+def _fault_of(row: dict, shard: str, key: int) -> str | None:
+    numbers = [row[name] for name in NUMBERS if row[name] is not None]
+    if row["shard"] != shard or key not in {digest64(row["key"]), digest64(f"./{row['key']}")}:
+        return "is not the sample of its row"
+    if not all(0 <= number < math.inf for number in numbers):
+        return "has numbers that no clip has"
+    return None if row["fault"] or row["hash"] else "has neither numbers nor a fault"
 
 
 def dataset_in(folder: str) -> Dataset | None:

@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.latents.latents import LATENTS
 from data_pipeline.making.indexing import index
 from data_pipeline.making.listing import Kind as MediaKind
+from data_pipeline.making.scoring import TABLE, fault_of_scores
 from data_pipeline.media.clips import probe
 from data_pipeline.media.codec import count_frames, decode_image
 from data_pipeline.parallel import map_in_order
@@ -73,8 +74,8 @@ class Fault:
 
 
 def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[Fault]:
-    """Every fault of a dataset and of its embeddings and latents; `decode`: decode every sample
-    too."""
+    """Every fault of a dataset and of its embeddings, latents and scores; `decode`: decode every
+    sample too."""
     dataset = open_dataset(path)
     info = dataset.info
     cached_index.cache_clear()
@@ -100,6 +101,8 @@ def verify(path: str | Path, *, decode: bool = True, workers: int = 1) -> list[F
     for kind in KINDS:
         for name in kind.names(dataset):
             faults += check_set(dataset, kind, name)
+    if why := fault_of_scores(dataset):
+        faults.append(Fault(storage.join(dataset.path, TABLE), why))
     return faults
 
 
