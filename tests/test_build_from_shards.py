@@ -3,6 +3,7 @@
 import gzip
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,46 @@ def test_a_cut_shard_gives_what_it_holds_whole_and_costs_the_budget(shards, tmp_
     dataset = build(shards, tmp_path / "b", frames=8, **SIZE, max_drop_rate=1.0)
     assert dataset.info.samples == 3
     assert dataset.info.account.passed_over["file of type .gz"] == 1
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zips_are_folders(members, loose, tmp_path, method):
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    for number in range(2):
+        with zipfile.ZipFile(folder / f"{number}.zip", "w", method) as archive:
+            for name in list(members)[4 * number :][:4]:
+                archive.writestr(name if number else f"videos\\{name}", members[name])
+            archive.writestr("__MACOSX/._000.mp4", b"")
+    before = tree(folder)
+    how = {"frames": 8, **SIZE, "cut": "length", "shard_samples": 3}
+    ours = build(folder, tmp_path / "a", **how)
+    assert clips_of(ours) == clips_of(build(loose, tmp_path / "b", **how))
+    assert ours.read(0, 0).metadata["source"] == "0.zip/videos/000.mp4"
+    assert ours.info.account.passed_over == {"hidden file": 2}
+    assert tree(folder) == before
+
+
+def test_what_a_zip_does_not_give_is_counted_and_costs_the_budget(members, tmp_path):
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "0.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("../out.mp4", *members):
+            archive.writestr(name, members.get(name, b""))
+        archive.writestr("other.mp4", b"", zipfile.ZIP_LZMA)
+        second = archive.getinfo("001.mp4")
+    (folder / "1.zip").write_bytes((folder / "0.zip").read_bytes()[:-50])
+    with (folder / "0.zip").open("r+b") as file:
+        file.seek(second.header_offset + 30 + len(second.filename))
+        file.write(b"\xff" * 64)
+    with pytest.raises(DataError, match=r"1\.zip: is no readable zip"):
+        build(folder, tmp_path / "a", frames=8, **SIZE)
+    dataset = build(folder, tmp_path / "b", frames=8, **SIZE, max_drop_rate=1.0)
+    assert [caption for caption, *_ in clips_of(dataset)] == ["a dog", "a bird", "a fish"]
+    assert dataset.info.account.unusable == {
+        "leaves the folder": 1, "is packed by another method than deflate": 1,
+        "is no readable zip": 1, "is damaged": 1,
+    }  # fmt: skip
 
 
 def test_unreadable_texts_cost_their_media_only(loose, tmp_path):

@@ -7,7 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from numbered import numbered_video
+from numbered import numbered_clip, numbered_video
+from odd_media import write_video
 from strangers import tree
 
 from data_pipeline.errors import DataError, InputMissing
@@ -17,6 +18,7 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.warnings import caption_warnings
 
 VIDEO = numbered_video(4)
+GIF = write_video(list(numbered_clip(4)), "gif", "gif", pixels="rgb8", rate=25)
 
 
 def pack(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
@@ -124,16 +126,17 @@ def test_texts_are_read_in_their_encoding_or_refused(tmp_path, content, caption)
 def test_media_of_every_type_are_used_or_counted(tmp_path):
     pack(tmp_path / "0.tar", {
         "a.m4v": VIDEO, "a.txt": b"a", "b.mp4": VIDEO, "b.txt": b"b", "c.flv": VIDEO,
-        "d.gif": b"GIF89a", "d.txt": b"d", "e.mp4": VIDEO, "e.webm": VIDEO, "f.json": b"{}",
+        "d.gif": GIF, "d.txt": b"d", "e.gif": GIF, "e.mp4": VIDEO, "e.webm": VIDEO, "f.json": b"{}",
         "._g.mp4": b"", "h": b"",
         "i.pickle": b"",
     })  # fmt: skip
     dataset = index(tmp_path)
-    assert captions(dataset) == [("a",), ("b",), ("",), ("",)]
+    assert captions(dataset) == [("a",), ("b",), ("",), ("d",), ("",)]
     assert dataset.info.account.passed_over == {
-        "member of type .gif": 1, "member of type .pickle": 1, "second media of a key": 1,
-        "text without media": 2, "hidden file": 1, "member without a type": 1,
+        "member of type .pickle": 1, "second media of a key": 2,
+        "text without media": 1, "hidden file": 1, "member without a type": 1,
     }  # fmt: skip
+    assert [dataset.read(0, row).media for row in (3, 4)] == [GIF, VIDEO]  # no preview of a film
     assert not verify(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Lists of captioned media: read alike in every format, and no row lost without a word."""
 
+import csv
+import datetime
 import gzip
 import json
 import os
@@ -82,6 +84,18 @@ def test_lists_with_a_mark_are_read_in_their_encoding(folder, encoding):
         assert told(plan(path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("suffix", "delimiter"), [("c", ";"), ("c", "\t"), ("c", "|"), ("t", ","), ("t", ";")]
+)
+def test_columns_may_be_parted_by_other_signs(folder, suffix, delimiter):
+    path = folder / ("l.csv" if suffix == "c" else "l.tsv")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert told(plan(path)) == told(plan(write(folder / "l.parquet", ROWS)))
+
+
 def test_another_encoding_is_refused_row_by_row_or_told(folder):
     path = write(folder / "l.csv", ROWS)
     expected = told(plan(path))
@@ -101,14 +115,27 @@ def test_a_pattern_is_all_its_lists_each_with_its_own_folder(folder):
     assert [row[:2] for row in told(found)] == [("one/x.mp4", "one"), ("two/x.mp4", "two")]
 
 
+def test_a_folder_of_parts_is_one_list(folder):
+    parts = folder.parent / "l.parquet"
+    parts.mkdir()
+    for number, row in enumerate(ROWS):
+        write(parts / f"part-{number}.parquet", [row])
+    (parts / "_SUCCESS").touch()
+    assert told(plan(parts, root=folder)) == told(plan(write(folder / "l.parquet", ROWS)))
+
+
 def test_files_are_found_by_path_without_type_below_the_root_or_by_a_name_of_their_own(folder):
     (folder / "deep" / "er").mkdir(parents=True)
-    for name in ("deep/er/unique.mp4", "deep/twice.mp4", "twice.webm", "deep/er/twice.webm"):
+    accented, same = "re\u0301sume\u0301.mp4", "r\u00e9sum\u00e9.mp4"
+    for name in ("deep/er/unique.mp4", "deep/twice.mp4", "twice.webm", "deep/er/twice.webm",
+                 f"deep/{accented}"):  # fmt: skip
         (folder / name).touch()
     names = {
         "./a.mp4": "a.mp4", str(folder / "c.mp4"): "c.mp4", "sub/b": "sub/b.mp4",
         "unique": "deep/er/unique.mp4", "deep/twice": "deep/twice.mp4", "nothing": None,
-        "../a.mp4": None, "s3://b/c.mp4": None, "/etc/a.mp4": None, "twice": None, "": None,
+        "deep\\er\\unique.mp4": "deep/er/unique.mp4", f"deep/{same}": f"deep/{accented}",
+        "..\\a.mp4": None, "../a.mp4": None, "s3://b/c.mp4": None, "/etc/a.mp4": None,
+        "twice": None, "": None,
     }  # fmt: skip
     path = write_csv(folder.parent / "l.csv", [{"file": n, "caption": n} for n in names])
     found = plan(path, root=folder)
@@ -116,7 +143,7 @@ def test_files_are_found_by_path_without_type_below_the_root_or_by_a_name_of_the
         name: file for name, file in names.items() if file
     }
     assert found.account.unusable == {
-        "file leaves the folder": 3, "no such file": 1, "row may mean more than one file": 1,
+        "file leaves the folder": 4, "no such file": 1, "row may mean more than one file": 1,
         "row names no file": 1,
     }  # fmt: skip
     assert found.account.passed_over == {"media in no wanted row": 2}
@@ -137,6 +164,8 @@ def test_files_are_found_by_path_without_type_below_the_root_or_by_a_name_of_the
         ("l.jsonl", b'{"file": 7, "caption": "x"}\n{"file": "c.mp4", "caption": "x"}\n',
          {"row names no file": 1}),
         ("l.csv", b"file,caption\nl.csv,x\nc.mp4,x\n", {"file is of another type": 1}),
+        ("l.jsonl", b'{"file": "a.mp4", "file": "c.mp4", "caption": "x"}\n'
+         b'{"file": "c.mp4", "caption": "x"}\n', {"row has two members of one name": 1}),
     ],
 )  # fmt: skip
 def test_bad_rows_are_counted_by_reason_and_the_others_used(folder, name, content, reasons):
@@ -158,6 +187,11 @@ def test_bad_rows_are_counted_by_reason_and_the_others_used(folder, name, conten
         ("l.parquet", b"PAR1 not", "l.parquet: .*; correct it"),
         ("l.json", b'[{"file": "a.mp4"', "l.json: .*; correct it"),
         ("l.csv.gz", b"file,caption\n", "cannot be read because"),
+        (
+            "l.csv.gz",
+            gzip.compress(b"file,caption\n")[:12] + b"\xff" * 20,
+            "cannot be read because",
+        ),
         ("none.parquet", None, "no such file"),
         ("none*.parquet", None, "no such file; check the pattern"),
     ],
@@ -195,6 +229,12 @@ def test_what_json_cannot_hold_is_told_or_null(folder):
     assert found.account.examples["column of bytes"] == ["thumbnail"]
 
 
+def test_a_column_of_moments_holds_no_captions(folder):
+    rows = [row | {"caption": datetime.datetime(2020, 1, 1)} for row in ROWS]
+    with pytest.raises(UserError, match=r"column 'caption' holds no captions but .* TIMESTAMP"):
+        plan(write(folder / "l.parquet", rows))
+
+
 def test_a_plan_is_read_by_parts_in_one_order(folder):
     names = [f"{number * 7 % 300:03d}.mp4" for number in range(300)]
     for name in names:
@@ -215,14 +255,16 @@ def test_a_folder_is_accounted_for(folder):
     (folder.parent / "elsewhere").mkdir()
     (folder / "link").symlink_to(folder.parent / "elsewhere")
     (folder / "broken.mp4").symlink_to(folder / "nowhere")
+    (folder / "circle.mp4").symlink_to(folder / "circle.mp4")
+    (folder / "c.gif").touch()
     os.mkdir(folder / "dir.mp4")
     found = plan(folder)
     assert [item.file for item in found.items(0, found.files)] == ["a.mp4", "c.mp4"]
     assert found.account.unusable == {"has no caption": 1}
     assert found.account.passed_over == {
-        "file of type .gz": 1, "file of type .md": 1, "file of type .txt": 1,
-        "file of type .wmv": 1, "hidden file": 2, "link to a folder": 1,
-        "link that leads nowhere, or no file": 1,
+        "file of type .gz": 1, "file of type .gif": 1, "file of type .md": 1,
+        "file of type .txt": 1, "file of type .wmv": 1, "hidden file": 2, "link to a folder": 1,
+        "link that leads nowhere, or no file": 2,
     }  # fmt: skip
     assert found.account.examples["has no caption"] == ["sub/b.mp4"]
 

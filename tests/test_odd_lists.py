@@ -93,6 +93,12 @@ DEEP = f'{{"file": "é.mp4", "caption": "x", "n": {"[" * 5000}{"]" * 5000}}}\n'
         ("l.jsonl", '{"file":"é.mp4","caption":"x","":1,"a\\"b":2,"frames":"7"}\n', 0, "1 samples"),
         ("l.jsonl", '{"file":"é.mp4","caption":"x","t2v_row":3}\n', 65, "'t2v_row' is there twice"),
         ("l.jsonl", "\n\n", 66, "is empty"),
+        (
+            "l.jsonl",
+            f'{{"file": "é.mp4", "caption": "x", "n": [{"7" * 5000}]}}\n',
+            65,
+            "json is damaged",
+        ),
         ("l.json", '{"a": {"file": "é.mp4", "caption": "x"}}', 78, "column 'caption' is missing"),
         ("l.json", "[[1, 2], 3]", 78, "column 'caption' is missing"),
         ("l.parquet", "", 65, "too small to be a Parquet file"),
@@ -139,6 +145,21 @@ def test_json_of_any_depth_beside_media_costs_that_media_only(tmp_path):
     assert build(folder, tmp_path / "out") == 0
     account = open_dataset(tmp_path / "out").info.account
     assert account.unusable == {"caption is no text": 1, "json is damaged": 1}
+
+
+def test_texts_of_any_spelling_and_halves_of_characters_survive(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.mp4", "re\u0301.mp4"):
+        (folder / name).write_bytes(numbered_video(4))
+    (folder / "a.JSON").write_text('{"caption": "a", "title": "\\ud83d", "\\udc00": "é"}')
+    (folder / "r\u00e9.TXT").write_text("b")
+    assert build(folder, tmp_path / "out") == 0
+    dataset = open_dataset(tmp_path / "out")
+    told = [dataset.read_told(0, row) for row in range(2)]
+    assert [captions.first for _, captions in told] == ["a", "b"]
+    assert (told[0][0]["title"], told[0][0]["\udc00"]) == ("\ud83d", "é")
+    assert not dataset.info.account.passed_over
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])

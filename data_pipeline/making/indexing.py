@@ -207,9 +207,9 @@ def _told(account: Account) -> str:
 
 def _kind_inside(folder: str, names: Sequence[str]) -> Kind:
     for name in names:
-        for kind in KINDS:
-            if len(_examine(folder, name, kind=kind, columns=COLUMNS).rows):
-                return kind
+        rows = {k: len(_examine(folder, name, kind=k, columns=COLUMNS).rows) for k in KINDS}
+        if any(rows.values()):
+            return max(KINDS, key=rows.__getitem__)  # images may have a GIF beside, videos a cover
     raise DataError(f"{folder}: its shards hold no video and no image; check the folder.")
 
 

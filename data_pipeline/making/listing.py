@@ -2,12 +2,16 @@
 
 import json
 import os
+import stat
+import unicodedata
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from data_pipeline.errors import InputMissing
+from data_pipeline.errors import DataError, InputMissing
+from data_pipeline.making.zips import list_zip
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.scan import SUFFIXES, TarFault, list_members
 from data_pipeline.store import storage
@@ -15,23 +19,31 @@ from data_pipeline.store import storage
 Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("video", "image")
 TEXTS = (".json", ".txt")  # of captions and metadata, beside media
+ARCHIVES = (".tar", ".zip")  # taken for folders
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a file are below a folder: a file of its own, or a part of a tar."""
+    """Where the bytes of a file are below a folder: a file of its own, or a part of an archive."""
 
     path: str
     size: int | None = None  # none: it was not listed
     offset: int | None = None  # none: all of the file
+    deflated_size: int | None = None  # of what is compressed in a zip
 
     def read(self, folder: str) -> bytes:
         """The bytes; InputMissing where they are not as many as were listed."""
         path = storage.join(folder, self.path)
         if self.size is None or self.offset is None:
             content = storage.read_bytes(path)
-        else:
+        elif self.deflated_size is None:
             content = storage.read_range(path, self.offset, self.size)
+        else:
+            packed = storage.read_range(path, self.offset, self.deflated_size)
+            try:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, self.size + 1)
+            except zlib.error as error:
+                raise DataError(f"is damaged: what {self.path} holds of it ({error})") from None
         if self.size not in (None, len(content)):
             raise InputMissing(
                 f"{path}: is not what was listed because it holds {len(content)} bytes instead of "
@@ -40,21 +52,21 @@ class Place:
         return content
 
     def __str__(self) -> str:
-        values = [self.path, self.size, self.offset]
-        return json.dumps(values[: 3 - values[1:].count(None)])
+        values = [self.path, self.size, self.offset, self.deflated_size]
+        return json.dumps(values[: 4 - values[1:].count(None)])
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file below a folder; one in a tar is called as if the tar were a folder."""
+    """A file below a folder; one in an archive is called as if that were a folder."""
 
     file: str
     place: Place
 
     @property
     def stem(self) -> str:
-        """The name without the type."""
-        return str(PurePosixPath(self.file).with_suffix(""))
+        """The name without the type, however its accents are written."""
+        return unicodedata.normalize("NFC", str(PurePosixPath(self.file).with_suffix("")))
 
 
 def kind_of(path: str) -> Kind | None:
@@ -76,16 +88,18 @@ def scan(folder: str, tally: Tally) -> Iterator[Found]:
             yield Found(path, Place(path, size))
 
 
-def scan_tar(folder: str, path: str, tally: Tally) -> Iterator[Found]:
-    """Every file in a tar below a folder; what cannot be read of it is counted."""
+def scan_archive(folder: str, path: str, tally: Tally) -> Iterator[Found]:
+    """Every file in a tar or zip below a folder; what cannot be read of it is counted."""
 
     def refuse(fault: TarFault) -> None:
         tally.add("unusable", fault.reason, [": ".join(filter(None, [path, fault.name]))])
 
-    for name, offset, size in list_members(storage.join(folder, path), refuse):
+    whole = storage.join(folder, path)
+    members = list_zip if path.lower().endswith(".zip") else list_members
+    for name, offset, size, *packed in members(whole, refuse):
         name = str(PurePosixPath(name))
         if _is_usable(name, tally):
-            yield Found(f"{path}/{name}", Place(path, size, offset))
+            yield Found(f"{path}/{name}", Place(path, size, offset, *packed))
 
 
 def _is_usable(path: str, tally: Tally) -> bool:
@@ -112,11 +126,15 @@ def _walk(folder: str, below: str, tally: Tally) -> Iterator[tuple[str, int]]:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
         path = f"{below}/{entry.name}" if below else entry.name
+        try:
+            found = entry.stat()
+        except OSError:  # of a link in a circle, too
+            found = None
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder, path, tally)
-        elif entry.is_dir():
+        elif found and stat.S_ISDIR(found.st_mode):
             tally.add("passed_over", "link to a folder", [path])
-        elif entry.is_file():
-            yield path, entry.stat().st_size
+        elif found and stat.S_ISREG(found.st_mode):
+            yield path, found.st_size
         else:
             tally.add("passed_over", "link that leads nowhere, or no file", [path])

@@ -7,10 +7,13 @@ are never fetched, and once lists are read it opens no other file, whatever a co
 import codecs
 import csv
 import gzip
+import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +31,10 @@ MOST_ROW_BYTES = 64 << 20
 OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
 UNNAMED = "unnamed"
 INTERRUPTED = "Query interrupted"
+BAD_JSON = {
+    "row is no JSON object": "coalesce(json_type(TRY_CAST(json AS JSON)), '') != 'OBJECT'",
+    "row has two members of one name": "NOT list_unique(json_keys(json)) = len(json_keys(json))",
+}
 REJECTS = {
     "MISSING COLUMNS": "has too few fields",
     "TOO MANY COLUMNS": "has too many fields",
@@ -61,7 +68,10 @@ def is_list(path: str) -> bool:
 
 
 def list_paths(path: str) -> list[str]:
-    """The lists of a path, which may be a pattern with * and ?, in the order of their names."""
+    """The lists of a path, which may be a pattern with * and ?, or a folder of parts, in
+    the order of their names."""
+    if os.path.isdir(path):
+        return storage.match(storage.join(escape(path), f"*{_kind(path)}"))
     if storage.exists(path):
         return [path]
     if any(sign in path for sign in "*?["):
@@ -170,7 +180,7 @@ def _readable(path: str, beside: Path, encoding: str | None) -> str:
                 new.write(piece)
     except LookupError:
         raise ConfigError(f"encoding: value '{encoding}' is wrong; use latin-1, say.") from None
-    except (UnicodeError, OSError, EOFError) as error:
+    except (UnicodeError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read because {error}; correct it.") from None
     return str(beside)
 
@@ -182,13 +192,14 @@ def _open(path: Path, is_packed: bool) -> Any:
 def _read_commas(
     database: duckdb.DuckDBPyConnection, files: Sequence[str], told: str, kind: str, tally: Tally
 ) -> None:
-    delimiter = "\t" if kind == ".tsv" else ","
-    headers = [_header(file, told, delimiter) for file in files]
+    delimiters = "\t,;|" if kind == ".tsv" else ",;\t|"
+    headers = [_header(file, told, delimiters) for file in files]
     if any(header != headers[0] for header in headers):
         raise DataError(f"{told}: lists have not the same columns; build them one by one.")
+    delimiter, names = headers[0]
     how = f"header = true, delim = {text(delimiter)}, quote = '\"', escape = '\"'"
-    _read_texts(database, files, headers[0], how, tally)
-    types = {name: _type_of_texts(database, name) for name in headers[0]}
+    _read_texts(database, files, names, how, tally)
+    types = {name: _type_of_texts(database, name) for name in names}
     _keep(database, [f"{expression} AS {quoted(name)}" for name, expression in types.items()])
 
 
@@ -216,21 +227,30 @@ def _read_texts(
         tally.add("unusable", why, [f"line {number}" for number in lines], int(count))
 
 
-def _header(file: str, told: str, delimiter: str) -> list[str]:
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        try:
-            names = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
-            "".join(names).encode()
-        except (csv.Error, UnicodeError) as error:
-            raise DataError(
-                f"{told}: is no CSV in UTF-8 because {error}; correct it, or give --encoding."
-            ) from None
+def _header(file: str, told: str, delimiters: str) -> tuple[str, list[str]]:
+    """The first delimiter that parts the first line, or else the first one; and its columns."""
+    found: dict[str, list[str]] = {}
+    problem: Exception | None = None
+    for delimiter in delimiters:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            try:
+                names = next(csv.reader(lines, delimiter=delimiter, strict=True), [])
+                "".join(names).encode()
+                found[delimiter] = names
+            except (csv.Error, UnicodeError) as error:
+                problem = problem or error
+    if not found:
+        raise DataError(
+            f"{told}: is no CSV in UTF-8 because {problem}; correct it, or give --encoding."
+        )
+    delimiter = next((one for one, names in found.items() if len(names) > 1), next(iter(found)))
+    names = found[delimiter]
     if not names:
         raise DataError(f"{told}: is empty; write one row per file.")
     # The first column of tables that pandas writes has no name.
     names = [name.strip() or UNNAMED for name in names]
     _refuse_twins(told, names)
-    return names
+    return delimiter, names
 
 
 def _type_of_texts(database: duckdb.DuckDBPyConnection, name: str) -> str:
@@ -277,13 +297,13 @@ def _read_json(
             f"CREATE TABLE raw AS {_numbered(files)} FROM read_json_objects({list(files)}, "
             f"format = 'auto', filename = 't2v_file', maximum_object_size = {MOST_ROW_BYTES})"
         )
-    no_object = "coalesce(json_type(TRY_CAST(json AS JSON)), '') != 'OBJECT'"
-    (wrong, lines), = database.execute(
-        f"SELECT count(*), list(t2v_row ORDER BY t2v_row)[:3] FROM raw WHERE {no_object}"
-    ).fetchall()  # fmt: skip
-    if wrong:
-        tally.add("unusable", "row is no JSON object", [f"row {line}" for line in lines], wrong)
-        database.execute(f"DELETE FROM raw WHERE {no_object}")
+    for why, is_bad in BAD_JSON.items():
+        (wrong, lines), = database.execute(
+            f"SELECT count(*), list(t2v_row ORDER BY t2v_row)[:3] FROM raw WHERE {is_bad}"
+        ).fetchall()  # fmt: skip
+        if wrong:
+            tally.add("unusable", why, [f"row {line}" for line in lines], wrong)
+            database.execute(f"DELETE FROM raw WHERE {is_bad}")
     found = database.execute(
         "SELECT name, min(t2v_row), min(place) FROM (SELECT t2v_row, unnest(json_keys(json)) AS "
         "name, generate_subscripts(json_keys(json), 1) AS place FROM raw) GROUP BY 1 ORDER BY 2, 3"

@@ -4,6 +4,7 @@ Table `present` holds what lies in a folder, table `planned` what is to be made 
 them nothing is lost: what is not planned is counted.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,7 +13,16 @@ import duckdb
 import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.making.listing import KINDS, Found, Kind, kind_of, scan, scan_tar
+from data_pipeline.making.listing import (
+    ARCHIVES,
+    KINDS,
+    TEXTS,
+    Found,
+    Kind,
+    kind_of,
+    scan,
+    scan_archive,
+)
 from data_pipeline.making.lists import OWN, Table, quoted, reason, text
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.scoring import dataset_in, tar_name
@@ -20,8 +30,10 @@ from data_pipeline.making.times import Times
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Side, Tally
 from data_pipeline.shards.captions import COLUMNS
+from data_pipeline.shards.scan import PREVIEW
 
 BATCH = 50_000
+NO_TEXTS = ("DATE", "TIME", "INTERVAL", "UUID", "BIT")
 FILE_COLUMNS = ("file", "file_name")
 TYPE = "coalesce(nullif(lower(regexp_extract(file, '[.][^./]*$')), ''), 'none')"
 PRESENT = pyarrow.schema(
@@ -30,25 +42,35 @@ PRESENT = pyarrow.schema(
 
 
 def note_files(database: duckdb.DuckDBPyConnection, folder: str, tally: Tally) -> None:
-    """Make table `present` of the files of a folder; of those in its tars, where it is a dataset or
-    holds no media beside them."""
+    """Make table `present` of the files of a folder; of those in its archives, where it holds no
+    media beside them, or of those in its shards, where it is a dataset; and view `texts` of what
+    may be captions, by stem."""
     ask = database.execute
     ask("CREATE TABLE present (file VARCHAR, stem VARCHAR, kind VARCHAR, place VARCHAR)")
+    told = ", ".join(
+        f"arg_max(place, file) FILTER (lower(file) LIKE '%{kind}') AS {kind[1:]}" for kind in TEXTS
+    )
+    ask(f"CREATE VIEW texts AS SELECT stem, {told} FROM present WHERE kind IS NULL GROUP BY stem")
     if data := dataset_in(folder):
-        tars = [tar_name(data, shard.name) for shard in data.info.shards]
+        archives = [tar_name(data, shard.name) for shard in data.info.shards]
     else:
         _insert(database, scan(folder, tally))
-        if ask("SELECT 1 FROM present WHERE kind IS NOT NULL LIMIT 1").fetchall():
-            return
-        found = ask("SELECT file FROM present WHERE file LIKE '%.tar' ORDER BY file").fetchall()
-        tars = [tar for (tar,) in found]
-    for tar in progress(tars, "list shards", total=len(tars)):
-        _insert(database, scan_tar(folder, tar, tally))
-    if tars:
-        ask("DELETE FROM present WHERE file IN (SELECT unnest($tars))", {"tars": tars})
+        kinds = " OR ".join(f"lower(file) LIKE '%{kind}'" for kind in ARCHIVES)
+        found = ask(f"SELECT file FROM present WHERE {kinds} ORDER BY file").fetchall()
+        is_loose = ask("SELECT 1 FROM present WHERE kind IS NOT NULL LIMIT 1").fetchall()
+        archives = [] if is_loose else [file for (file,) in found]
+    for file in progress(archives, "list archives", total=len(archives)):
+        _insert(database, scan_archive(folder, file, tally))
+    if archives:
+        ask("DELETE FROM present WHERE file IN (SELECT unnest($files))", {"files": archives})
         again = "present WHERE rowid NOT IN (SELECT min(rowid) FROM present GROUP BY file)"
         _count(database, tally, "passed_over", "'member is there twice'", again)
         ask(f"DELETE FROM {again}")
+    preview = f"lower(file) LIKE '%.{PREVIEW}'"
+    ask(
+        f"UPDATE present SET kind = NULL WHERE {preview} AND stem IN "
+        f"(SELECT stem FROM present WHERE kind IS NOT NULL AND NOT {preview})"
+    )
 
 
 def _insert(database: duckdb.DuckDBPyConnection, found: Iterator[Found]) -> None:
@@ -67,13 +89,14 @@ def plan_folder(database: duckdb.DuckDBPyConnection, folder: str, tally: Tally) 
     ask(
         "CREATE TABLE planned AS SELECT NULL::BIGINT AS row, media.file, media.kind, media.place, "
         "NULL::VARCHAR AS captions, NULL::VARCHAR AS times, NULL::VARCHAR AS metadata, "
-        "json.place AS json, txt.place AS txt FROM present AS media "
-        "LEFT JOIN present AS json ON json.file = media.stem || '.json' "
-        "LEFT JOIN present AS txt ON txt.file = media.stem || '.txt' WHERE media.kind IS NOT NULL"
+        "json, txt FROM present AS media LEFT JOIN texts USING (stem) WHERE media.kind IS NOT NULL"
     )
     (total,), = ask("SELECT count(*) FROM planned").fetchall()  # fmt: skip
     if not total:
-        raise InputMissing(f"{folder}: holds no video or image; check the folder.")
+        types = f"SELECT {TYPE} AS type, count(*) FROM present GROUP BY 1 ORDER BY 2 DESC, 1"
+        told = ", ".join(f"{count} of type {type_}" for type_, count in ask(types).fetchmany(3))
+        but = f" ({told})" if told else ""
+        raise InputMissing(f"{folder}: holds no video or image{but}; check the folder.")
     bare = "json IS NULL AND txt IS NULL"
     _count(database, tally, "unusable", "'has no caption'", f"planned WHERE {bare}")
     ask(f"DELETE FROM planned WHERE {bare}")
@@ -163,6 +186,12 @@ def _caption_columns(table: Table, columns: Columns) -> list[str]:
             f"{table.path}: column '{absent[0]}' is missing; name that of captions by "
             f"--caption-column{options}; there are {', '.join(table.names)}."
         )
+    for name in there:
+        if table.types[name].startswith(NO_TEXTS):  # which JSON has as texts
+            raise ConfigError(
+                f"{table.path}: column '{name}' holds no captions but values of type "
+                f"{table.types[name]}; name that of captions by --caption-column."
+            )
     return there
 
 
@@ -218,7 +247,7 @@ def _find_files(
 ) -> None:
     """Make table `planned` of table `said`: a value is a path below the folder or below its
     list's own, with or without the type; or a name that only one file has, wherever it lies."""
-    below = f"{folder.rstrip('/')}/"
+    below, absolute = f"{folder.rstrip('/')}/", f"{os.path.abspath(folder).rstrip('/')}/"
     heads = [
         path.removeprefix(below).rpartition("/")[0] if path.startswith(below) else ""
         for path in lists
@@ -226,28 +255,29 @@ def _find_files(
     heads = [f"{head}/" if head else "" for head in heads]
     ask = database.execute
     ask(
-        "CREATE TABLE named AS SELECT *, CASE WHEN starts_with(value, $below) THEN "
-        "substr(value, length($below) + 1) ELSE $heads[list + 1] || "
-        "regexp_replace(value, '^([.]/+)+', '') END AS name FROM said",
-        {"below": below, "heads": heads},
+        "CREATE TABLE named AS SELECT *, nfc_normalize(replace(name, '\\', '/')) AS plain FROM ("
+        "SELECT *, CASE WHEN starts_with(value, $below) THEN substr(value, length($below) + 1) "
+        "WHEN starts_with(value, $absolute) THEN substr(value, length($absolute) + 1) "
+        "ELSE $heads[list + 1] || regexp_replace(value, '^([.]/+)+', '') END AS name FROM said)",
+        {"below": below, "absolute": absolute, "heads": heads},
     )
     ask(
         "CREATE TABLE known AS SELECT name, min(file) AS file, count(DISTINCT file) AS files FROM ("
-        "SELECT stem AS name, file FROM present WHERE kind IS NOT NULL UNION ALL "
-        "SELECT regexp_extract(file, '[^/]+$'), file FROM present WHERE contains(file, '/') "
-        "UNION ALL SELECT regexp_extract(stem, '[^/]+$'), file FROM present "
-        "WHERE contains(stem, '/') AND kind IS NOT NULL) GROUP BY name"
+        "SELECT unnest([whole, last]) AS name, file FROM (SELECT file, nfc_normalize(file) AS "
+        "whole, regexp_extract(nfc_normalize(file), '[^/]+$') AS last FROM present) UNION ALL "
+        "SELECT unnest([stem, regexp_extract(stem, '[^/]+$')]), file FROM present "
+        "WHERE kind IS NOT NULL) GROUP BY name"
     )
     ask(
         "CREATE TABLE found AS SELECT named.*, present.file, present.kind, present.place, CASE "
         "WHEN coalesce(value, '') = '' THEN 'row names no file' "
-        "WHEN contains(value, '://') OR starts_with(named.name, '/') OR "
-        "list_contains(string_split(named.name, '/'), '..') THEN 'file leaves the folder' "
+        "WHEN contains(value, '://') OR starts_with(plain, '/') OR "
+        "list_contains(string_split(plain, '/'), '..') THEN 'file leaves the folder' "
         "WHEN known.files > 1 AND exact.file IS NULL THEN 'row may mean more than one file' "
         "WHEN present.file IS NULL THEN 'no such file' "
         "WHEN present.kind IS NULL THEN 'file is of another type' END AS why "
         "FROM named LEFT JOIN present AS exact ON exact.file = named.name "
-        "LEFT JOIN known ON known.name = named.name "
+        "LEFT JOIN known ON known.name = plain "
         "LEFT JOIN present ON present.file = coalesce(exact.file, known.file)"
     )
     bad = (

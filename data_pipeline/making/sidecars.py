@@ -9,9 +9,9 @@ import duckdb
 
 from data_pipeline.errors import DataError
 from data_pipeline.making.listing import Place
-from data_pipeline.making.lists import text
+from data_pipeline.making.lists import reason, text
 from data_pipeline.making.presets import Columns
-from data_pipeline.making.scoring import COLUMNS, dataset_in, open_scores, tar_name
+from data_pipeline.making.scoring import AGAIN, COLUMNS, dataset_in, open_scores, tar_name
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import decode_text, parse_object
 from data_pipeline.store import storage
@@ -19,12 +19,9 @@ from data_pipeline.store import storage
 FILE = "t2v_media"
 READERS, AT_ONCE = 16, 4096
 PAIRS = (
-    "SELECT media.file, json.place, txt.place, scores.told FROM present AS media "
-    "LEFT JOIN present AS json ON json.file = media.stem || '.json' "
-    "LEFT JOIN present AS txt ON txt.file = media.stem || '.txt' "
-    "LEFT JOIN scores ON scores.stem = media.stem "
-    "WHERE media.kind IS NOT NULL AND (json.place IS NOT NULL OR txt.place IS NOT NULL) "
-    "ORDER BY media.file"
+    "SELECT media.file, json, txt, scores.told FROM present AS media JOIN texts USING (stem) "
+    "LEFT JOIN scores USING (stem) WHERE media.kind IS NOT NULL AND coalesce(json, txt) IS NOT NULL"
+    " ORDER BY media.file"
 )
 
 
@@ -72,9 +69,13 @@ def _note_scores(database: duckdb.DuckDBPyConnection, folder: str) -> tuple[str,
         return ()
     stems = [text(part) for part in tar_name(data, "*").split("*")]
     packed = ", ".join(f"{name} := {name}" for name in COLUMNS)
-    database.execute(
-        f"CREATE TABLE scores AS SELECT {stems[0]} || shard || {stems[1]} || '/' || key AS stem, "
-        f"to_json(struct_pack({packed}))::VARCHAR AS told FROM read_parquet($path)",
-        {"path": str(storage.local_file(scores.path))},
-    )
+    try:
+        database.execute(
+            f"CREATE TABLE scores AS SELECT nfc_normalize({stems[0]} || shard || {stems[1]} || '/' "
+            f"|| key) AS stem, to_json(struct_pack({packed}))::VARCHAR AS told "
+            "FROM read_parquet($path)",
+            {"path": str(storage.local_file(scores.path))},
+        )
+    except duckdb.Error as error:
+        raise DataError(f"{scores.path}: is damaged because {reason(error)}; {AGAIN}.") from None
     return COLUMNS

@@ -14,8 +14,9 @@ from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import Captions, captions_of, decode_text, parse_object
 from data_pipeline.store import storage
 
+PREVIEW = "gif"  # a video only where nothing else of its name is one
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "avi", "mov", "m4v", "flv", "ts", "mts", "m2ts", "mpg",
-                  "mpeg", "3gp")  # fmt: skip
+                  "mpeg", "3gp", PREVIEW)  # fmt: skip
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TENSOR_SUFFIXES = ("safetensors",)
 SUFFIXES = {"video": VIDEO_SUFFIXES, "image": IMAGE_SUFFIXES, "tensor": TENSOR_SUFFIXES}
@@ -98,9 +99,12 @@ def scan_samples(
                 tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {member.name}"])
                 continue
             sample = samples.setdefault(key, Sample(base))
-            if slot in sample.places and sample.suffixes[slot] != suffix:
+            before = sample.suffixes.get(slot, suffix)
+            if before != suffix:
                 tally.add("passed_over", f"second {slot} of a key", [member.name])
-                continue
+                if before != PREVIEW:
+                    continue
+                del sample.places[slot]
             try:
                 if slot in sample.places:
                     raise TarFault(path, key, "is there twice", f" ({slot}); write it again.")
