@@ -9,7 +9,8 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
 from data_pipeline.errors import NotWanted
-from data_pipeline.media.clips import probe, read_clip
+from data_pipeline.media.bars import Bars
+from data_pipeline.media.clips import probe, read_clip, read_clips
 from data_pipeline.media.codec import decode_clip
 from data_pipeline.media.picture import EXACT_RESIZE, Orientation, fitted_picture
 from tests.odd_media import (
@@ -197,6 +198,33 @@ def test_colours_that_would_be_wrong_are_refused(tags, said, container, codec):
     )
     with pytest.raises(NotWanted, match=said):
         read_clip(media, "video", (2, 48, 80))
+
+
+@pytest.mark.parametrize(("curve", "white"), [(16, 0.58), (18, 0.75)])
+def test_tones_of_hdr_are_mapped_where_it_is_asked_for(curve, white):
+    """Greys stay grey and in their order, from black to less than white; hues stay hues."""
+    greys = np.linspace(0, 255 * white, 10).round().astype(np.uint8).repeat(8)
+    picture = np.broadcast_to(greys[None, :, None], (48, 80, 3)).copy()
+    picture[24:] = quadrants()[:24] * 0.6
+    options = {"x265-params": "log-level=-1:bframes=0"}
+    tags = {"color_trc": curve, "color_primaries": 9, "colorspace": 9}
+    media = write_video([picture] * 2, "mp4", "libx265", pixels="yuv420p10le", tags=tags,
+                        options=options)  # fmt: skip
+    with pytest.raises(NotWanted, match="is HDR video"):
+        read_clip(media, "video", (2, 48, 80))
+    bars = Bars(bottom=24)
+    clips = [next(iter(read_clips(media, (2, *size), bars=cut, tone_map=True)))[1].clip
+             for size, cut in (((48, 80), Bars()), ((24, 80), bars))]  # fmt: skip
+    row = clips[0][0, 12, 4::8].astype(int)
+    assert np.abs(row - row.mean(axis=1, keepdims=True)).max() <= 3
+    assert row[0].max() <= 3
+    assert (np.diff(row.mean(axis=1)) > 5).all()
+    assert 120 < row[-1].mean() < 245
+    red, green = clips[0][0, 36, [20, 60]].astype(int)
+    assert red.argmax() == 0
+    assert green.argmax() == 1
+    assert np.abs(clips[1][0, 4:20].astype(int) - clips[0][0, 4:20]).max() <= 3
+    assert probe(media, "video", bars).height == 24
 
 
 @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])

@@ -123,6 +123,7 @@ def build(
     root: str | None = None,
     cut: Cut = "none",
     crop_bars: bool = False,
+    tone_map: bool = False,
     filters: Filters | None = None,
     shard_samples: int = 1000,
     task: tuple[int, int] = (0, 1),
@@ -146,7 +147,12 @@ def build(
     storage.refuse_overlap(str(source), out)
     settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut}
     settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
-    settings |= {"crop_bars": crop_bars, "columns": asdict(columns), "source": material.version}
+    settings |= {
+        "crop_bars": crop_bars,
+        "tone_map": tone_map,
+        "columns": asdict(columns),
+        "source": material.version,
+    }
     folder, plan_file = storage.join(out, "shards"), storage.join(out, PLAN)
     made_folders, is_new = storage.absent_folders(folder), False
     names: list[str] = []
@@ -167,7 +173,7 @@ def build(
         plan = open_plan(plan_file)
         is_video = plan.kind == "video"
         size, rate = (frames if is_video else 1, height, width), fps if is_video else 0.0
-        target = Target(plan.kind, size, rate, cut, filters, crop_bars)
+        target = Target(plan.kind, size, rate, cut, filters, crop_bars, tone_map)
         refuse_bad_target(target)
         budget = Budget(material.source, material.folder, plan.rows, max_drop_rate)
         budget.refuse_excess(plan.account, {})

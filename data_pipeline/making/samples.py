@@ -68,6 +68,7 @@ class Target:
     cut: Cut = "none"
     filters: Filters = field(default_factory=Filters)
     crop_bars: bool = False
+    tone_map: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def _pieces(
             spans=spans,
             cut=target.cut,
             bars=bars,
+            tone_map=target.tone_map,
             deadline_seconds=deadline_seconds,
         )
 

@@ -22,6 +22,7 @@ from data_pipeline.media.image import open_image
 from data_pipeline.media.orientation import Orientation, Picture, orientation_of
 from data_pipeline.media.picture import fitted_picture, picture_of, shown_size
 from data_pipeline.media.scenes import mark_scenes
+from data_pipeline.media.tones import to_sdr
 from data_pipeline.pyramid import Clip, repeat_still
 
 Size = tuple[int, int, int]
@@ -81,9 +82,12 @@ def probe(media: bytes, kind: str, bars: Bars = NO_BARS) -> Probe:
         return Probe(1, 0.0, height, width, 0.0)
     video = open_video(media)
     line = video.timeline
-    height, width = shown_size(
-        *_without(bars, video.look, orientation_of(video.look), video.aspect)
-    )
+    upright = orientation_of(video.look)
+    height, width = shown_size(video.look, upright, video.aspect)
+    if bars != NO_BARS:
+        height, width = upright.turn_size((video.look.height, video.look.width))
+        height, width = height - bars.top - bars.bottom, width - bars.left - bars.right
+        width = max(1, round(width * _shown_aspect(upright, video.aspect)))
     return Probe(len(line.times), line.fps, height, width, line.seconds, line.times)
 
 
@@ -125,6 +129,7 @@ def read_clips(
     spans: Sequence[Span] = (WHOLE,),
     cut: Cut = "none",
     bars: Bars = NO_BARS,
+    tone_map: bool = False,
     deadline_seconds: float = math.inf,
 ) -> Iterator[tuple[int, Media | NotWanted]]:
     """Clips of some spans of a video, each with its span's number and as soon as it is there: one
@@ -132,13 +137,14 @@ def read_clips(
     without any, why.
 
     Frames are those shown at the times 0, 1/fps, 2/fps, ... after a clip's start (no fps: the
-    video's own); pixels without bars cover the size and are cropped around the centre.
+    video's own); pixels without bars cover the size and are cropped around the centre. HDR is not
+    wanted, or brought to SDR where tones are to be mapped.
     """
     video = open_video(media)
     line = video.timeline
     if fps and line.fps < 0.98 * fps:
         raise NotWanted(f"has fewer than {fps:g} frames per second: {line.fps:.4g}")
-    view = _View(video, bars, size[1:])
+    view = _View(video, bars, size[1:], tone_map)
     step = 1 / (fps or line.fps)
     cuttings = [_Cutting(span, size[0], step, cut == "none", view) for span in spans]
     wanted = [(cutting.span.start, cutting.end_seconds) for cutting in cuttings]
@@ -160,6 +166,7 @@ class _View:
     video: Video
     bars: Bars
     size: tuple[int, int]
+    tone_map: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +179,8 @@ class _Shown:
     @cached_property
     def look(self) -> Look:
         upright = orientation_of(self.shot.frame, self.view.video.look)
-        return _without(self.view.bars, self.shot.frame, upright, self.view.video.aspect)
+        frame = to_sdr(self.shot.frame) if self.view.tone_map else self.shot.frame
+        return _without(self.view.bars, frame, upright, self.view.video.aspect)
 
     @cached_property
     def picture(self) -> Picture:
@@ -265,5 +273,10 @@ def _without(bars: Bars, frame: av.VideoFrame, upright: Orientation, aspect: flo
     if bars == NO_BARS:
         return frame, upright, aspect
     picture = bars.cut(picture_of(frame, upright))
-    shown = 1 / aspect if upright.is_transposed else aspect
-    return av.VideoFrame.from_ndarray(picture, format="rgb24"), Orientation(), shown
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+    return frame, Orientation(), _shown_aspect(upright, aspect)
+
+
+def _shown_aspect(upright: Orientation, aspect: float) -> float:
+    """The aspect of pixels once they are turned."""
+    return 1 / aspect if upright.is_transposed else aspect

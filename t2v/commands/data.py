@@ -196,6 +196,7 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("--cut", choices=("none", "length", "scenes"), default="none",
                       help="long videos into as many clips as fit")  # fmt: skip
     verb.add_argument("--crop-bars", action="store_true", help="cut black bars off, to the pixel")
+    verb.add_argument("--tone-map", action="store_true", help="take HDR video, brought to SDR")
     add_list_options(verb)
     for name, help in FILTERS.items():
         kind = float if name.endswith(("seconds", "aspect")) else int

@@ -44,6 +44,7 @@ def data_build(options: argparse.Namespace) -> None:
             root=options.root,
             cut=options.cut,
             crop_bars=options.crop_bars,
+            tone_map=options.tone_map,
             filters=Filters(**{name: getattr(options, name) for name in FILTERS}),
             shard_samples=options.shard_samples,
             task=options.task,
