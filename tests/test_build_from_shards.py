@@ -14,6 +14,7 @@ from test_foreign_shards import pack
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.build import build
 from data_pipeline.making.presets import Columns
+from data_pipeline.making.samples import Filters
 
 CAPTIONS = ["a dog", "a cat", "a bird", "a fish"]
 
@@ -89,6 +90,29 @@ def test_a_cut_shard_gives_what_it_holds_whole_and_costs_the_budget(shards, tmp_
     dataset = build(shards, tmp_path / "b", frames=8, **SIZE, max_drop_rate=1.0)
     assert dataset.info.samples == 3
     assert dataset.info.account.passed_over["file of type .gz"] == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "captions"),
+    [
+        ({}, ["one", "two words"]),
+        ({"columns": Columns(where="frames = 10", select="source")}, ["one", "two words"]),
+        ({"filters": Filters(min_caption_words=2)}, ["two words"]),
+    ],
+)
+def test_a_dataset_of_ours_is_cut_again_with_all_of_its_captions(loose, tmp_path, how, captions):
+    """Where its clips were cut from what they were made of is not where they are cut now."""
+    for name in ("000", "001", "002"):
+        (loose / f"{name}.json").write_text(json.dumps({"caption": ["one", "two words"]}))
+    (loose / "003.json").write_text(json.dumps({"caption": ""}))
+    (loose / "003.txt").write_text("what lies beside")
+    first = build(loose, tmp_path / "first", frames=10, **SIZE, cut="length")
+    again = build(first.path, tmp_path / "again", frames=8, **SIZE, **how)
+    shown = [(begin, end - 2) for _, begin, end in clips_of(first)]
+    assert [clip[1:] for clip in clips_of(again)] == shown
+    assert [again.read(0, row).captions.texts for row in (0, 1)] == [tuple(captions)] * 2
+    assert again.read(0, len(shown) - 1).caption == "what lies beside"
+    assert "start_seconds" not in again.read(0, 1).metadata
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -9,9 +9,24 @@ from dataclasses import dataclass, field, replace
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.making.plan import Item, Row
 from data_pipeline.making.presets import Columns
-from data_pipeline.making.times import Range, Times, find_times, literal, ranges_of
+from data_pipeline.making.times import (
+    START,
+    Range,
+    Times,
+    find_times,
+    literal,
+    ranges_of,
+    without_own,
+)
 from data_pipeline.media.clips import WHOLE, Probe, Span
-from data_pipeline.shards.captions import Captions, captions_of, decode_text, merged, parse_object
+from data_pipeline.shards.captions import (
+    SEVERAL,
+    Captions,
+    captions_of,
+    decode_text,
+    merged,
+    parse_object,
+)
 
 SLACK_FRAMES = 0.25  # times are rounded
 SLACK_SECONDS = 1.0  # lists take ends from durations that others measured
@@ -90,7 +105,7 @@ def _judging(name: str, found: Clips) -> Iterator[None]:
 
 
 def _from_row(name: str, row: Row, columns: Columns, times: Times | None) -> Iterator[Clip]:
-    values, metadata = json.loads(row.captions), _finite(json.loads(row.metadata))
+    values, metadata = json.loads(row.captions), _others(json.loads(row.metadata))
     # A cell of CSV is text, that of a list of captions, too.
     values = {column: _list_of_texts(value) for column, value in values.items()}
     if times is None or row.times is None:
@@ -124,23 +139,22 @@ def _from_texts(item: Item, folder: str, columns: Columns) -> Iterator[Clip]:
     if item.json:
         metadata = parse_object(item.json.read(folder))
     captions = captions_of(metadata, columns.captions)
-    if captions is None and item.txt:
+    values = {name: metadata.get(name) for name in columns.captions}
+    if item.txt and not (captions and captions.first):
         captions = Captions((decode_text(item.txt.read(folder)),))
+        values = {next(iter(values)): captions.first}
     if captions is None:
         keys = f"; it has {', '.join(map(str, metadata))}; see --caption-column" if metadata else ""
         raise DataError(f"has no caption: none is in {', '.join(columns.captions)}{keys}")
     try:
-        times = find_times("", list(metadata), columns.times, columns.unit)
+        times = find_times("", without_own(list(metadata)), columns.times, columns.unit)
     except UserError as error:
         raise DataError(f"time is none{error}") from None
     used = {*columns.captions, *(times.all_columns if times else ())}
-    values = {name: metadata.get(name) for name in columns.captions}
-    kept = _finite({name: value for name, value in metadata.items() if name not in used})
+    kept = _others({name: value for name, value in metadata.items() if name not in used})
     if times is None:
         yield Clip(item.file, captions, kept)
         return
-    if values == dict.fromkeys(values):
-        values = {next(iter(values)): captions.first}
     yield from _timed(
         item.file, [metadata.get(n) for n in times.all_columns], values, kept, columns, times
     )
@@ -157,6 +171,13 @@ def _list_of_texts(value: object) -> object:
     found = literal(value)
     texts = isinstance(found, list) and all(isinstance(part, str) for part in found)
     return found if texts or not isinstance(value, str) else value
+
+
+def _others(metadata: dict) -> dict:
+    """What a sample keeps of what is said of it; of a clip of ours, not where and how that one was
+    made."""
+    dropped = (*SEVERAL, START) if "original_fps" in metadata else ()
+    return _finite({name: value for name, value in metadata.items() if name not in dropped})
 
 
 def _finite(value: object):

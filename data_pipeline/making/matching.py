@@ -29,7 +29,7 @@ from data_pipeline.making.scoring import dataset_in, tar_name
 from data_pipeline.making.times import Times
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Side, Tally
-from data_pipeline.shards.captions import COLUMNS
+from data_pipeline.shards.captions import COLUMNS, SEVERAL
 from data_pipeline.shards.scan import PREVIEW
 
 BATCH = 50_000
@@ -192,7 +192,10 @@ def _caption_columns(table: Table, columns: Columns) -> list[str]:
                 f"{table.path}: column '{name}' holds no captions but values of type "
                 f"{table.types[name]}; name that of captions by --caption-column."
             )
-    return there
+    is_ours = columns.captions == COLUMNS and {table.types.get(name) for name in SEVERAL} == {
+        "JSON"
+    }
+    return [*there, *SEVERAL] if is_ours else there
 
 
 def _file_of(table: Table, columns: Columns) -> tuple[str, list[str]]:

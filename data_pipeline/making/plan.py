@@ -22,13 +22,12 @@ from data_pipeline.making.lists import is_list, list_paths, open_database, read_
 from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import TABLE, dataset_in
-from data_pipeline.making.sidecars import write_beside
-from data_pipeline.making.times import Times, find_times
+from data_pipeline.making.sidecars import MEDIA, write_beside
+from data_pipeline.making.times import Times, find_times, without_own
 from data_pipeline.shards.account import Account, Tally
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.store import storage
 
-FILE = "plan.parquet"
 IN_FOLDERS = "captions.jsonl"
 TOLD = b"t2v"
 LINES_PER_GROUP = 20_000
@@ -147,7 +146,8 @@ def write_plan(
             columns = write_beside(database, folder, columns, Path(lists[0]), tally)
         if lists:
             table = read_lists(database, lists, tally, encoding=columns.encoding)
-            times = find_times(table.path, table.names, columns.times, columns.unit)
+            names = without_own(table.names) if columns.file == MEDIA else table.names
+            times = find_times(table.path, names, columns.times, columns.unit)
             rows = plan_lists(table, lists, folder, columns, times, tally)
         else:
             rows = plan_folder(database, folder, tally)

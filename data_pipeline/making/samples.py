@@ -9,7 +9,7 @@ from data_pipeline.making.clips import Clip, clips_of, span_of
 from data_pipeline.making.listing import Kind
 from data_pipeline.making.plan import Item
 from data_pipeline.making.presets import Columns
-from data_pipeline.making.times import Times
+from data_pipeline.making.times import START, Times
 from data_pipeline.media.bars import Bars, media_bars
 from data_pipeline.media.clips import (
     NO_BARS,
@@ -210,7 +210,7 @@ def _members(media: Media, clip: Clip, item: Item, target: Target, is_whole: boo
         "source": item.file,
     }  # fmt: skip
     if not is_whole:
-        metadata["start_seconds"] = round(media.start_seconds, 6)
+        metadata[START] = round(media.start_seconds, 6)
     told = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
     text = told.encode(errors="backslashreplace")  # halves of characters as JSON spells them
     if target.kind == "image":

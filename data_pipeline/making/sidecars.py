@@ -16,7 +16,7 @@ from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import decode_text, parse_object
 from data_pipeline.store import storage
 
-FILE = "t2v_media"
+MEDIA = "t2v_media"
 READERS, AT_ONCE = 16, 4096
 PAIRS = (
     "SELECT media.file, json, txt, scores.told FROM present AS media JOIN texts USING (stem) "
@@ -43,7 +43,7 @@ def write_beside(
                 row[caption] = decode_text(words.read(folder))
         except DataError as error:
             return error
-        return json.dumps(row | (json.loads(scores) if scores else {}) | {FILE: file})
+        return json.dumps(row | (json.loads(scores) if scores else {}) | {MEDIA: file})
 
     with path.open("w", encoding="utf-8") as lines, ThreadPoolExecutor(READERS) as readers:
         while some := pairs.fetchmany(AT_ONCE):
@@ -56,7 +56,7 @@ def write_beside(
         f"DELETE FROM present WHERE place IN (SELECT unnest([json, txt]) FROM ({PAIRS}) "
         "AS pairs(file, json, txt, told))"
     )
-    return replace(columns, file=FILE, hidden=hidden)
+    return replace(columns, file=MEDIA, hidden=hidden)
 
 
 def _note_scores(database: duckdb.DuckDBPyConnection, folder: str) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from data_pipeline.errors import ConfigError, DataError
 
 Unit = Literal["seconds", "milliseconds", "frames"]
 
+START = "start_seconds"  # what a build writes of a clip: where it was cut from its source,
+OURS = (START, "source", "original_fps")  # beside these
 STARTS, ENDS = ("start", "begin"), ("end", "stop", "finish")
 # Names of columns, without case and separators; {} is a start or an end.
 PAIR = re.compile(
@@ -89,6 +91,11 @@ def find_times(
             "columns are by --times START,END or --times RANGES, or --times none if none is."
         )
     return Times(found.columns, unit, found.duration) if found and unit else found
+
+
+def without_own(names: Sequence[str]) -> list[str]:
+    """Names of members but for the time that a build wrote beside a clip, which is cut already."""
+    return [name for name in names if name != START or not set(OURS) <= set(names)]
 
 
 def ranges_of(values: Sequence[object], times: Times) -> tuple[list[Range], bool]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from data_pipeline.errors import DataError
 
 COLUMNS: dict[str, float] = {"caption": 1.0}  # where captions are, unless it is said otherwise
+SEVERAL = ("captions", "caption_weights")  # members of ours, of a clip with several captions
 KINDS: dict[type, str] = {dict: "a mapping", list: "a list", bool: "a truth value", int: "a number"}
 BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -39,11 +40,8 @@ class Captions:
         """How a sample's json tells them."""
         if len(self.texts) == 1:
             return {"caption": self.first}
-        return {
-            "caption": self.first,
-            "captions": list(self.texts),
-            "caption_weights": list(self.weights),
-        }
+        told = zip(SEVERAL, (list(self.texts), list(self.weights)), strict=True)
+        return {"caption": self.first, **dict(told)}
 
 
 def captions_of(values: Mapping[str, object], columns: Mapping[str, float]) -> Captions | None:
@@ -51,7 +49,7 @@ def captions_of(values: Mapping[str, object], columns: Mapping[str, float]) -> C
 
     None where there is none. DataError for what is no text: a number, NaN, a mapping.
     """
-    if columns == COLUMNS and "caption_weights" in values:
+    if columns == COLUMNS and values.get("caption_weights") is not None:
         return _ours(values)
     weights: dict[str, float] = {}
     found = False
