@@ -1,18 +1,15 @@
 """The profile of a site, SLURM or Kubernetes, as it is read; errors say all that is wrong."""
 
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field, TypeAdapter, ValidationError
 
 from cluster.kubernetes_profile import KubernetesProfile
-from cluster.secrets import is_secret
+from cluster.secrets import is_secret, names_secret, secrets_in
 from cluster.slurm_profile import SlurmProfile
 from data_pipeline.errors import ConfigError, InputMissing
-from t2v.recipe.reading import read_mapping
+from t2v.recipe.reading import parse, read_mapping
 
 Profile = SlurmProfile | KubernetesProfile
-_PROFILE = TypeAdapter(Annotated[Profile, Field(discriminator="kind")])
+KINDS = {"slurm": SlurmProfile, "kubernetes": KubernetesProfile}
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -25,32 +22,16 @@ def load_profile(path: str | Path) -> Profile:
 
 def parse_profile(content: dict, origin: str) -> Profile:
     """A profile from plain data; `origin` begins each line of the error."""
-    try:
-        return _PROFILE.validate_python(content)
-    except ValidationError as error:
-        lines = [f"{origin}: {_explain(item)}" for item in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(
+            f"{origin}: kind: {'missing' if kind is None else repr(kind)} is wrong because it is "
+            f"none of {', '.join(map(repr, KINDS))}; correct it."
+        )
+    return parse(KINDS[kind], content, origin, hides=_may_be_secret)
 
 
-def _explain(error) -> str:
-    """One line for one pydantic error; a value is shown unless it may be a secret."""
-    location = [str(part) for part in error["loc"]]
-    if location[:1] in (["slurm"], ["kubernetes"]):
-        del location[0]
-    path = ".".join(location)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{path}: unknown field; leave it out, or see docs/cluster.md for those known."
-        case "missing":
-            return f"{path}: missing; add it."
-        case "union_tag_not_found" | "union_tag_invalid":
-            known = error["ctx"].get("expected_tags") or "'slurm', 'kubernetes'"
-            given = repr(error["ctx"]["tag"]) if "tag" in error["ctx"] else "missing, which"
-            kind = f"{path}.kind" if path else "kind"
-            return f"{kind}: {given} is wrong because it is none of {known}; correct it."
-        case "value_error":
-            message = error["msg"].removeprefix("Value error, ")
-            return f"{path}: {message}." if path else f"{message}."
-    value, reason = error.get("input"), error["msg"][:1].lower() + error["msg"][1:]
-    shown = "value" if isinstance(value, str) and is_secret(path, value) else repr(value)
-    return f"{path}: {shown} is wrong because {reason}; correct it."
+def _may_be_secret(path: str, value: object) -> bool:
+    if isinstance(value, str):
+        return is_secret(path, value)
+    return isinstance(value, dict | list) and (names_secret(path) or any(secrets_in(value)))

@@ -69,7 +69,7 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "method.kind: value 'hpmd' is wrong because it is none of "
             f"{', '.join(map(repr, METHODS))}; correct it.",
         ),
-        ("method={}", "method.kind: missing; every recipe is complete, add it."),
+        ("method={}", "method.kind: missing; every file is complete, add it."),
         (
             "data.sources.0.pth=a",
             "data.sources.0.pth: unknown field; did you mean 'path'?",
@@ -117,10 +117,10 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "conditioning.kind: value 'tekst' is wrong because it is none of 'text', 'class', "
             "'none'; correct it.",
         ),
-        ("conditioning={}", "conditioning.kind: missing; every recipe is complete, add it."),
+        ("conditioning={}", "conditioning.kind: missing; every file is complete, add it."),
         (
             "method.pyramid={levels: 2, patch_size: [2, 6, 8]}",
-            "method.pyramid.clip_size: missing; every recipe is complete, add it.",
+            "method.pyramid.clip_size: missing; every file is complete, add it.",
         ),
         (
             "method.pyramid.clip_size=[4, 12, 17]",
@@ -252,7 +252,7 @@ def test_a_missing_field_is_named(name):
     content = {key: value for key, value in RECIPE.items() if key != name}
     with pytest.raises(ConfigError) as caught:
         parse_config(content, "recipe.yaml")
-    assert str(caught.value) == f"recipe.yaml: {name}: missing; every recipe is complete, add it."
+    assert str(caught.value) == f"recipe.yaml: {name}: missing; every file is complete, add it."
 
 
 def test_a_recipe_from_before_there_were_methods_is_told_the_new_form(tmp_path):

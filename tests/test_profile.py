@@ -75,7 +75,12 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
     ("base", "change", "said"),
     [
         (SLURM, {"kind": "lsf"}, "kind: 'lsf' is wrong because it is none of 'slurm', "),
-        (SLURM, {"container": {"kind": "x"}}, "container.kind: 'x' is wrong"),
+        (SLURM, {"container": {"kind": "x"}}, "container.kind: value 'x' is wrong"),
+        (SLURM, {"kind": ["slurm"]}, "kind: ['slurm'] is wrong because it is none of 'slurm', "),
+        (SLURM, {"account": False}, "account: value False is wrong because input should be a"),
+        (SLURM, {"account": 16}, "YAML reads some words, as no and 0x10, so; put them in quotes"),
+        (SLURM, {"directives": {"reboot": False}}, "directives.reboot: value False is wrong"),
+        (SLURM, {"time_limit_minutes": 1.5}, "time_limit_minutes: value 1.5 is wrong"),
         (SLURM, {"directives": {"n": "9"}}, "no long option"),
         (SLURM, {"directives": {"no-requeue": "1"}}, "'no-requeue' keeps the job from"),
         (SLURM, {"directives": {"gres": "gpu:h100:8"}}, "'gres' of 'gpu:h100:8' contradicts"),
@@ -92,8 +97,8 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (SLURM, {"time_limit_minutes": 10**9}, "time_limit_minutes: 1000000000 is wrong"),
         (SLURM, {"time_limit_minutes": "a day"}, "time_limit_minutes: 'a day' is no time"),
         (SLURM, {"time_limit_minutes": "4:59"}, "time_limit_minutes: '4:59' is wrong"),
-        (SLURM, {"cpus_per_node": 10**6}, "cpus_per_node: 1000000 is wrong"),
-        (KUBERNETES, {"memory_gib": 10**9}, "memory_gib: 1000000000 is wrong"),
+        (SLURM, {"cpus_per_node": 10**6}, "cpus_per_node: value 1000000 is wrong"),
+        (KUBERNETES, {"memory_gib": 10**9}, "memory_gib: value 1000000000 is wrong"),
         (KUBERNETES, {"gpu_resource": "cpu"}, "gpu_resource: 'cpu' is wrong because"),
         (KUBERNETES, {"mounts": [{"claim": "x", "path": "/"}]}, "mounts: '/' is wrong because it"),
         (
@@ -131,9 +136,9 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
             {"mounts": [{"claim": "x", "path": "/shared", "read_only": True}]},
             "workdir: '/shared/t2v' is wrong because its mount is read-only",
         ),
-        (SLURM, {"patition": "gpu"}, "patition: unknown field"),
-        (SLURM, {"nodes": "4"}, "nodes: '4' is wrong because"),
-        (SLURM, {"nodes": True}, "nodes: True is wrong because"),
+        (SLURM, {"patition": "gpu"}, "patition: unknown field; did you mean 'partition'?"),
+        (SLURM, {"nodes": "4"}, "nodes: value '4' is wrong because"),
+        (SLURM, {"nodes": True}, "nodes: value True is wrong because"),
         (SLURM, {"gpu_memory_gib": 0.0}, "gpu_memory_gib: missing although there are GPUs"),
         (SLURM, {"partition": "gpu --wrap=x"}, "partition:"),
         (SLURM, {"partition": "gpu\n#SBATCH --uid=0"}, "partition:"),
@@ -147,10 +152,10 @@ def test_missing_profile_and_broken_yaml_are_named(tmp_path):
         (KUBERNETES, {"annotations": {"t2v/grace": "x"}}, "is set by t2v launch"),
         (KUBERNETES, {"tolerations": [{"key": "a", "seconds": 3}]}, "are of the effect NoExecute"),
         (KUBERNETES, {"on_end": "  "}, "no program is named"),
-        (SLURM, {"interface": "eth0; rm"}, "interface: 'eth0; rm' is wrong"),
+        (SLURM, {"interface": "eth0; rm"}, "interface: value 'eth0; rm' is wrong"),
         (SLURM, {"directives": {"gpu-bind": "closest"}}, "'gpu-bind' contradicts"),
         (SLURM, {"setup": ["#SBATCH --uid=0"]}, "is a comment"),
-        (SLURM, {"workdir": "shared"}, "workdir: 'shared' is wrong because"),
+        (SLURM, {"workdir": "shared"}, "workdir: value 'shared' is wrong because"),
         (
             SLURM,
             {"container": {"kind": "apptainer", "image": "docker://t2v:latest"}},
@@ -224,9 +229,20 @@ def test_variables_that_would_hold_a_secret_are_refused(name):
     assert "1234" not in said
 
 
-def test_a_secret_among_unknown_fields_is_not_repeated():
-    said = refusal({**SLURM, "nodes": SECRETS[0]})
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nodes": SECRETS[0]},
+        {"environment": [SECRETS[0]]},
+        {"setup": {"export": SECRETS[0]}},
+        {"secrets": {"ANY": "kept back"}},
+        {"container": {"kind": "pyxis", "image": SECRETS[0], "mounts": [SECRETS[0]]}},
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_repeated(change):
+    said = refusal({**SLURM, **change})
     assert SECRETS[0] not in said
+    assert "kept back" not in said
 
 
 @pytest.mark.parametrize(
@@ -267,8 +283,14 @@ def test_times_are_read_as_slurm_reads_them(text, minutes):
     assert profile.limit_minutes == int(minutes)
 
 
-def test_a_number_of_base_60_is_refused_where_it_stands(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "base"),
+    [("24:00:00", 60), ("1:30", 60), ("-1:30.5", 60), ("0600", 8), ("+010", 8), ("0_7", 8)],
+)
+def test_a_number_of_another_base_is_refused_where_it_stands(tmp_path, number, base):
     file = tmp_path / "site.yaml"
-    file.write_text("kind: slurm\ntime_limit_minutes: 24:00:00\n")
-    with pytest.raises(ConfigError, match=r"line 2 because 24:00:00 .* base 60; put it in quotes"):
+    file.write_text(f"kind: slurm\ntime_limit_minutes: {number}\n")
+    with pytest.raises(ConfigError) as caught:
         load_profile(file)
+    said = f"line 2 because {number} would be a number of base {base}; put it in quotes"
+    assert said in str(caught.value)

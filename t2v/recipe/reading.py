@@ -1,9 +1,11 @@
 """How YAML and overrides are read, and how errors are told: field, value and remedy."""
 
+import datetime
 import difflib
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -12,19 +14,21 @@ from pydantic import BaseModel, ValidationError
 from data_pipeline.errors import ConfigError
 
 Model = typing.TypeVar("Model", bound=BaseModel)
-# 24:00:00 is 86400 to YAML 1.1.
-BASE_60 = re.compile(r"tag:yaml.org,2002:(int|float)")
+NUMBER = re.compile(r"tag:yaml.org,2002:(int|float)")
+# To YAML 1.1, 24:00:00 is 86400, and 010 is 8.
+OTHER_BASES = ((re.compile(r".*:.*"), 60), (re.compile(r"[-+]?0[0-7_]*[0-7]"), 8))
 # How pydantic names a member of a union, or a check of one, in the location of an error.
-UNION_MEMBER = re.compile(r"str|float|constrained-.*|.*\[.*\]")
+UNION_MEMBER = re.compile(r"str|int|float|constrained-.*|.*\[.*\]")
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML whose mappings have no key twice: the earlier value would be lost without a word."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> typing.Any:
-        if BASE_60.fullmatch(str(node.tag)) and ":" in str(node.value):
-            problem = f"{node.value} would be a number of base 60; put it in quotes"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        for form, base in OTHER_BASES if NUMBER.fullmatch(str(node.tag)) else ():
+            if form.fullmatch(str(node.value)):
+                problem = f"{node.value} would be a number of base {base}; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except ValueError:  # a date such as 2026-99-99, or an integer of 5,000 digits
@@ -107,19 +111,27 @@ def _list_index(node: list, name: str, key: str) -> int:
     return int(name)
 
 
-def parse(model: type[Model], content: object, origin: str) -> Model:
+def parse(
+    model: type[Model],
+    content: object,
+    origin: str,
+    *,
+    hides: Callable[[str, object], bool] = lambda path, value: False,
+) -> Model:
     """A strict model from plain data; ConfigError tells all that is wrong, a line each, which
-    begins with `origin`."""
+    begins with `origin` and shows no value that `hides` keeps back by its path."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
         # Of the kinds that a value may have, the first one's complaint is enough.
         first = {_place(item["loc"], model)[0]: item for item in reversed(error.errors())}
-        lines = [f"{origin}: {_explain(item, model)}" for item in reversed(first.values())]
+        lines = [f"{origin}: {_explain(item, model, hides)}" for item in reversed(first.values())]
         raise ConfigError("\n".join(lines)) from None
 
 
-def _explain(error: typing.Any, model: type[BaseModel]) -> str:
+def _explain(
+    error: typing.Any, model: type[BaseModel], hides: Callable[[str, object], bool]
+) -> str:
     """One line for one pydantic error: dotted path, what is wrong, what to do."""
     (path, _), value = _place(error["loc"], model), error.get("input")
     match error["type"]:
@@ -127,19 +139,22 @@ def _explain(error: typing.Any, model: type[BaseModel]) -> str:
             tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"]
             return f"{path}.kind: value {tag!r} is wrong because it is none of {known}; correct it."
         case "union_tag_not_found":
-            return f"{path}.kind: missing; every recipe is complete, add it."
+            return f"{path}.kind: missing; every file is complete, add it."
         case "extra_forbidden":
             known = list(_place(error["loc"][:-1], model)[1].model_fields)
             close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}."
             return f"{path}: unknown field; {hint}"
         case "missing":
-            return f"{path}: missing; every recipe is complete, add it."
+            return f"{path}: missing; every file is complete, add it."
         case "value_error":
             message = error["msg"].removeprefix("Value error, ").removesuffix(".") + "."
             names_field = re.match(r"[a-z][a-z0-9_.]*: ", message)
             return f"{path}{'.' if names_field else ': '}{message}" if path else message
-    line = f"{path}: value {value!r} is wrong because {_lower(error['msg'])}"
+    shown = "value" if hides(path, value) else f"value {value!r}"
+    line = f"{path}: {shown} is wrong because {_lower(error['msg'])}"
+    if error["type"] == "string_type" and isinstance(value, bool | int | float | datetime.date):
+        return f"{line}. YAML reads some words, as no and 0x10, so; put them in quotes."
     if isinstance(value, str) and error["type"] == "float_type" and (number := _as_yaml(value)):
         return f"{line}. YAML reads '{value}' as text; write {number}."
     return f"{line}; correct it."

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.feeding.config import (
@@ -55,6 +55,21 @@ class RunConfig(Strict):
     warm_start: WarmStartConfig | None = None
     held_out: HeldOutConfig | None = None
     samples: SamplesConfig | None = None
+
+    @field_validator("run_dir")
+    @classmethod
+    def _refuse_what_is_no_folder(cls, run_dir: str) -> str:
+        if run_dir.startswith("~"):
+            raise ValueError(
+                f"{run_dir!r} is wrong because no shell reads it, so it would be a folder of that "
+                "name; write the whole path"
+            )
+        if "://" in run_dir:
+            raise ValueError(
+                f"{run_dir!r} is wrong because runs live on a disk that all nodes share; give a "
+                "folder, and checkpoint.mirror for a store"
+            )
+        return run_dir
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "RunConfig":
