@@ -5,23 +5,22 @@ memory errors, and lowered clocks. Where a source is not there, or may not be re
 import contextlib
 import os
 import re
-import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from cluster.driver import ANSWER_SECONDS, Gpu, ask_driver
 from data_pipeline.plain import plain
 
 KERNEL_LOG = "/dev/kmsg"
-LOOK_SECONDS, ANSWER_SECONDS = 60.0, 20.0
+LOOK_SECONDS = 60.0
 MOST_EVENTS, RECORD_BYTES = 50, 8192
 # `NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, name=python, GPU has fallen off the bus.`
 XID = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<gpu>[0-9a-fA-F:.]+)\): (?P<number>\d+),? ?(?P<text>.*)")
 # Those that NVIDIA's catalogue answers by a reset of the GPU or a repair of the node; others, as 13
 # or 31, are mostly the program's own.
 BROKEN_XIDS = frozenset({46, 48, 62, 64, 74, 79, 95, 110, 119, 120, 136, 140, 143})
-FIELDS = ("index", "uuid", "pci.bus_id", "ecc.errors.uncorrected.volatile.total",
-          "clocks_throttle_reasons.active")  # fmt: skip
+FIELDS = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
 # Bits of nvmlClocksThrottleReasons; the cap of power by software (0x4) is everyday life.
 THROTTLES = {
     0x08: "hardware slowdown",
@@ -62,19 +61,15 @@ def parse_xids(log: str) -> list[GpuEvent]:
     return found
 
 
-def parse_states(csv: str, chosen: str | None = None) -> list[GpuState]:
-    """nvidia-smi's CSV of `FIELDS`, of a job's chosen GPUs; what one does not tell, as `[N/A]`, is
-    no event."""
+def states_of(gpus: Iterable[Gpu]) -> list[GpuState]:
+    """What a driver tells of `FIELDS`; what it does not, as `[N/A]`, is no event."""
+    bus, memory, clocks = FIELDS
     found = []
-    for line in csv.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != len(FIELDS) or not is_chosen(cells[0], cells[1], chosen):
-            continue
-        index, _, bus, errors, reasons = cells
-        bits = int(reasons, 16) if re.fullmatch(r"0x[0-9a-fA-F]+", reasons) else 0
+    for gpu in gpus:
+        bits = int(gpu[clocks], 16) if re.fullmatch(r"0x[0-9a-fA-F]+", gpu[clocks]) else 0
         throttles = frozenset(name for bit, name in THROTTLES.items() if bits & bit)
-        count = int(errors) if errors.isdecimal() else None
-        found.append(GpuState(index, place(bus), count, throttles))
+        count = int(gpu[memory]) if gpu[memory].isdecimal() else None
+        found.append(GpuState(gpu["index"], place(gpu[bus]), count, throttles))
     return found
 
 
@@ -82,15 +77,6 @@ def place(bus: str) -> str:
     """A GPU on the PCI bus as the kernel and nvidia-smi both could write it: `0:3b:00`."""
     *domain, number, device = bus.lower().split(":")
     return ":".join([domain[-1].lstrip("0") or "0" if domain else "0", number, device[:2]])
-
-
-def is_chosen(index: str, uuid: str, chosen: str | None) -> bool:
-    """Whether a GPU is this job's, by `CUDA_VISIBLE_DEVICES`: on a shared node the driver shows
-    all."""
-    if chosen is None:
-        return True
-    wanted = [name.strip() for name in chosen.split(",") if name.strip()]
-    return any(name == index or (name[:4] == "GPU-" and uuid.startswith(name)) for name in wanted)
 
 
 def changes(before: Iterable[GpuState], after: Iterable[GpuState]) -> list[GpuEvent]:
@@ -136,12 +122,12 @@ class GpuWatch:
         return self.texts, any(event.is_broken for event in self._events)
 
     def _watch(self) -> None:
-        states = query_states()
+        states = states_of(ask_driver(FIELDS) or [])
         self._places = {state.place for state in states}
         while not self._stop.wait(LOOK_SECONDS):
             self._read_log()
             if states:
-                now = query_states()
+                now = states_of(ask_driver(FIELDS) or [])
                 self._note(changes(states, now))
                 states = now or states
 
@@ -154,20 +140,7 @@ class GpuWatch:
         fresh = [event for event in dict.fromkeys(events) if event.text not in self.texts]
         if fresh := fresh[: MOST_EVENTS - len(self._events)]:
             self._events += fresh
-            with contextlib.suppress(OSError):
-                self._tell(self.texts)
-
-
-def query_states() -> list[GpuState]:
-    """The job's GPUs on this node; none without nvidia-smi, or where it does not answer."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            query, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True
-        )
-    except (subprocess.SubprocessError, OSError):
-        return []
-    return parse_states(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            self._tell(self.texts)
 
 
 def open_log(path: str) -> int | None:

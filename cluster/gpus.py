@@ -1,25 +1,20 @@
 """The GPUs of a node: what its site promised, what the driver says, and what torch can use."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from cluster.checks import Check
-from cluster.gpu_events import is_chosen
+from cluster.driver import Gpu
 from data_pipeline.errors import ConfigError
 
 GIB = 2**30
 IDLE_MEMORY_SHARE, IDLE_UTILISATION = 0.05, 10.0
 # What a driver keeps for itself differs between versions.
 MEMORY_SLACK = 0.97
-FIELDS = ("index", "name", "memory.total", "memory.used", "utilization.gpu", "driver_version",
-          "ecc.errors.uncorrected.volatile.total", "uuid")  # fmt: skip
-
-Gpu = dict[str, str]
+FIELDS = ("name", "memory.total", "memory.used", "utilization.gpu", "driver_version",
+          "ecc.errors.uncorrected.volatile.total")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,32 +25,6 @@ class Promise:
     model: str | None = None  # part of the name that the driver shows
     memory_gib: float | None = None
     driver: str | None = None  # the oldest version
-
-
-def query_gpus() -> list[Gpu] | None:
-    """What the driver says of each GPU of this job; None without its program, empty if it does not
-    answer."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return []
-    return visible(parse_gpus(done.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """The lines of nvidia-smi's CSV."""
-    rows = [
-        [cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()
-    ]
-    return [dict(zip(FIELDS, row, strict=True)) for row in rows if len(row) == len(FIELDS)]
-
-
-def visible(gpus: list[Gpu], chosen: str | None) -> list[Gpu]:
-    """Those of a node's GPUs that are this job's: on a shared node the driver shows all."""
-    return [gpu for gpu in gpus if is_chosen(gpu["index"], gpu["uuid"], chosen)]
 
 
 def check_gpus(gpus: list[Gpu] | None, *, ranks: int, promise: Promise) -> list[Check]:

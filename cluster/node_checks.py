@@ -13,7 +13,8 @@ import torch
 
 from cluster.bad_nodes import node_name
 from cluster.checks import Check, Verdict
-from cluster.gpus import Promise, check_gpus, query_gpus
+from cluster.driver import ask_driver
+from cluster.gpus import FIELDS, Promise, check_gpus
 from cluster.job import BYTES_PER_PARAMETER, sample_bytes
 from data_pipeline.errors import ConfigError, DataError, StorageError, UserError
 from data_pipeline.feeding.sources import open_sources
@@ -30,7 +31,7 @@ def check_node(config: RunConfig, *, ranks: int, promise: Promise | None = None)
     run_dir = Path(config.run_dir)
     return [
         check_versions(),
-        *check_gpus(query_gpus(), ranks=ranks, promise=promise or Promise()),
+        *check_gpus(ask_driver(FIELDS), ranks=ranks, promise=promise or Promise()),
         check_limits(),
         check_shared_memory(config, ranks=ranks),
         _guarded("run folder", lambda: check_run_folder(run_dir)),

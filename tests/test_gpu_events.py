@@ -4,7 +4,16 @@ import os
 import stat
 from pathlib import Path
 
-from cluster.gpu_events import GpuWatch, changes, open_log, parse_states, parse_xids, read_log
+from cluster.driver import parse_csv, visible
+from cluster.gpu_events import (
+    FIELDS,
+    GpuWatch,
+    changes,
+    open_log,
+    parse_xids,
+    read_log,
+    states_of,
+)
 
 KERNEL = """\
 4,1201,88123456,-;NVRM: Xid (PCI:0000:3b:00): 79, pid=4711, name=python, GPU has fallen off the bus.
@@ -24,7 +33,8 @@ IDLE, HOT, CAPPED = "0x0000000000000001", "0x0000000000000048", "0x0000000000000
 
 
 def states(errors: object = 0, reasons: str = IDLE, chosen: str | None = None):
-    return parse_states(CSV.format(errors=errors, reasons=reasons), chosen)
+    rows = parse_csv(CSV.format(errors=errors, reasons=reasons), FIELDS)
+    return states_of(visible(rows, chosen))
 
 
 def test_xid_errors_of_the_kernels_log():

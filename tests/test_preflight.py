@@ -15,8 +15,9 @@ import pytest
 
 from cluster.bad_nodes import BROKEN_DAYS, note_bad_nodes, read_bad_nodes
 from cluster.checks import Check, failed
+from cluster.driver import Gpu, parse_csv, visible
 from cluster.fabric import measure, pairings, slow_members
-from cluster.gpus import Promise, check_gpus, parse_gpus, visible
+from cluster.gpus import FIELDS, Promise, check_gpus
 from cluster.judgement import (
     Judgement,
     NodeReport,
@@ -55,9 +56,14 @@ BUSY = Check("GPUs", "failed", "GPU 3 holds 70000 of 81559 MiB")
 NO_DATA = Check("data", "failed", "s3://bucket/videos: no such dataset", 66)
 NONE = Promise()
 SMI = """\
-0, NVIDIA H100 80GB HBM3, 81559, 1, 0, 570.86.15, 0, GPU-aa
-1, NVIDIA H100 80GB HBM3, 81559, {used}, {busy}, 570.86.15, {errors}, GPU-bb
+0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 1, 0, 570.86.15, 0
+1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, {used}, {busy}, 570.86.15, {errors}
 """
+
+
+def told(**state: object) -> list[Gpu]:
+    """The two GPUs by their driver."""
+    return parse_csv(SMI.format(**{"used": 1, "busy": 0, "errors": 0} | state), FIELDS)
 
 
 def report(node: str, *checks: Check, clock: float = 0.0, rates=None) -> NodeReport:
@@ -145,15 +151,15 @@ def test_another_version_or_clock_or_a_slow_link_only_shows_between_nodes():
 
 
 def test_a_gpu_in_use_or_with_memory_errors_is_named():
-    idle = parse_gpus(SMI.format(used=1, busy=0, errors=0))
+    idle = told()
     assert [gpu["index"] for gpu in idle] == ["0", "1"]
     assert idle[0]["driver_version"] == "570.86.15"
     for line in ((70000, 0, 0), (1, 95, 0), (1, 0, 2)):
-        gpus = parse_gpus(SMI.format(used=line[0], busy=line[1], errors=line[2]))
+        gpus = told(used=line[0], busy=line[1], errors=line[2])
         assert [check.verdict for check in check_gpus(gpus, ranks=0, promise=NONE)] == ["failed"]
         assert "GPU 1" in check_gpus(gpus, ranks=0, promise=NONE)[0].found
     assert check_gpus(idle, ranks=0, promise=NONE)[0].verdict == "ok"
-    uncounted = parse_gpus(SMI.format(used=1, busy=0, errors="[N/A]"))
+    uncounted = told(errors="[N/A]")
     assert check_gpus(uncounted, ranks=0, promise=NONE)[0].verdict == "ok"
 
 
@@ -179,15 +185,16 @@ def test_gpus_that_are_missing_or_silent_fail():
     ],
 )
 def test_gpus_are_those_that_the_site_promised(promise, said):
-    gpus = parse_gpus(SMI.format(used=1, busy=0, errors=0))
+    gpus = told()
     (check,) = check_gpus(gpus, ranks=0, promise=promise)
     assert check.verdict == ("ok" if said is None else "failed")
     assert (said or "idle") in check.found
 
 
 def test_on_a_shared_node_only_the_jobs_own_gpus_count():
-    gpus = parse_gpus(SMI.format(used=70000, busy=0, errors=0))
-    for chosen, indexes in ((None, "01"), ("0", "0"), ("1,0", "01"), ("GPU-b", "1"), ("", "")):
+    gpus = told(used=70000)
+    wanted = {None: "01", "0": "0", "1,0": "01", "GPU-b": "1", "": "", "MIG-GPU-bb/3/0": "01"}
+    for chosen, indexes in wanted.items():
         assert "".join(gpu["index"] for gpu in visible(gpus, chosen)) == indexes
     assert check_gpus(visible(gpus, "0"), ranks=0, promise=NONE)[0].verdict == "ok"
 
