@@ -1,8 +1,15 @@
-"""What a check of a node finds."""
+"""What a check of a node finds, and how long nodes wait for it and for each other."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+# Nodes start at different speeds; in a job's first step they also import the image.
+MEETING_SECONDS = 600
+# Longer than any check of a healthy node takes, and than ranks take to start: what is later hangs.
+CHECK_SECONDS, STARTING_SECONDS = 120, 60
+# From the first node's start to the judgement: they come, look at themselves and try the fabric.
+PREFLIGHT_SECONDS = MEETING_SECONDS + 2 * CHECK_SECONDS + STARTING_SECONDS
 
 Verdict = Literal["ok", "warning", "failed"]
 

@@ -17,7 +17,7 @@ from cluster.bad_nodes import FILE, read_bad_nodes
 from cluster.job import DataJob, TrainingJob, grace_of, run_folder, shared_memory_of
 from cluster.profile import Profile, SlurmProfile, load_profile
 from cluster.render import OBJECTS, refuse_secrets_in, render
-from cluster.render_slurm import SCRIPT
+from cluster.slurm_shell import SCRIPT
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import storage
 from t2v.evaluation.protocol import load_protocol

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from cluster.checks import MEETING_SECONDS, PREFLIGHT_SECONDS
 from cluster.names import refuse_unprintable
 from cluster.profile import KubernetesProfile
 from data_pipeline.errors import ConfigError
@@ -16,11 +17,9 @@ CONTAINER = "node"
 TMP_GIB = 16
 LAYER_GIB = 4  # what logs and the container's own layer take of the node's disk
 PROBE_SECONDS = 60
-RENDEZVOUS_SECONDS = 600
 # Ranks import torch before their watchdog begins, and it asks all ranks before it ends them.
 WATCHDOG_SECONDS = 300
 HEARTBEAT_SECONDS = 900
-PREFLIGHT_SECONDS = 900
 
 
 # The root of a large volume is looked at, not every file of it.
@@ -50,7 +49,7 @@ def probes(setup_seconds: float) -> Object:
 
     aged = ("--max-age", str(HEARTBEAT_SECONDS))
     # Nodes wait for the first one's name, check each other, and wait for each other.
-    startup_seconds = 2 * RENDEZVOUS_SECONDS + PREFLIGHT_SECONDS + setup_seconds + WATCHDOG_SECONDS
+    startup_seconds = 2 * MEETING_SECONDS + PREFLIGHT_SECONDS + setup_seconds + WATCHDOG_SECONDS
     failures = math.ceil(startup_seconds / PROBE_SECONDS)
     return {
         "startupProbe": probe(*aged, "--startup", failures=failures),

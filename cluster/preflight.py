@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.bad_nodes import node_name
-from cluster.checks import Check
+from cluster.checks import CHECK_SECONDS, STARTING_SECONDS, Check
 from cluster.gpus import Promise
 from cluster.judgement import (
     Judgement,
@@ -38,9 +38,6 @@ from data_pipeline.plain import plain
 from data_pipeline.terminal import Terminal
 from t2v.recipe.recipe import RunConfig
 
-# Longer than any check of a healthy node takes; what comes later hangs.
-CHECK_SECONDS = 120.0
-STARTING_SECONDS = 60.0
 POLL_SECONDS = 0.2
 # What a node may take to end its ranks.
 ENDING_SECONDS = 10.0

@@ -6,7 +6,8 @@ from pathlib import Path
 from cluster.launch import training_job
 from cluster.profile import load_profile
 from cluster.render import OBJECTS, render
-from cluster.render_slurm import SCRIPT
+from cluster.slurm_shell import SCRIPT
+from data_pipeline.plain import say
 from t2v.plan.plan import plan
 from t2v.recipe.recipe import load_config
 
@@ -40,7 +41,7 @@ def main() -> None:
         target = ROOT / "cluster" / path
         target.parent.mkdir(exist_ok=True)
         target.write_text(text, encoding="utf-8")
-        print(f"{target.relative_to(ROOT)}: written.")
+        say(f"{target.relative_to(ROOT)}: written.")
 
 
 if __name__ == "__main__":

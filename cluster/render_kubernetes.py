@@ -9,11 +9,11 @@ import re
 
 import yaml
 
+from cluster.checks import MEETING_SECONDS
 from cluster.job import DataJob, TrainingJob, digest_of, record_text, run_folder
 from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
-    RENDEZVOUS_SECONDS,
     TMP_GIB,
     Object,
     container_of,
@@ -277,7 +277,7 @@ def _training_pod(
             *("--rdzv-endpoint", f"{host}:{PORT}"),
             # A bare Job's pods that are made anew have no other sign of their attempt.
             *("--rdzv-id", f"{name}-{'$(T2V_RESTART)' if restart else job.snapshot}"),
-            *("--rendezvous-timeout-seconds", str(RENDEZVOUS_SECONDS)),
+            *("--rendezvous-timeout-seconds", str(MEETING_SECONDS)),
             *("--run-dir", literal(str(folder))),
             *("--grace-seconds", str(job.grace.seconds)),
             *(["--on-end", literal(profile.on_end)] if profile.on_end else []),

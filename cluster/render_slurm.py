@@ -5,17 +5,26 @@ quoting; the few lines of shell between them never change.
 import re
 from shlex import join, quote
 
+from cluster.checks import MEETING_SECONDS, STARTING_SECONDS
 from cluster.containers import Apptainer, Pyxis
 from cluster.job import DataJob, TrainingJob, run_folder
 from cluster.names import DIRECTIVE_VALUE, refuse_unprintable
 from cluster.profile import SlurmProfile
-from cluster.requeue import ALIKE_STARTS, HOPELESS
+from cluster.requeue import HOPELESS
+from cluster.slurm_shell import (
+    BAD_NODES,
+    FAILED_START,
+    FOLLOW,
+    avoid,
+    go_on_ahead,
+    requeue,
+    take_over,
+)
 from data_pipeline.errors import ConfigError
 
 # In these, sbatch replaces %x, %j and the like.
 PATTERN_VALUE = DIRECTIVE_VALUE.replace("@", "@%")
 PATTERNED = ("array", "output")
-SCRIPT = "job.sbatch"
 # Only names of the submitting shell that tell nothing and that every site needs.
 EXPORTED = "HOME,LANG,PATH,USER"
 # SLURM itself gives a job that is exported some names its user's login environment besides, which
@@ -38,46 +47,15 @@ SETUP_FAILED = (
 # Below 32768, where Linux takes ports for outgoing connections.
 # Two ports of each job: its nodes meet at the first, and at the second before, for preflight.
 FIRST_PORT, JOBS = 20000, 6000
-# As long as `t2v node` gives the same nodes; in a job's first step they also import the image, at
-# different speeds.
-MEETING_SECONDS = 600
 # Usage, a program that cannot be run, and what else another attempt would meet again.
 FATAL_CODES = sorted(HOPELESS | {2, 126, 127})
 ALONE = ("srun", "--export=ALL", "--overlap", "--nodes=1", "--ntasks=1")
 
 NODE_SHELL = 'exec t2v node --node-rank "$SLURM_NODEID" "$@"'
 PREFLIGHT_SHELL = 'exec t2v preflight --node-rank "$SLURM_NODEID" "$@"'
-# Of bad nodes those whose time is not over; a name without a time is an operator's.
-BAD_NODES = (
-    "bad_nodes() {",
-    "  awk -v now=\"$(date -u +%Y-%m-%dT%H:%M:%S)\" 'NF == 1 || $2 > now {print $1}' \\",
-    '    "$T2V_BAD_NODES" 2>/dev/null | sort -u',
-    "}",
-)
-# Starts that fail before anything could write them into the run record are counted here.
-FAILED_START = (
-    "failed_start() {",
-    '  echo "$SLURM_JOB_ID $1 $rc" >>"$run_dir/slurm/failed_starts"',
-    f'  failed=$(tail -n {ALIKE_STARTS} -- "$run_dir/slurm/failed_starts" |'
-    ' grep -cx "$SLURM_JOB_ID $1 $rc")',
-    f'  [ "$failed" -lt {ALIKE_STARTS} ] && return',
-    '  echo "not requeued because three starts in a row ended alike: $1 with $rc; see above" >&2',
-    '  exit "$rc"',
-    "}",
-)
-BEHIND, DEPENDENTS = "behind", "dependents"
-# Of jobs that are submitted ahead, those behind another: whether there is anything left to do.
-AHEAD = (
-    f'if [ "${{1-}}" = {BEHIND} ]; then',
-    """  case $("${container[@]}" t2v status "$run_dir" --decide) in""",
-    "  done) exit 0 ;;",
-    '  stop) echo "not started: the run would fail alike; see t2v status" >&2; exit 1 ;;',
-    "  esac",
-    "fi",
-)
 # From the first node's end to that of one that hangs: one that fails at once must not take the
-# others along before they have named it.
-LINGER_SECONDS = MEETING_SECONDS + 60
+# others along before they have waited for it, and named it.
+LINGER_SECONDS = MEETING_SECONDS + STARTING_SECONDS
 # Before the third start; before the second SLURM itself waits two minutes.
 LONG_PAUSE_SECONDS = 480
 
@@ -96,12 +74,12 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "signal": f"B:USR1@{job.grace.notice_seconds}",
         "requeue": None,
         "open-mode": "append",
-        "output": f"{folder}/slurm/%x-%j.out",
+        "output": f"{str(folder).replace('%', '%%')}/slurm/%x-%j.out",
         **_site(profile, (*profile.exclude, *job.bad_nodes)),
     }
     if profile.exclusive:
         directives["exclusive"] = None
-    launch = f"{folder}/launch/{job.snapshot}"
+    launch, alone = f"{folder}/launch/{job.snapshot}", _alone(profile)
     excluded = _quote("".join(f"{name}," for name in profile.exclude)) if profile.exclude else ""
     lines = [
         *_head(directives, _says(job)),
@@ -119,41 +97,15 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {JOBS} * 2))",
         'mkdir -p -- "$run_dir/slurm"',
         "",
-        "# The flag file reaches ranks that are still starting, and leaves SIGUSR1 to NCCL.",
-        """trap 'touch -- "$run_dir/PREEMPT-$SLURM_JOB_ID-$attempt"' USR1 TERM""",
-        "# Traps run only while bash itself waits, and interrupt that.",
-        "follow() {",
-        '  "$@" &',
-        "  local pid=$!",
-        '  while :; do wait "$pid"; rc=$?; kill -0 "$pid" 2>/dev/null || break; done',
-        "}",
+        "# The flag file reaches ranks that are still starting, and leaves SIGUSR1 to NCCL; where",
+        "# the disk does not take it, the nodes' wrappers hear the signal.",
+        """trap 'touch -- "$run_dir/PREEMPT-$SLURM_JOB_ID-$attempt" ||""",
+        """  scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM""",
+        *FOLLOW,
         *BAD_NODES,
         *FAILED_START,
-        *(AHEAD if profile.jobs_ahead else ()),
-        "requeue() {",
-        f'  if [ "$attempt" -lt {profile.restart_limit} ]; then',
-        *(["    exit 75  # the next of the jobs that wait goes on"] if profile.jobs_ahead else []),
-        "    avoid",
-        "    local may_avoid=$?",
-        "    trap '' TERM  # which comes with the requeue, to whoever is about to tell of the rest",
-        '    if scontrol requeue "$SLURM_JOB_ID"; then',
-        '      [ "$may_avoid" = 0 ] &&',
-        '        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$avoided"',
-        '      [ "${1:-0}" -gt 120 ] &&',
-        '        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1"',
-        "      sleep 120",
-        "    fi",
-        "    exit 75",
-        "  fi",
-        '  echo "not requeued because it has restarted $attempt times; see t2v status" >&2',
-        "}",
-        "",
-        "# Which nodes the next one must not get; where more are bad than it needs, none is told.",
-        "avoid() {",
-        "  bad=$(bad_nodes)",
-        f'  [ -n "$bad" ] && [ "$(wc -l <<<"$bad")" -le {job.nodes} ] &&',
-        f'    avoided={excluded}"$(paste -sd, - <<<"$bad")"',
-        "}",
+        *avoid(job.nodes, excluded),
+        *(go_on_ahead(alone) if profile.jobs_ahead else requeue(profile.restart_limit)),
         "",
         "known=$(bad_nodes)",
         f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={LINGER_SECONDS} \\',
@@ -169,14 +121,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         'case "$rc" in',
         "0) ;;",
         "69)",
-        "  # Only a pending job can be told to avoid nodes, so a new one takes this one's place.",
-        '  if [ "$may_avoid" = 0 ]; then',
-        f'    new=$(sbatch --parsable --exclude="$avoided" "$launch/{SCRIPT}")',
-        '    for job in $(cat -- "$run_dir/slurm/dependents" 2>/dev/null); do',
-        '      [ -n "$new" ] && scontrol update JobId="$job" Dependency="afterok:${new%%;*}"',
-        "    done",
-        '    echo "job ${new:-none: submit it anew} avoids $bad" >&2',
-        "  fi",
+        *(["  tell_ahead"] if profile.jobs_ahead else take_over()),
         "  exit 69 ;;",
         f'{"|".join(map(str, FATAL_CODES))}) exit "$rc" ;;',
         "*)",
@@ -196,7 +141,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f'  --run-dir "$run_dir" --grace-seconds {job.grace.seconds} -- "$launch/config.yaml"',
         "",
         "# The scheduler's exit codes say little: the run folder says what to do.",
-        f'read -r decision pause <<<"$({_alone(profile)}t2v status "$run_dir" --decide)"',
+        f'read -r decision pause <<<"$({alone}t2v status "$run_dir" --decide)"',
         'case "$decision" in',
         "done) exit 0 ;;",
         "requeue)",

@@ -30,16 +30,8 @@ REFUSED_DIRECTIVES = {
     **dict.fromkeys(
         (
             *("ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket", "tres-per-task"),
-            *(
-                "gpus",
-                "gpu-bind",
-                "tres-bind",
-                "gpus-per-socket",
-                "gpus-per-task",
-                "cpus-per-gpu",
-                "mem-per-cpu",
-            ),
-            *("mem-per-gpu", "overcommit", "oversubscribe"),
+            *("gpus", "gpu-bind", "tres-bind", "gpus-per-socket", "gpus-per-task"),
+            *("cpus-per-gpu", "mem-per-cpu", "mem-per-gpu", "overcommit", "oversubscribe"),
         ),
         "contradicts the nodes, tasks, CPUs, GPUs and memory that t2v launch asks for",
     ),
@@ -58,8 +50,10 @@ REFUSED_DIRECTIVES = {
 # What bash itself reads or keeps, and the names of the script's own variables.
 SHELL_NAMES = {
     *("BASHOPTS", "EUID", "IFS", "POSIXLY_CORRECT", "PPID"),
-    *("SHELLOPTS", "UID", "attempt", "bad", "container", "head", "launch", "pid"),
-    *("port", "rc", "run_dir", "step", "T2V_BAD_NODES", "T2V_NODE_NAMES", "T2V_TASKS"),
+    *("SHELLOPTS", "UID", "T2V_BAD_NODES", "T2V_NODE_NAMES", "T2V_TASKS"),
+    *("attempt", "avoided", "bad", "container", "decision", "failed", "head", "job"),
+    *("known", "launch", "may_avoid", "name", "new", "pause", "pid", "port", "rc", "run_dir"),
+    *("step", "told"),
 }
 SCHEDULER_NAMES = ("SBATCH_", "SLURM_", "SLURMD_", "SRUN_")
 

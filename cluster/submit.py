@@ -1,10 +1,11 @@
 """Checked jobs handed to their scheduler: one, or a chain in which each waits for another."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from cluster.launch import Launch, log_folder, snapshot_folder
 from cluster.profile import KubernetesProfile, SlurmProfile
 from cluster.render import OBJECTS
 from cluster.render_kubernetes import object_name
-from cluster.render_slurm import BEHIND, DEPENDENTS, SCRIPT
+from cluster.slurm_shell import AHEAD, BEHIND, DEPENDENTS, SCRIPT
 from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.plain import plain
 from data_pipeline.store import storage
 
 SUBMIT_SECONDS = 120
@@ -42,11 +44,13 @@ def submit_chain(launches: Sequence[Launch]) -> list[str]:
 
     SLURM keeps the order itself. Kubernetes has none: this waits for each, and may be run again.
     """
+    taken: list[str] = []
     say: list[str] = []
     before: tuple[Launch, str] | None = None
     for launch in launches:
         if isinstance(launch.profile, SlurmProfile):
-            done = _submit_slurm(launch, launch.profile, before)
+            with _told_of(taken):
+                done = _submit_slurm(launch, launch.profile, before, taken)
         else:
             if before:
                 wait_for(before[0])
@@ -55,14 +59,28 @@ def submit_chain(launches: Sequence[Launch]) -> list[str]:
         say += done.say
         if isinstance(launch.profile, KubernetesProfile) and launch is not launches[-1]:
             say.append("waiting for it: what follows is created then; run this again if stopped.")
-            print("\n".join(say), flush=True)
+            print(plain("\n".join(say)), flush=True)
             say = []
     return say
 
 
+@contextlib.contextmanager
+def _told_of(taken: list[str]) -> Iterator[None]:
+    """A refusal also names the jobs that SLURM has taken before it, which wait and run all the
+    same."""
+    try:
+        yield
+    except (ConfigError, InputMissing) as refusal:
+        if taken:
+            jobs = " ".join(taken)
+            raise type(refusal)(f"{refusal} Taken before: `scancel {jobs}` ends them.") from None
+        raise
+
+
 def _submit_slurm(
-    launch: Launch, profile: SlurmProfile, before: tuple[Launch, str] | None
+    launch: Launch, profile: SlurmProfile, before: tuple[Launch, str] | None, taken: list[str]
 ) -> Submitted:
+    """`taken` gets the number of each job as SLURM takes it."""
     if not Path(profile.workdir).is_dir():
         raise InputMissing(
             f"workdir: {profile.workdir} is not on this machine; run this where the shared disk "
@@ -77,6 +95,7 @@ def _submit_slurm(
         storage.write_atomic(home / name, text.encode())
     after = [f"--dependency=afterok:{before[1]}", "--kill-on-invalid-dep=yes"] if before else []
     number = _sbatch([*after, str(home / SCRIPT)])
+    taken.append(number)
     if before and isinstance(before[0].job, TrainingJob):
         # A job that another one takes the place of tells those that wait for it.
         with (log_folder(before[0]) / DEPENDENTS).open("a", encoding="utf-8") as file:
@@ -89,21 +108,29 @@ def _submit_slurm(
             "resume:  the same command again; what is done is not done twice.",
         ]
         return Submitted(number, lines)
-    last = number
+    ahead: list[str] = []
     for _ in range(profile.jobs_ahead):
-        last = _sbatch([f"--dependency=afterany:{last}", str(home / SCRIPT), BEHIND])
+        after = f"--dependency=afterany:{taken[-1]}"
+        ahead.append(_sbatch([after, str(home / SCRIPT), BEHIND]))
+        taken.append(ahead[-1])
+        # Whom to avoid is told to those that still wait.
+        storage.write_atomic(log_folder(launch) / AHEAD, "\n".join([*ahead, ""]).encode())
     run = run_folder(launch.job.run_dir, profile)
+    save = f"scancel --signal=USR1 --batch {number}"
     lines = [
         f"job {number}: {launch.job.nodes} nodes; recipe and code are in {home}.",
         f"watch:   t2v status {run}; tail -F {run}/slurm/{launch.job.name}-{number}.out",
-        f"restart: scancel --signal=USR1 --batch {number}   (saves, is requeued, goes on)",
-        f"stop:    scontrol update JobId={number} Requeue=0 && "
-        f"scancel --signal=USR1 --batch {number}   (saves and ends)",
+        f"restart: {save}   (saves, is requeued, goes on)",
+        f"stop:    scontrol update JobId={number} Requeue=0 && {save}   (saves and ends)",
         "resume:  the same command again.",
     ]
-    if last != number:
-        lines.insert(1, f"behind:  {profile.jobs_ahead} jobs go on where it stops, up to {last}.")
-    return Submitted(last, lines)
+    if ahead:
+        lines[2:4] = [
+            f"behind:  {len(ahead)} jobs go on where it stops, up to {ahead[-1]}.",
+            f"restart: {save}   (saves and ends; the next one goes on)",
+            f"stop:    scancel {' '.join(ahead)} && {save}   (saves and ends)",
+        ]
+    return Submitted(taken[-1], lines)
 
 
 def refuse_second_job(run: Path, name: str) -> None:

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
+from cluster.checks import PREFLIGHT_SECONDS
 from cluster.job import DataJob
-from cluster.pod import PREFLIGHT_SECONDS, literal
+from cluster.pod import literal
 from cluster.profile import KubernetesProfile, parse_profile
 from cluster.render import render
 from cluster.render_kubernetes import data_objects, object_name, to_yaml, training_objects

@@ -3,12 +3,16 @@
 The scripts run in a real bash beside stand-ins, as in test_render_slurm.py.
 """
 
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from cluster.render_slurm import SCRIPT, training_script
+from cluster.render_slurm import training_script
+from cluster.slurm_profile import SHELL_NAMES
+from cluster.slurm_shell import SCRIPT
 from tests.test_render_slurm import (
     STAND_IN,
     job,
@@ -98,6 +102,30 @@ def test_a_requeued_job_avoids_what_was_found_bad_while_it_trained(tmp_path):
         asked = [words for name, words, _ in read_calls(calls) if name == "scontrol"]
         assert [words for words in asked if words[0] == "update"] == expected
         calls.unlink()
+
+
+@pytest.mark.parametrize(("ends", "code"), [({"PREFLIGHT": "69"}, 69), ({"CODE": "71"}, 75)])
+def test_jobs_that_wait_already_are_told_whom_to_avoid_and_none_is_added(tmp_path, ends, code):
+    script = training_script(job(), site(tmp_path, jobs_ahead=2, exclude=["n9"]))
+    (tmp_path / "runs" / "tiny" / "slurm").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "slurm" / "ahead").write_text("18\n19\n")
+    bad = "n2 2999-01-01T00:00:00+00:00"
+    returned, calls = run_script(script, tmp_path, BAD=bad, DECISION="requeue", **ends)
+    assert returned == code
+    asked = [words for name, words, _ in calls if name in ("scontrol", "sbatch")]
+    told = [["update", f"JobId={number}", "ExcNodeList=n9,n2"] for number in (18, 19)]
+    assert asked == [asked[0], *told]
+
+
+def test_no_variable_of_a_site_is_one_of_the_script():
+    """Those that it sets would come to ranks changed."""
+    for profile in (site(Path("/shared")), site(Path("/shared"), jobs_ahead=2, interface="eth0")):
+        script = training_script(job(), profile)
+        assigned = re.findall(r"(?<!-v)(?:^|[\s;(])([a-z_]+)=(?!=)", script)
+        assigned += re.findall(r"for ([a-z_]+) in", script)
+        for names in re.findall(r"read -r ([a-z_ ]+) <", script):
+            assigned += names.split()
+        assert set(assigned) - SHELL_NAMES == set()
 
 
 def test_a_bad_node_without_a_name_is_not_avoided_for_ever(tmp_path):

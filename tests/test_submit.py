@@ -146,13 +146,27 @@ def test_a_second_job_of_a_run_is_refused(recipe, site, slurm, capsys):
     assert len(submissions(slurm)) == 1
 
 
-def test_jobs_ahead_wait_for_each_other(recipe, site, slurm):
+def test_jobs_ahead_wait_for_each_other(recipe, site, slurm, capsys):
     profile = site(SLURM, workdir=str(slurm), jobs_ahead=2)
     assert main(["launch", recipe, "--cluster", profile, "--submit"]) == 0
     first, second, third = submissions(slurm)
     assert first[0] == "--parsable"
     assert [second[1], second[-1]] == ["--dependency=afterany:2", "behind"]
     assert [third[1], third[-1]] == ["--dependency=afterany:3", "behind"]
+    assert (slurm / "runs/tiny/slurm/ahead").read_text() == "3\n4\n"
+    # Whoever ends the run must end those that wait, or the next one goes on.
+    assert "stop:    scancel 3 4 && scancel --signal=USR1 --batch 2   " in capsys.readouterr().out
+
+
+def test_a_refusal_names_the_jobs_that_were_taken_before_it(recipe, site, slurm, capsys):
+    """As a queue's limit refuses the third: the others wait and run all the same."""
+    refuse = "*sbatch) [ $(wc -l <$CALLS) -gt 3 ] && { echo limit >&2; exit 1; }; wc -l <"
+    (slurm / "sbatch").write_text(SQUEUE.replace("*sbatch) wc -l <", refuse))
+    profile = site(SLURM, workdir=str(slurm), jobs_ahead=9)
+    assert main(["launch", recipe, "--cluster", profile, "--submit"]) == 78
+    said = capsys.readouterr().err
+    assert "refused because 'limit'" in said
+    assert "Taken before: `scancel 2 3` ends them." in said
 
 
 def test_a_chain_is_kept_by_dependencies_and_told_where_the_one_before_lies(
