@@ -7,13 +7,12 @@ from typing import Any
 from cluster.bad_nodes import BROKEN_DAYS, SLOW_DAYS
 from cluster.status import (
     NodeRecord,
-    read_json,
     records_in,
-    seconds_of,
     sound,
     straggler_of,
 )
 from cluster.torchrun import root_cause
+from t2v.attempt.files import read_mapping, seconds_of
 from t2v.attempt.record import PREEMPTED
 
 HANG = 71
@@ -32,7 +31,7 @@ def exit_code_of(
     since = int(record.started)
     if returned == 0:
         return 0, "done"
-    status = read_json(run_dir / "status.json")
+    status = read_mapping(run_dir / "status.json")
     is_fresh = (seconds_of(status.get("updated")) or 0.0) >= since
     if is_fresh and status.get("state") == "done":
         return 0, "done"
@@ -72,7 +71,7 @@ def last_words(record: NodeRecord, log_dir: Path) -> str:
 
 def first_failure(log_dir: Path, since: float) -> dict[str, Any]:
     """The earliest failure that a rank of this attempt has recorded; empty where none has."""
-    failures = [read_json(path) for path in log_dir.glob("failure-rank-*.json")]
+    failures = [read_mapping(path) for path in log_dir.glob("failure-rank-*.json")]
     fresh = [f for f in failures if f.get("exit_code") and (seconds_of(f.get("at")) or 0) >= since]
     return min(fresh, key=lambda failure: seconds_of(failure["at"]) or 0.0, default={})
 
@@ -88,7 +87,7 @@ def culprits(run_dir: Path, log_dir: Path, record: NodeRecord, ranks: int) -> di
 
     found = {}
     since = int(record.started)
-    status = sound(read_json(run_dir / "status.json"))
+    status = sound(read_mapping(run_dir / "status.json"))
     is_fresh = (seconds_of(status.get("updated")) or 0.0) >= since
     slow = straggler_of(status) if is_fresh else None
     if slow is not None and slow["share"] >= AVOIDED_SHARE and status.get("state") != "done":

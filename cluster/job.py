@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.profile import Profile, SlurmProfile
-from cluster.status import last_line, read_json, sound
+from cluster.status import last_line, sound
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import text_shape
+from t2v.attempt.files import read_mapping
 from t2v.plan.plan import GIB, Plan
 from t2v.recipe.recipe import RunConfig
 
@@ -108,7 +109,7 @@ def grace_of(config: RunConfig, plan: Plan, profile: Profile) -> Grace:
     """
     folder = run_folder(config.run_dir, profile)
     measured_step = sound(last_line(folder / "metrics.jsonl")).get("step_seconds")
-    measured_save = sound(read_json(folder / "status.json")).get("save_seconds")
+    measured_save = sound(read_mapping(folder / "status.json")).get("save_seconds")
     size = plan.parameters * BYTES_PER_PARAMETER / GIB
     step = measured_step or max(forecast.step_seconds for forecast in plan.forecasts)
     save = measured_save or 2 * size / profile.storage_gib_per_second  # written, and read to prove

@@ -10,41 +10,48 @@ the failure records and status.json.
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from cluster.bad_nodes import node_name, note_bad_nodes
-from cluster.ending import culprits, exit_code_of
+from cluster.bad_nodes import node_name
+from cluster.ending import exit_code_of
 from cluster.gpu_events import GpuWatch
 from cluster.heartbeat import BEAT_SECONDS, beat, heartbeat_file
+from cluster.node_records import (
+    only_told,
+    tell,
+    tell_failed_start,
+    tell_of_bad_place,
+    tell_site,
+    tell_whom_to_avoid,
+    write_record,
+)
 from cluster.requeue import PREEMPTED
-from cluster.status import NodeRecord, last_nodes, read_json, run_status, seconds_of
+from cluster.status import NodeRecord, last_nodes
 from cluster.torchrun import (
     Place,
+    begin_launcher,
     end_group,
-    ignore_user_signals,
     split_endpoint,
     start_launcher,
 )
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from data_pipeline.plain import plain
-from data_pipeline.store import storage
+from data_pipeline.plain import say
+from t2v.attempt import preemption
+from t2v.attempt.files import read_mapping, seconds_of
 from t2v.attempt.preemption import FLAG_FILE, own_flag
 from t2v.attempt.record import (
     FAILURES_IN_A_ROW,
-    append_attempt,
     count_anew,
-    failed_start_line,
     failed_starts,
     job_id,
     next_number,
@@ -52,12 +59,12 @@ from t2v.attempt.record import (
     read_attempts,
 )
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 POLL_SECONDS = 0.2
 # Beyond the port where ranks meet.
 PREFLIGHT_PORTS = 100
-# What a site's own program may take at the end of an attempt.
-SITE_SECONDS = 60.0
+# What preflight may take to end once it is told to.
+ENDING_SECONDS = 10.0
 # How long ranks may take to follow one that is gone: by then every collective has failed.
 FOLLOW_SECONDS = 120.0
 
@@ -84,7 +91,7 @@ class NodeJob(Place):
         """Whether an operator, or another node of this job, asks for it; a flag older than an
         earlier attempt's last word was meant for that one."""
         return any(
-            flag.exists() and not is_older(flag, since)
+            os.path.exists(flag) and not is_older(flag, since)
             for flag in (self.run_dir / FLAG_FILE, self.flag)
         )
 
@@ -101,7 +108,9 @@ def run_node(job: NodeJob) -> int:
     host, name = socket.gethostname(), node_name()
     record = NodeRecord(node=job.name, host=host, started=time.time(), name=name)
     write_record(log_dir, record)
-    gpus = GpuWatch(lambda events: write_record(log_dir, replace(record, gpu_events=events)))
+    with only_told():
+        tell_of_bad_place(name)
+    gpus = GpuWatch(lambda events: tell(log_dir, replace(record, gpu_events=events)))
     if job.node_rank == 0 and is_older(job.flag, since):
         job.flag.unlink(missing_ok=True)
     try:
@@ -109,15 +118,17 @@ def run_node(job: NodeJob) -> int:
         code, reason = begin(job, log_dir, record, requests, since)
     except UserError as failure:
         code, reason = failure.exit_code, str(failure)
-    tell_failed_start(job.run_dir, number, code, reason)
     events, is_broken = gpus.close()
     ending = replace(record, ended=time.time(), exit_code=code, reason=reason, gpu_events=events)
-    write_record(log_dir, ending)
+    tell(log_dir, ending)
     if code:
-        tell_whom_to_avoid(job, log_dir, record, is_broken=is_broken)
+        with only_told():
+            tell_failed_start(job.run_dir, number, code, reason)
+        with only_told():
+            tell_whom_to_avoid(job, job.run_dir, log_dir, record, is_broken=is_broken)
     if job.on_end and job.node_rank == 0:
         tell_site(job.on_end, job.run_dir)
-    print(plain(f"{job.name}: {reason} (exit code {code}; logs: {log_dir})"), flush=True)
+    say(f"{job.name}: {reason} (exit code {code}; logs: {log_dir})")
     return code
 
 
@@ -138,7 +149,7 @@ def begin(
 
 def is_done(job: NodeJob) -> bool:
     """Whether this very job has finished its run, and this node of it is only started again."""
-    status = read_json(job.run_dir / "status.json")
+    status = read_mapping(job.run_dir / "status.json")
     return status.get("state") == "done" and status.get("job_id") == job.rdzv_id
 
 
@@ -156,10 +167,13 @@ def run_preflight(job: NodeJob, requests: "Requests", since: float) -> int:
         *("--", *(word for word in job.train_arguments if not word.startswith("--"))),
         f"run_dir={json.dumps(str(job.run_dir))}",
     ]
-    checking = subprocess.Popen(command, process_group=0, preexec_fn=ignore_user_signals)
+    checking = subprocess.Popen(command, process_group=0, preexec_fn=begin_launcher)
     next_beat = 0.0
     while checking.poll() is None:
         if requests.heard() or job.is_asked_to_stop(since):
+            end_group(checking, signal.SIGTERM)  # and with it the ranks that try the fabric
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                checking.wait(ENDING_SECONDS)
             end_group(checking, signal.SIGKILL)
             checking.wait()
             return PREEMPTED
@@ -171,43 +185,14 @@ def run_preflight(job: NodeJob, requests: "Requests", since: float) -> int:
     return checking.returncode if checking.returncode >= 0 else 128 - checking.returncode
 
 
-def tell_whom_to_avoid(job: NodeJob, log_dir: Path, record: NodeRecord, *, is_broken: bool) -> None:
-    """Write nodes into the run's list for the next attempt: this one by its driver's word, and the
-    first node those that its ranks have found. A full disk does not change how the run ended."""
-    with contextlib.suppress(OSError):
-        if is_broken:
-            note_bad_nodes([record.name])
-        if job.node_rank == 0:
-            found = culprits(job.run_dir, log_dir, record, job.nproc_per_node)
-            for name, days in found.items():
-                note_bad_nodes([name], days=days)
-
-
-def tell_site(program: str, run_dir: Path) -> None:
-    """Run the site's program about an attempt that has ended; whatever it does changes nothing."""
-    try:
-        status = run_status(run_dir)
-        told = {
-            "T2V_RUN_DIR": str(run_dir),
-            "T2V_STATE": status.state,
-            "T2V_EXIT_CODE": str(status.exit_code if status.exit_code is not None else ""),
-            "T2V_REASON": plain(status.reason or ""),
-            "T2V_DECISION": status.decision,
-        }
-        subprocess.run(
-            shlex.split(program), env=os.environ | told, timeout=SITE_SECONDS, check=True
-        )
-    except (OSError, UserError, subprocess.SubprocessError) as failure:
-        print(plain(f"on_end: {failure}"), flush=True)
-
-
 def see_through(
     job: NodeJob, log_dir: Path, record: NodeRecord, requests: "Requests", since: float
 ) -> tuple[int, str]:
     """(exit code, why) once the ranks have ended."""
     host, _ = split_endpoint(job.rdzv_endpoint)
     if not wait_for_name(host, job.rendezvous_timeout_seconds, requests.heard):
-        job.flag.touch()
+        with only_told():
+            job.flag.touch()
         return PREEMPTED, "told to stop before the ranks began"
     with (log_dir / f"launcher-{job.name}.log").open("w", encoding="utf-8") as log:
         arguments = [
@@ -234,16 +219,12 @@ def pause_after_failures(job: NodeJob, told_to_stop: Callable[[], bool]) -> None
             f"alike before the run began: {failed[-1].get('reason')}; correct the cause, then "
             "launch it again."
         )
-    ended = seconds_of(failed[-1].get("at")) or 0.0
-    while time.time() < ended + pause_seconds(len(failed)) and not told_to_stop():
+    pause = pause_seconds(len(failed))
+    left = (seconds_of(failed[-1].get("at")) or 0.0) + pause - time.time()
+    # Never longer than that, whatever a clock that was set back says.
+    until = time.monotonic() + min(left, pause)
+    while time.monotonic() < until and not told_to_stop():
         time.sleep(POLL_SECONDS)
-
-
-def tell_failed_start(run_dir: Path, number: int, code: int, reason: str) -> None:
-    """A line in the run record for an attempt that ended before any rank owned the run: it counts,
-    and the next one has another number and folder. The first node to end writes it."""
-    if code and all(line["attempt"] < number for line in read_attempts(run_dir)):
-        append_attempt(run_dir, failed_start_line(number, code, reason))
 
 
 class Requests:
@@ -251,7 +232,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.first: float | None = None
-        for number in SIGNALS:
+        for number in preemption.wanted(SIGNALS):
             signal.signal(number, self._receive)
 
     def heard(self) -> bool:
@@ -275,7 +256,7 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: f
         most = max(most, len(ranks))
         # Again while no rank has begun: the start of the first node may have removed it.
         if requests.heard() and not (passed_on and most):
-            job.flag.touch()
+            ask_to_stop(job, ranks)
             passed_on = True
         if not most and job.is_asked_to_stop(since):
             end_group(launcher, signal.SIGTERM)  # no rank here has begun: none can answer
@@ -288,9 +269,9 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: f
             for rank in ranks:
                 end_process(rank)
         if now >= next_beat:
-            status = read_json(job.run_dir / "status.json")
-            state = status.get("state", "starting") if most else "starting"
-            with contextlib.suppress(OSError):  # a full disk there must not end the run
+            with contextlib.suppress(OSError):  # a disk that fails here must not end the run
+                status = read_mapping(job.run_dir / "status.json")
+                state = status.get("state", "starting") if most else "starting"
                 beat(heartbeat, state=state, step=status.get("step", 0))
             next_beat = now + BEAT_SECONDS
         time.sleep(POLL_SECONDS)
@@ -303,14 +284,20 @@ def log_folder(run_dir: Path, attempt: int) -> Path:
     return run_dir / "logs" / f"attempt-{attempt:04d}"
 
 
-def write_record(log_dir: Path, record: NodeRecord) -> None:
-    content = json.dumps(asdict(record)).encode()
-    storage.write_atomic(log_dir / f"{record.node}.json", content)
+def ask_to_stop(job: NodeJob, ranks: list[psutil.Process]) -> None:
+    """Ask every rank of the job; those of this node alone where the disk does not take the word."""
+    try:
+        job.flag.touch()
+    except OSError as failure:
+        say(f"{job.flag}: {failure}; the ranks of this node are told by SIGTERM")
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.terminate()
 
 
 def last_word(run_dir: Path) -> float:
     """When an earlier attempt, its ranks or its wrappers, was last heard of; 0: never."""
-    told = seconds_of(read_json(run_dir / "status.json").get("updated")) or 0.0
+    told = seconds_of(read_mapping(run_dir / "status.json").get("updated")) or 0.0
     return max([told, *(node.ended or 0.0 for node in last_nodes(run_dir))])
 
 
@@ -318,7 +305,7 @@ def is_older(path: Path, seconds: float) -> bool:
     """Whether a file is there and older than a time."""
     try:
         return path.stat().st_mtime < seconds
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -24,7 +24,7 @@ from t2v.attempt.run_folder import timestamp
 from t2v.attempt.trace import VARIABLE, new_trace
 
 POLL_SECONDS = 0.5
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAST_WORDS_BYTES = 65536
 SAVED = 75
 RECORDER = "TORCH_FR_DUMP_TEMP_FILE"

@@ -1,17 +1,16 @@
 """How a run is, from its shared folder alone; and what a scheduler should do with it now."""
 
 import json
-import math
 import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cluster.requeue import Decision, decide
 from data_pipeline.errors import InputMissing
+from t2v.attempt.files import is_number, read_mapping, seconds_of
 from t2v.attempt.record import (
     PREEMPTED,
     failed_starts,
@@ -102,7 +101,7 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
     if not any((run_dir / sign).exists() for sign in SIGNS):
         raise InputMissing(f"{run_dir}: holds no run; give a run's own folder, as runs/NAME.")
     now = time.time() if now is None else now
-    status = sound(read_json(run_dir / "status.json"))
+    status = sound(read_mapping(run_dir / "status.json"))
     attempts = read_attempts(run_dir)
     nodes = last_nodes(run_dir)
     ending = last_ending(status, nodes)
@@ -115,7 +114,9 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
     goes_on = ending["state"] in ("starting", "running")
     going = unfinished(attempts)[-1:] if goes_on else []
     finished = [line for line in attempts if line not in going]
-    silent = now - updated if (updated := seconds_of(status.get("updated"))) else None
+    updated = seconds_of(status.get("updated"))
+    # Clocks differ, and may be set back: what comes from later was written now.
+    silent = max(now - updated, 0.0) if updated else None
     quarantined = count_lines(run_dir / "quarantine.jsonl")
     samples = step * samples_per_step if samples_per_step else None
     return RunStatus(
@@ -126,7 +127,7 @@ def run_status(run_dir: Path, *, now: float | None = None) -> RunStatus:
         samples_per_second=rate,
         eta_seconds=_eta(metrics, step, total_steps) if goes_on else None,
         last_checkpoint=checkpoint.step if checkpoint else None,
-        last_checkpoint_age_seconds=now - checkpoint.at if checkpoint else None,
+        last_checkpoint_age_seconds=max(now - checkpoint.at, 0.0) if checkpoint else None,
         restarts=max(sum(line["event"] == "start" for line in attempts) - 1, 0),
         failures_without_progress=failures(finished, checkpoint),
         quarantined=quarantined,
@@ -217,7 +218,7 @@ def last_checkpoint(run_dir: Path) -> Saved | None:
     if not found:
         return None
     step, manifest = max(found)
-    attempt = read_json(manifest).get("attempt")
+    attempt = read_mapping(manifest).get("attempt")
     return Saved(step, manifest.stat().st_mtime, attempt if isinstance(attempt, int) else 0)
 
 
@@ -229,7 +230,7 @@ def last_nodes(run_dir: Path) -> list[NodeRecord]:
 
 def records_in(attempt: Path) -> list[NodeRecord]:
     """What the wrappers of an attempt left in its folder."""
-    records = [read_json(path) for path in sorted(attempt.glob("node-*.json"))]
+    records = [read_mapping(path) for path in sorted(attempt.glob("node-*.json"))]
     known = NodeRecord.__dataclass_fields__
     return [
         NodeRecord(**{name: value for name, value in record.items() if name in known})
@@ -238,22 +239,13 @@ def records_in(attempt: Path) -> list[NodeRecord]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a file that others replace; empty where there is none or it is no JSON."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def sound(facts: dict[str, Any]) -> dict[str, Any]:
     """What a folder says, less what a damaged file says that cannot be."""
     return {
         name: value
         for name, value in facts.items()
         if not (
-            (name in COUNTS and not (type(value) is int and value >= -1))
+            (name in COUNTS and not (type(value) is int and is_number(value + 1)))
             or (name in SECONDS_AND_RATES and not is_number(value))
             or (name in TEXTS and not isinstance(value, str))
             or (name == "gpu_events" and not is_list_of_texts(value))
@@ -263,12 +255,6 @@ def sound(facts: dict[str, Any]) -> dict[str, Any]:
 
 def is_list_of_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, not below zero."""
-    is_bool = isinstance(value, bool)
-    return isinstance(value, int | float) and not is_bool and 0 <= value < math.inf
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -296,16 +282,6 @@ def count_lines(path: Path, *, containing: bytes = b"") -> int:
         return sum(containing in line for line in file)
 
 
-def seconds_of(moment: object) -> float | None:
-    """An ISO time as seconds since the epoch; None for what is none."""
-    if not isinstance(moment, str):
-        return None
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except ValueError:
-        return None
-
-
 def _per_step(metrics: dict) -> float | None:
     """Samples per step, from a line of metrics."""
     rate, seconds = metrics.get("samples_per_second"), metrics.get("step_seconds")
@@ -314,4 +290,4 @@ def _per_step(metrics: dict) -> float | None:
 
 def _eta(metrics: dict, step: int, total_steps: int | None) -> float | None:
     seconds = metrics.get("step_seconds")
-    return (total_steps - step) * seconds if seconds and total_steps else None
+    return max(total_steps - step, 0) * seconds if seconds and total_steps else None

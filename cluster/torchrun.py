@@ -18,6 +18,7 @@ import psutil
 
 from data_pipeline.cpus import usable_cpus
 from data_pipeline.errors import ConfigError
+from data_pipeline.orphans import end_with_parent
 
 ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>\d{1,5})")
 ROOT_CAUSE = re.compile(
@@ -55,6 +56,7 @@ def launcher_command(place: Place, module: str, arguments: Sequence[str]) -> lis
         f"--rdzv-endpoint={place.rdzv_endpoint}",
         f"--rdzv-id={place.rdzv_id}",
         f"--rdzv-conf=timeout={int(place.rendezvous_timeout_seconds)}",
+        f"--log-dir={os.devnull}",  # else an empty folder among the temporary ones for each start
         f"--shutdown-timeout={max(int(place.grace_seconds) - 30, 30)}",
         *("-m", module, *arguments),
     ]
@@ -76,7 +78,7 @@ def start_launcher(
         stderr=log,
         env=launcher_environment(place),
         process_group=0,
-        preexec_fn=ignore_user_signals,
+        preexec_fn=begin_launcher,
     )
 
 
@@ -92,11 +94,13 @@ def launcher_environment(place: Place) -> dict[str, str]:
     return environment
 
 
-def ignore_user_signals() -> None:
-    """A scheduler may signal every process of a job (`scancel` without `--batch`): that must not
-    kill torchrun, and with it the ranks as they save. Ranks arm handlers of their own."""
+def begin_launcher() -> None:
+    """Before torchrun begins. A scheduler may signal every process of a job (`scancel` without
+    `--batch`): that must not kill torchrun, and with it the ranks as they save, which arm handlers
+    of their own. Where whoever started it is killed, torchrun asks its ranks to stop."""
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGTERM)
 
 
 def end_group(launcher: subprocess.Popen, number: signal.Signals) -> None:

@@ -1,5 +1,11 @@
 """The few errors a user, a file or a cluster can cause, each with its exit code."""
 
+import errno
+
+INTERRUPTED = 130  # by whoever watched: no failure of the program
+# A disk's refusals, which the system tells of without the name of a file.
+OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE})
+
 
 class UserError(Exception):
     """An error with a remedy; the command line prints it as one line and exits with `exit_code`."""
@@ -52,3 +58,17 @@ class RunLocked(UserError):
     """Another live process owns the run folder."""
 
     exit_code = 73
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What a process ends with that dies of an error; 1 where the program is at fault."""
+    match error:
+        case UserError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case FileNotFoundError() | IsADirectoryError() | NotADirectoryError() if error.filename:
+            return InputMissing.exit_code
+        case OSError() if error.filename or error.errno in OF_DISKS:
+            return StorageError.exit_code
+    return 1

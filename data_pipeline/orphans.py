@@ -11,13 +11,13 @@ KILLED = 128 + signal.SIGKILL
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent() -> None:
-    """From now on the kernel kills this process when the one that started it ends, however that
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """From now on the kernel signals this process when the one that started it ends, however that
     ends; where it has ended already, this one does so now. Kept through `exec`."""
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(KILLED)
 

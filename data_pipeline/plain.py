@@ -1,5 +1,9 @@
 """Words of others as plain text, whose every character can be seen, and not without end."""
 
+import contextlib
+import sys
+from typing import TextIO
+
 MOST_CHARACTERS = 10_000
 
 
@@ -14,6 +18,12 @@ def plain(text: object, *, most: int = MOST_CHARACTERS) -> str:
     if len(whole) <= most:
         return shown
     return f"{shown} ... ({len(whole):,} characters)"
+
+
+def say(text: object, *, to: TextIO | None = None, most: int = MOST_CHARACTERS) -> None:
+    """Lines of plain text on stdout, or elsewhere; a run outlives whoever listened."""
+    with contextlib.suppress(OSError):
+        print(plain(text, most=most), file=to or sys.stdout, flush=True)
 
 
 def _spelled(character: str) -> str:

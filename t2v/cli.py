@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import signal
 import sys
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import INTERRUPTED, UserError, exit_code_of
 from data_pipeline.plain import plain
 from t2v.commands.checkpoint import add_checkpoint_verbs
 from t2v.commands.cluster import add_cluster_verbs
@@ -21,6 +23,8 @@ from t2v.commands.schema import add_schema_verb
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; what a user, a file or the cluster caused ends as one line and an exit code."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end_in_order)
     if isinstance(sys.stdout, TextIOWrapper):  # a file may be called what no text can hold
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
@@ -41,17 +45,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print("interrupted; what was committed stands.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except OSError as error:
-        if error.filename is None:
+        code = exit_code_of(error)
+        if code == 1:
             raise
-        missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
-        print(
-            plain(f"{error.filename}: cannot be used because of '{error.strerror}'; check path, ")
-            + "permissions and free space.",
-            file=sys.stderr,
-        )
-        return 66 if missing else 74
+        problem = f"{error.filename or 'a disk'}: cannot be used because of '{error.strerror}'"
+        print(plain(f"{problem}; check path, permissions and free space."), file=sys.stderr)
+        return code
+
+
+def end_in_order(number: int, _frame: FrameType | None) -> None:
+    """A scheduler's SIGTERM ends what keeps nothing of its own, so that no temporary files stay."""
+    sys.exit(128 + number)
 
 
 def is_mine(error: UserError) -> bool:

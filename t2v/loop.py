@@ -16,6 +16,7 @@ from data_pipeline.errors import NumericError
 from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.loader import Batch, Loader
 from data_pipeline.feeding.sample import SampleReader
+from data_pipeline.plain import say
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.attempt import begin_attempt
@@ -157,9 +158,9 @@ def begin(
         if world.is_first:
             past = ", which is past total_steps: nothing is left to do"
             is_past = state.step > config.total_steps
-            print(f"resumed from {folder}{past if is_past else ''}", flush=True)
+            say(f"resumed from {folder}{past if is_past else ''}")
             for line in [*changes, *sources]:
-                print(f"  from sample {state.samples} on: {line}", flush=True)
+                say(f"  from sample {state.samples} on: {line}")
     elif config.warm_start is not None:
         warm_start(config.warm_start, method, engine)
         state.ema.restart()

@@ -22,7 +22,7 @@ from data_pipeline.feeding.config import (
     Source,
     TextConditioning,
 )
-from data_pipeline.feeding.loader import Batch, Loader
+from data_pipeline.feeding.loader import QUIET, Batch, Loader
 from data_pipeline.feeding.order import keyed_rng
 from data_pipeline.feeding.quarantine import Quarantine
 from data_pipeline.making.build import build
@@ -327,7 +327,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(mixture, reference):
     steps = loader.steps(0, 6)
     next(steps)
     for worker in workers_of(loader):
-        for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for sent in QUIET:
             os.kill(worker.pid, sent)
     time.sleep(0.2)
     assert len(list(steps)) == 5

@@ -21,11 +21,9 @@ from cluster.node import (
     is_older,
     last_word,
     pause_after_failures,
-    tell_failed_start,
-    tell_whom_to_avoid,
     wait_for_name,
-    write_record,
 )
+from cluster.node_records import tell_failed_start, tell_whom_to_avoid, write_record
 from cluster.status import NodeRecord, run_status
 from cluster.torchrun import launcher_command, split_endpoint
 from data_pipeline.errors import ConfigError, StorageError
@@ -104,13 +102,12 @@ def test_a_node_writes_itself_down_and_the_first_writes_others(tmp_path, monkeyp
     monkeypatch.setenv("T2V_BAD_NODES", str(file))
     first = two_nodes(tmp_path, hang={"rank": 1})
     job = job_of(tmp_path, nproc_per_node=1, nnodes=2, node_rank=1)
-    tell_whom_to_avoid(job, tmp_path, first, is_broken=False)
+    tell_whom_to_avoid(job, tmp_path, tmp_path, first, is_broken=False)
     assert read_bad_nodes(file) == ()
-    tell_whom_to_avoid(job, tmp_path, first, is_broken=True)
+    tell_whom_to_avoid(job, tmp_path, tmp_path, first, is_broken=True)
     assert read_bad_nodes(file) == ("n1",)
-    tell_whom_to_avoid(
-        job_of(tmp_path, nproc_per_node=1, nnodes=2), tmp_path, first, is_broken=False
-    )
+    job = job_of(tmp_path, nproc_per_node=1, nnodes=2)
+    tell_whom_to_avoid(job, tmp_path, tmp_path, first, is_broken=False)
     assert read_bad_nodes(file) == ("n1", "n2")
 
 

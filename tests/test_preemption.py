@@ -1,10 +1,13 @@
 """Requests to stop: a signal or a flag file, from the first line of the program on."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -54,9 +57,38 @@ def test_arming_does_not_import_torch():
     assert found.stdout == "False\n"
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def test_a_request_that_cannot_be_taken_away_is_told_and_hurts_nothing(tmp_path, capsys):
+    (tmp_path / "PREEMPT" / "theirs").mkdir(parents=True)
+    assert preemption.requested(tmp_path)
+    preemption.acknowledge(tmp_path)
+    assert f"{tmp_path}/PREEMPT: stays because" in capsys.readouterr().out
+
+
+def test_a_disk_that_does_not_answer_asks_for_nothing(tmp_path, monkeypatch):
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", fail)
+    assert not preemption.requested(tmp_path)
+
+
+def test_a_terminal_that_is_gone_is_a_request_but_under_nohup(tmp_path):
+    deaf = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    with start(tmp_path, "training", preexec_fn=deaf) as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(ECHO := preemption.ECHO_SECONDS)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(ECHO)
+        assert process.poll() is None
+        process.kill()
+    with start(tmp_path, "setup") as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=10) == 75
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen:
     command = [sys.executable, "-c", ARM_AND_WAIT, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     assert process.stdout.readline() == "armed\n"
     return process

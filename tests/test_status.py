@@ -69,6 +69,23 @@ def test_a_running_run_tells_rate_time_left_and_data(tmp_path):
     assert not status.is_stale
 
 
+def test_neither_a_clock_that_is_ahead_nor_fewer_steps_give_a_time_below_zero(tmp_path):
+    write_status(tmp_path, "running", seconds_ago=-3600.0, step=10, total_steps=5)
+    metrics = {"step": 10, "step_seconds": 2.0, "samples_per_second": 4.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    manifest = tmp_path / "checkpoints" / "step-00000010" / "manifest.json"
+    manifest.write_text("{}")
+    os.utime(manifest, (NOW + 60, NOW + 60))
+    status = run_status(tmp_path, now=NOW)
+    assert (status.silent_seconds, status.last_checkpoint_age_seconds, status.eta_seconds) == (
+        0.0,
+        0.0,
+        0.0,
+    )
+    assert not status.is_stale
+
+
 def test_a_running_run_that_is_silent_is_called_stale(tmp_path):
     write_status(tmp_path, "running", seconds_ago=4000)
     status = run_status(tmp_path, now=NOW)

@@ -10,11 +10,11 @@ from cluster.heartbeat import beat
 from cluster.node_checks import check_run_folder
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store import storage
-from t2v.checkpoint.checkpoints import REFUSED
+from t2v.checkpoint.keeping import REFUSED
 from t2v.checkpoint.tensor_files import INDEX
 from t2v.cli import main
 from t2v.loop import train
-from t2v.recipe.recipe import dump_config
+from t2v.recipe.recipe import dump_config, load_config, parse_config
 from tests.scenes import home, rules, run_evaluate, write_rules
 from tests.strangers import Tree, alone, refused, settle, tree, untouched
 from tests.test_checkpoint import checkpoints, save, shuffled_state
@@ -95,6 +95,36 @@ def test_training_begins_in_no_folder_of_such_files(dataset, tmp_path, name):
         train(config_of(dataset, tmp_path / "run"))
     assert alone(tmp_path / "run", theirs)
     assert untouched(tmp_path / "run", theirs)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "pipe"])
+def test_training_begins_in_nothing_but_a_folder(dataset, tmp_path, kind):
+    run = tmp_path / "run"
+    match kind:
+        case "file":
+            run.write_text("theirs")
+        case "dangling link":
+            run.symlink_to(tmp_path / "nowhere")
+        case "pipe":
+            os.mkfifo(run)
+    before = os.lstat(run)
+    with pytest.raises(ConfigError, match="run: is no folder; choose another run_dir"):
+        train(config_of(dataset, run))
+    assert os.lstat(run) == before
+
+
+@pytest.mark.parametrize("name", ["a run #1", "50%j", "über/läufe", "~run", " run ", "it's; $(x)"])
+def test_training_begins_in_a_folder_of_any_name(dataset, tmp_path, name):
+    config = config_of(dataset, tmp_path / name, total_steps=1)
+    assert train(config) == 0
+    assert (tmp_path / name / "status.json").exists()
+    assert load_config(tmp_path / name / "config.yaml") == config
+
+
+@pytest.mark.parametrize("run_dir", ["~/runs/a", "~", "s3://bucket/runs/a", "file:///runs/a"])
+def test_a_run_folder_that_would_be_made_elsewhere_is_refused(run_dir):
+    with pytest.raises(ConfigError, match=r"^recipe: run_dir: .* is wrong because"):
+        parse_config(tiny_config().model_dump(mode="json") | {"run_dir": run_dir}, "recipe")
 
 
 def test_training_leaves_what_lies_in_its_folder(dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Words of others are shown and never obeyed, by every command that prints them."""
 
+import ast
 import io
 import json
 import random
@@ -16,7 +17,7 @@ from data_pipeline.plain import MOST_CHARACTERS, plain
 from data_pipeline.terminal import Terminal
 from t2v.attempt.failure import Failure, failure_page, record_failure
 from t2v.cli import main
-from tests.test_layering import FILES
+from tests.test_layering import FILES, TREES
 
 PIECES = (
     *(
@@ -109,3 +110,25 @@ def test_nothing_prints_but_through_the_terminal():
     users = [file for file, text in FILES.items() if "rich.console" in text and file != allowed]
     assert users == []
     assert sys.modules["rich.console"]
+
+
+def spoken(call: ast.Call) -> bool:
+    """Whether a print says only what is ours, or what went through `plain` or a program's JSON."""
+    sound = {"plain", "json_schema", "json.dumps"}
+    for argument in call.args:
+        told = ast.unparse(argument)
+        name = told.partition("(")[0]
+        is_ours = isinstance(argument, ast.Constant) or name in sound
+        if not (is_ours or "to_json" in told or "found.decision" in told):
+            return False
+    return True
+
+
+def test_no_print_says_words_of_others_as_they_are():
+    broken = [
+        f"{file}:{node.lineno}: prints {ast.unparse(node)[:80]}; use plain, or say"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and not spoken(node)
+    ]
+    assert broken == []

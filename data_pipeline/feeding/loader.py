@@ -40,7 +40,7 @@ from data_pipeline.stages import stage
 START_SECONDS = 120.0  # for a worker to come up
 POLL_SECONDS = 1.0  # between two looks at whether workers live
 WORKER_LOST, WORKER_SILENT = "DataLoader worker", "DataLoader timed out"  # as torch says it
-QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+QUIET = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 Read = tuple[list[Sample], list[dict]]  # samples, and records of those they replace

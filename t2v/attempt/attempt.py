@@ -12,17 +12,17 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.errors import ConfigError, InputMissing, UserError
+from data_pipeline.errors import ConfigError, InputMissing, UserError, exit_code_of
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.alarm import heard_alarm, ring
 from t2v.attempt.failure import Failure, first_failure, wait_until
 from t2v.attempt.failure import record_failure as record
-from t2v.attempt.last_word import end_line, write_page
+from t2v.attempt.last_word import write_page
 from t2v.attempt.record import FILE as ATTEMPTS
 from t2v.attempt.record import (
-    INTERRUPTED,
     append_attempt,
+    end_line,
     failures_in_a_row,
     job_id,
     killed_line,
@@ -84,7 +84,8 @@ class Attempt:
         if self.world.is_first:
             preemption.acknowledge(self.run_dir)
             if is_done:
-                (self.run_dir / "failure.md").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (self.run_dir / "failure.md").unlink(missing_ok=True)
         self.end("done" if is_done else "preempted", exit_code=exit_code)
         return exit_code
 
@@ -164,8 +165,7 @@ class Attempt:
             self._leave()
 
     def _leave(self) -> None:
-        with contextlib.suppress(OSError):
-            preemption.acknowledge(self.run_dir)
+        preemption.acknowledge(self.run_dir)
         self.end("preempted", exit_code=preemption.EXIT_CODE)
 
 
@@ -183,13 +183,6 @@ class OtherRank(UserError):
         super().__init__(f"rank {first.rank if first else 0}: {reason}")
         self.rank = first.rank if first else -1
         self.exit_code = exit_code
-
-
-def exit_code_of(error: BaseException) -> int:
-    """What the process will end with."""
-    if isinstance(error, UserError):
-        return error.exit_code
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def reason_of(error: BaseException) -> str:
@@ -306,10 +299,12 @@ def _begin(run_dir: Path, status: StatusFile, told: dict[str, Any], *, clear_fai
 
 
 def refuse_strangers(run_dir: Path, recipe: dict[str, Any]) -> None:
-    """ConfigError where a folder that is no run has a file that a run would replace; the recipe
-    itself may lie there."""
+    """ConfigError where a folder that is no run has a file that a run would replace, and for what
+    is no folder; the recipe itself may lie there."""
     if (run_dir / ATTEMPTS).exists():
         return
+    if os.path.lexists(run_dir) and not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: is no folder; choose another run_dir, or move it away.")
     for name in ("config.yaml", "metrics.jsonl", "quarantine.jsonl", *RECORDS):
         path = run_dir / name
         if os.path.lexists(path) and not (name == "config.yaml" and _holds(path, recipe)):

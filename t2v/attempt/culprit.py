@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from data_pipeline.plain import say
 from data_pipeline.strict import Strict
-from t2v.attempt.failure import HANG, Failure, record_failure
+from t2v.attempt.failure import HANG, LONGEST_QUOTE, Failure, record_failure
 from t2v.attempt.run_folder import timestamp
 
 # A shared disk may hide a new file from other hosts for half a minute.
@@ -110,4 +111,4 @@ def tell_hang(
             memory_gib=position.memory_gib,
         )
         record_failure(folder, record)
-    print(f"{reason}; its stack:\n{stack}", file=sys.stderr, flush=True)
+    say(f"{reason}; its stack:\n{stack}", to=sys.stderr, most=LONGEST_QUOTE)

@@ -129,9 +129,9 @@ def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -
 
 | | |
 |---|---|
-| rank that failed first | {failure.rank} on {failure.host} |
+| rank that failed first | {failure.rank} on {quoted(failure.host)} |
 | exit code | {failure.exit_code} |
-| section | {failure.section} |
+| section | {quoted(failure.section)} |
 | step | {failure.step} |
 | when | {failure.at} |
 | memory of that rank | {failure.memory_gib:.2f} GiB at its peak |

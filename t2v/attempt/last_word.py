@@ -5,34 +5,17 @@ Nothing here imports torch.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.store import storage
 from t2v.attempt.failure import Failure, failure_page
-from t2v.attempt.record import append_attempt, read_attempts
-from t2v.attempt.run_folder import State, timestamp
+from t2v.attempt.record import append_attempt, end_line, read_attempts
+from t2v.attempt.run_folder import timestamp
 
 
 def write_page(failure: Failure, run_dir: Path, logs: Path, attempt: int) -> None:
     """failure.md: what failed first, for people."""
     page = failure_page(failure, run_dir=run_dir, logs=logs, attempt=attempt)
     storage.write_atomic(run_dir / "failure.md", page.encode())
-
-
-def end_line(
-    number: int, state: State, exit_code: int, reason: str | None, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """The record's line on how an attempt ended, after what its status knows."""
-    return {
-        "attempt": number,
-        "event": "end",
-        "at": timestamp(),
-        "state": state,
-        "exit_code": exit_code,
-        "reason": reason,
-        "step": facts.get("step") or 0,
-        "last_checkpoint": facts.get("last_checkpoint"),
-    }
 
 
 def end_for_the_dead(logs: Path, failure: Failure) -> None:

@@ -1,5 +1,5 @@
-"""Being told to stop: SIGTERM, SIGUSR1, SIGUSR2, or a file named PREEMPT in the run folder, or
-PREEMPT-JOB for the one job of that name.
+"""Being told to stop: SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or a file named PREEMPT in the run folder,
+or PREEMPT-JOB for the one job of that name.
 
 Nothing here imports torch: handlers are armed before that long import, during which a signal would
 otherwise end the process at once. A thread hears of signals while the main thread is deep in C
@@ -12,12 +12,14 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from data_pipeline.plain import say
+
 EXIT_CODE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FLAG_FILE = "PREEMPT"
 # A launcher and its scheduler may both pass on the one request they got.
 ECHO_SECONDS = 1.0
@@ -64,7 +66,7 @@ class _Ear:
                 self._leave()
 
     def _sees_flag(self) -> bool:
-        return any(flag.exists() for flag in self.flags)
+        return any(map(os.path.exists, self.flags))  # false where a disk does not answer
 
     def _leave(self) -> None:
         """End at once; what was committed stands."""
@@ -85,14 +87,20 @@ def arm() -> None:
         _ear = _Ear()
         signal.set_wakeup_fd(_ear.write_end, warn_on_full_buffer=False)
         _ear.thread.start()
-        for number in SIGNALS:
+        for number in wanted(SIGNALS):
             signal.signal(number, _receive)
+
+
+def wanted(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Signals, less that of a terminal which goes where `nohup` has it ignored."""
+    is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers if not (is_deaf and number == signal.SIGHUP)]
 
 
 def disarm() -> None:
     """Signals do again what they do by default; an unanswered request is forgotten."""
     global _ear
-    for number in SIGNALS:
+    for number in wanted(SIGNALS):
         signal.signal(number, signal.SIG_DFL)
     if _ear is not None:
         signal.set_wakeup_fd(-1)
@@ -128,13 +136,17 @@ def heard() -> bool:
 
 def requested(run_dir: Path) -> bool:
     """Whether this process was told to stop; ranks must still agree on when."""
-    return heard() or any(flag.exists() for flag in flags(run_dir))
+    return heard() or any(map(os.path.exists, flags(run_dir)))
 
 
 def acknowledge(run_dir: Path) -> None:
-    """The request is answered: the next attempt must not see its flag file."""
+    """The request is answered: the next attempt must not see its flag file. One that another owns
+    changes nothing about how this attempt ended."""
     for flag in flags(run_dir):
-        flag.unlink(missing_ok=True)
+        try:
+            flag.unlink(missing_ok=True)
+        except OSError as failure:
+            say(f"{flag}: stays because {failure.strerror}; remove it, or the next start ends.")
 
 
 def flags(run_dir: Path) -> tuple[Path, ...]:

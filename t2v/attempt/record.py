@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError, RunLocked
-from t2v.attempt.run_folder import timestamp
+from data_pipeline.errors import INTERRUPTED, ConfigError, RunLocked
+from t2v.attempt.files import read_records
+from t2v.attempt.run_folder import State, timestamp
 
 FILE = "attempts.jsonl"
 FAILURES_IN_A_ROW = 3
-INTERRUPTED = 130  # by whoever watched: no failure of the run
 LOCKED, PREEMPTED = 73, 75
 # Before the second and the third start, and for a scheduler that waits two minutes by itself.
 PAUSES_SECONDS = (30.0, 120.0, 480.0)
@@ -24,18 +24,11 @@ Lines = list[dict[str, Any]]
 
 def read_attempts(run_dir: Path) -> Lines:
     """The lines of a run record; those that a killed process left half are passed over."""
-    path = run_dir / FILE
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-            if isinstance(line["attempt"], int) and line["event"] in ("start", "end", "clear"):
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lines
+    return [
+        line
+        for line in read_records(run_dir / FILE)
+        if isinstance(line.get("attempt"), int) and line.get("event") in ("start", "end", "clear")
+    ]
 
 
 def append_attempt(run_dir: Path, line: dict[str, Any]) -> None:
@@ -62,33 +55,35 @@ def unfinished(lines: Lines) -> Lines:
     return [line for line in lines if line["event"] == "start" and line["attempt"] not in ended]
 
 
-def killed_line(start: dict[str, Any]) -> dict[str, Any]:
-    """The end that a killed attempt could not write."""
-    return {
-        "attempt": start["attempt"],
-        "event": "end",
-        "at": timestamp(),
-        "state": "failed",
-        "exit_code": None,
-        "reason": KILLED,
-        "step": start.get("step"),
-        "last_checkpoint": None,
-    }
-
-
-def failed_start_line(number: int, exit_code: int, reason: str) -> dict[str, Any]:
-    """The end of an attempt that never owned the run folder, and so has no start."""
+def end_line(
+    number: int,
+    state: State,
+    exit_code: int | None,
+    reason: str | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """How an attempt ended, after what its status or its start knows."""
     return {
         "attempt": number,
         "event": "end",
         "at": timestamp(),
-        "state": "preempted" if exit_code == PREEMPTED else "failed",
+        "state": state,
         "exit_code": exit_code,
         "reason": reason,
-        "step": 0,
-        "last_checkpoint": None,
-        "job_id": job_id(),
+        "step": facts.get("step") or 0,
+        "last_checkpoint": facts.get("last_checkpoint"),
     }
+
+
+def killed_line(start: dict[str, Any]) -> dict[str, Any]:
+    """The end that a killed attempt could not write."""
+    return end_line(start["attempt"], "failed", None, KILLED, start)
+
+
+def failed_start_line(number: int, exit_code: int, reason: str) -> dict[str, Any]:
+    """The end of an attempt that never owned the run folder, and so has no start."""
+    state: State = "preempted" if exit_code == PREEMPTED else "failed"
+    return end_line(number, state, exit_code, reason, {}) | {"job_id": job_id()}
 
 
 def failed_starts(lines: Lines) -> Lines:

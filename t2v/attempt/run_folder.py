@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import RunLocked
+from data_pipeline.plain import say
 
 State = Literal["starting", "running", "done", "preempted", "failed"]
 LOCK = "run.lock"
@@ -54,8 +55,9 @@ def locked(run_dir: Path) -> Iterator[None]:
         finally:
             stop.set()
             heart.join()
-            if _read(file).get("nonce") == me["nonce"]:
-                _write(file, {})
+            with contextlib.suppress(OSError):  # a full disk does not change how a run ended
+                if _read(file).get("nonce") == me["nonce"]:
+                    _write(file, {})
     finally:
         os.close(file)
 
@@ -75,10 +77,9 @@ def _wait_for_silence(run_dir: Path, file: int) -> None:
     found = _read(file)
     if not found or found.get("host") == socket.gethostname():
         return
-    print(
+    say(
         f"{run_dir}: was left locked by {_name(found)}; waiting up to {STALE_SECONDS:.0f} s for a "
-        "sign of life.",
-        flush=True,
+        "sign of life."
     )
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:

@@ -8,7 +8,6 @@ finished one.
 
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,12 @@ from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.finding import newest_valid, step_folder
 from t2v.checkpoint.host_copy import HostCopy, gpus_of
 from t2v.checkpoint.keeping import Keeping
-from t2v.checkpoint.manifest import (
-    Manifest,
-)
+from t2v.checkpoint.manifest import Manifest
 from t2v.checkpoint.mirror import Mirror
 from t2v.checkpoint.tensor_files import Slice
 from t2v.checkpoint.writing import commit
 from t2v.engine.world import World
 
-REFUSED = "refused-"
 SETTLE_SECONDS = 60.0
 GIB = 2**30
 
@@ -131,7 +127,7 @@ class Checkpoints:
         if found is None:
             return None
         newest, refused = found
-        self.world.on_first(lambda: [_set_aside(path) for path in refused], self.world.storage)
+        self.world.on_first(lambda: self._keeping.set_aside(*refused), self.world.storage)
         return newest
 
     def _join(self) -> None:
@@ -190,8 +186,3 @@ def finish_writes(slices: dict[str, Slice]) -> None:
     """Wait until what a GPU has been told to write into tensors is there."""
     for device in gpus_of(slices):
         torch.cuda.synchronize(device)
-
-
-def _set_aside(folder: Path) -> None:
-    """Keep a refused checkpoint for whoever wants to look, under a name nothing reads."""
-    folder.rename(folder.with_name(f"{REFUSED}{folder.name}-{uuid.uuid4().hex[:8]}"))

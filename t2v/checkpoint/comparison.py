@@ -7,6 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from data_pipeline.plain import say
 from data_pipeline.terminal import Terminal
 from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import TensorKind, read_whole, tensor_kinds
@@ -76,4 +77,4 @@ def print_differences(total: int, found: list[Difference]) -> None:
             table.add_row(row.name, *kinds, *(numbers if alike else ("", "", "")))
         # Names must not be cut, not even in a log.
         Terminal(width=160).print(table)
-    print(f"{total - len(found)} of {total} tensors are identical.")
+    say(f"{total - len(found)} of {total} tensors are identical.")

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from data_pipeline.errors import InputMissing, StorageError
-from data_pipeline.plain import plain
+from data_pipeline.plain import say
 from data_pipeline.terminal import Terminal
 from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_sizes
@@ -45,11 +45,12 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = STEP_FOLDER.fullmatch(path.name)
         if match is not None:
-            infos.append(_look_at(path, int(match[1])))
+            infos.append(look_at(path, int(match[1])))
     return sorted(infos, key=lambda info: info.step)
 
 
-def _look_at(folder: Path, step: int) -> CheckpointInfo:
+def look_at(folder: Path, step: int) -> CheckpointInfo:
+    """What a folder says of the step that it is named after; reads no data."""
     try:
         manifest = read_manifest(folder)
     except StorageError as failure:
@@ -74,7 +75,7 @@ def newest_valid(
             return (info.folder, read_manifest(info.folder)), list(refused)
         refused[info.folder] = problems[0]
         if world.is_first:
-            print(plain(f"checkpoint refused: {'; '.join(problems)}"), flush=True)
+            say(f"checkpoint refused: {'; '.join(problems)}")
     if refused:
         reason = next(iter(refused.values()))
         raise StorageError(
@@ -119,7 +120,7 @@ def print_checkpoints(infos: list[CheckpointInfo]) -> None:
     Terminal().print(table)
     for info in infos:
         if info.problem:
-            print(plain(info.problem))
+            say(info.problem)
 
 
 def load_weights(

@@ -10,13 +10,14 @@ import uuid
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.plain import say
 from t2v.checkpoint.config import CheckpointConfig
-from t2v.checkpoint.finding import CheckpointInfo, list_checkpoints
+from t2v.checkpoint.finding import CheckpointInfo, list_checkpoints, look_at
 from t2v.checkpoint.manifest import MANIFEST, read_manifest
 from t2v.checkpoint.mirror import Mirror
 from t2v.engine.faults import fault
 
-STAGING = ".staging-"
+STAGING, REFUSED = ".staging-", "refused-"
 # What is being written here or fetched from the mirror, and what is being retired.
 STAGED = re.compile(rf"{re.escape(STAGING)}step-\d{{8,}}(-[0-9a-f]{{12}})?-[0-9a-f]{{32}}")
 FEWEST = 2  # committed steps that are never given up for space
@@ -33,6 +34,7 @@ class Keeping:
     def __init__(self, folder: Path, config: CheckpointConfig, mirror: Mirror | None) -> None:
         self.folder, self.config, self.mirror = folder, config, mirror
         self._told: set[Path] = set()
+        self._in_the_way: set[Path] = set()
 
     def clean(self) -> None:
         """Remove what earlier attempts left unfinished; only the owner of the run may call this."""
@@ -60,6 +62,25 @@ class Keeping:
                 return
             self._give_up(info)
 
+    def holds(self, folder: Path, step: int) -> bool:
+        """Whether a step is committed already; what stands in its place and is none goes aside."""
+        if not os.path.lexists(folder):
+            return False
+        if folder not in self._in_the_way and look_at(folder, step).problem is None:
+            return True
+        self.set_aside(folder)
+        return False
+
+    def set_aside(self, *folders: Path) -> None:
+        """Keep what was refused for whoever wants to look, under a name nothing reads; where it
+        cannot be renamed it is refused again another time, and hurts no start."""
+        for folder in folders:
+            try:
+                folder.rename(folder.with_name(f"{REFUSED}{folder.name}-{uuid.uuid4().hex[:8]}"))
+            except OSError as failure:
+                self._in_the_way.add(folder)
+                self._tell(folder, f"cannot be set aside because {failure}; move it away by hand")
+
     def _spare(self) -> list[CheckpointInfo]:
         """Finished steps, oldest first, without those that are kept for what they are."""
         finished = [info for info in list_checkpoints(self.folder) if info.problem is None]
@@ -77,12 +98,12 @@ class Keeping:
         ]
 
     def _give_up(self, info: CheckpointInfo) -> None:
-        """Remove a step that is all ours; what goes wrong is told."""
-        if self._holds_strangers(info.folder):
-            return
-        # Renamed first: a deletion that is cut short leaves no half checkpoint.
+        """Remove a step that is all ours; what goes wrong is told, and touches no other step."""
         dying = staging_of(info.folder)
         try:
+            if self._holds_strangers(info.folder):
+                return
+            # Renamed first: a deletion that is cut short leaves no half checkpoint.
             info.folder.rename(dying)
             if self.mirror is not None:
                 self.mirror.retire(read_manifest(dying))
@@ -113,4 +134,4 @@ class Keeping:
         """Once for each path."""
         if path not in self._told:
             self._told.add(path)
-            print(f"{path}: {problem}", flush=True)
+            say(f"{path}: {problem}")

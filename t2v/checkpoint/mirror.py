@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 from data_pipeline.errors import StorageError, UserError
+from data_pipeline.plain import say
 from data_pipeline.store import storage
 from t2v.checkpoint.finding import list_checkpoints, step_folder
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -36,7 +37,7 @@ class Mirror:
         except UserError as failure:
             self.problem = str(failure)
             if self.world.is_first:
-                print(f"mirror: {folder.name} is not copied because {failure}", flush=True)
+                say(f"mirror: {folder.name} is not copied because {failure}")
 
     def restore_newer(self, folder: Path, than: int | None = None) -> bool:
         """Fetch the newest sound step of the mirror into `folder`, if it is newer `than` a step,
@@ -53,12 +54,12 @@ class Mirror:
             self.world.on_all(lambda home=home, to=staging: self._get_files(home, to), group)
             if problems := problems_of(staging, self.world):
                 if self.world.is_first:
-                    print(f"mirror: {home} is refused because {problems[0]}", flush=True)
+                    say(f"mirror: {home} is refused because {problems[0]}")
                 continue
             target = step_folder(folder, step)
             self.world.on_first(lambda a=staging, b=target: _settle(a, b), group)
             if self.world.is_first:
-                print(f"restored {target} from {self.prefix}/{home}", flush=True)
+                say(f"restored {target} from {self.prefix}/{home}")
             return True
         return False
 
@@ -69,7 +70,7 @@ class Mirror:
             for name in (MANIFEST, *manifest.files):
                 storage.remove(storage.join(home, name))
         except UserError as failure:
-            print(f"mirror: {home} is not deleted because {failure}", flush=True)
+            say(f"mirror: {home} is not deleted because {failure}")
 
     def _home(self, manifest: Manifest) -> str:
         return storage.join(self.prefix, f"step-{manifest.step:08d}-{manifest.proof[:12]}")

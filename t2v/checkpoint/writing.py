@@ -35,7 +35,7 @@ def commit(
     """Write, prove and rename; the checkpoint's size, 0 where it was there already. All ranks call
     this alike; `may_commit` is asked right before the rename."""
     folder, group = step_folder(checkpoints, facts["step"]), world.storage
-    if world.on_first(folder.exists, group):
+    if world.on_first(lambda: keeping.holds(folder, facts["step"]), group):
         return 0
 
     def stage() -> Path:

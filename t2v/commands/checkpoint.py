@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.plain import plain
 from t2v.commands.parser import add_verb
 
 
@@ -92,7 +93,5 @@ def export(options: argparse.Namespace) -> None:
         file_gib=options.file_gib,
         self_test=not options.no_self_test,
     )
-    print(
-        f"{options.out}: {made.parameters / 1e6:.1f} M parameters of step {made.step} "
-        f"({made.weights}, {made.dtype}); self-test: {made.self_test}."
-    )
+    told = f"{made.parameters / 1e6:.1f} M parameters of step {made.step} ({made.weights}, "
+    print(plain(f"{options.out}: {told}{made.dtype}); self-test: {made.self_test}."))

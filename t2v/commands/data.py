@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.plain import plain
 from t2v.commands.lists import add_caption_column, add_list_options
 from t2v.commands.making import (
     FILTERS,
@@ -30,16 +31,20 @@ def data_embed(options: argparse.Namespace) -> None:
     from data_pipeline.text.imported import Origin, import_embeddings
 
     for warning in caption_warnings(open_dataset(options.dataset)):
-        print(warning)
+        print(plain(warning))
     if options.estimate or options.check:
         reader = TextEncoder(
             options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
         )
         if options.estimate:
-            print(estimate(options.dataset, reader))
+            print(plain(estimate(options.dataset, reader)))
         if options.check:
             same = check(options.dataset, reader, name=options.name, count=options.check)
-            print(f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal.")
+            print(
+                plain(
+                    f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal."
+                )
+            )
         return
     if options.member:
         origin = Origin(
@@ -51,7 +56,7 @@ def data_embed(options: argparse.Namespace) -> None:
         )
         done = import_embeddings(options.dataset, origin, name=options.name, task=options.task)
         state = "imported; prove it by --check K" if done else "this task is done; others are not"
-        print(f"{options.dataset}/embeddings/{options.name}: {state}.")
+        print(plain(f"{options.dataset}/embeddings/{options.name}: {state}."))
         return
     done = embed(
         options.dataset,
@@ -63,7 +68,7 @@ def data_embed(options: argparse.Namespace) -> None:
         memory_gib=options.memory_gib,
     )
     state = "complete" if done else "this task is done; others are not"
-    print(f"{options.dataset}/embeddings/{options.name}: {state}.")
+    print(plain(f"{options.dataset}/embeddings/{options.name}: {state}."))
 
 
 def data_encode(options: argparse.Namespace) -> None:
@@ -81,7 +86,7 @@ def data_encode(options: argparse.Namespace) -> None:
             count=options.check,
             memory_gib=options.memory_gib,
         )
-        print(f"{place}: {len(found.decibels)} encoded again, all equal; {found}")
+        print(plain(f"{place}: {len(found.decibels)} encoded again, all equal; {found}"))
         return
     how = {
         "size": options.size,
@@ -91,11 +96,13 @@ def data_encode(options: argparse.Namespace) -> None:
     if options.estimate or options.measure:
         encoding = begin_encoding(open_dataset(options.dataset), options.vae, **how)
         if options.estimate:
-            print(estimate(encoding))
+            print(plain(estimate(encoding)))
         if options.measure:
             text = measure(encoding).model_dump_json(indent=1) + "\n"
             storage.create(options.measure, text.encode())
-            print(f"{options.measure}: written; give it to every dataset by --normalisation.")
+            print(
+                plain(f"{options.measure}: written; give it to every dataset by --normalisation.")
+            )
         return
     done = encode(
         options.dataset,
@@ -105,7 +112,7 @@ def data_encode(options: argparse.Namespace) -> None:
         device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
         **how,
     )
-    print(f"{place}: {'complete' if done else 'this task is done; others are not'}.")
+    print(plain(f"{place}: {'complete' if done else 'this task is done; others are not'}."))
 
 
 def data_order(options: argparse.Namespace) -> None:
@@ -126,7 +133,7 @@ def data_order(options: argparse.Namespace) -> None:
         print(json.dumps(list(samples)))
         return
     for sample in samples:
-        print(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}")
+        print(plain(f"step {sample['step']}  n {sample['n']}  {sample['dataset']}  {sample['id']}"))
 
 
 def _start_of(checkpoint: str, step: int) -> "tuple[int, int, Mixture]":

@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.plain import plain
 from t2v.commands.parser import add_verb
+
+LONGEST = 10**6  # characters of a table
 
 
 def add_evaluate_verbs(verbs) -> None:
@@ -43,7 +46,9 @@ def evaluate(options: argparse.Namespace) -> int:
     from t2v.sampling.generate import Means
 
     if options.export:
-        print(f"{options.out}: {export_vbench(Path(options.target), Path(options.out))} clips.")
+        print(
+            plain(f"{options.out}: {export_vbench(Path(options.target), Path(options.out))} clips.")
+        )
         return 0
     cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
     job = Job(
@@ -65,14 +70,14 @@ def evaluate(options: argparse.Namespace) -> int:
             raise
         return error.exit_code  # its own rank tells it
     if rank == 0:
-        print((out / "result.md").read_text(), end="")
+        print(plain((out / "result.md").read_text(), most=LONGEST), end="")
     return 0
 
 
 def scores(options: argparse.Namespace) -> None:
     from t2v.evaluation.results import compare
 
-    print(compare([Path(result) for result in options.results]), end="")
+    print(plain(compare([Path(result) for result in options.results]), most=LONGEST), end="")
 
 
 def default_workers() -> int:

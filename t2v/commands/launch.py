@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from data_pipeline.plain import plain
 from t2v.commands.data import add_data_verbs
 from t2v.commands.parser import add_config, add_verb, count, plain_name, positive
 
@@ -27,12 +28,12 @@ def launch(options: argparse.Namespace) -> None:
         if stage.plan is not None:
             print_plan(stage.plan)
     if options.submit:
-        print("\n".join(submit_chain(chain)))
+        print(plain("\n".join(submit_chain(chain))))
         return
     for number, stage in enumerate(chain):
         out = Path(options.out)
         folder = out if len(chain) == 1 else out / f"{number}-{stage.job.name}"
-        print("\n".join(write_out(stage, folder)))
+        print(plain("\n".join(write_out(stage, folder))))
 
 
 def launch_data(options: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def launch_data(options: argparse.Namespace) -> None:
         gpus=gpus,
     )
     say = submit(prepared) if options.submit else write_out(prepared, Path(options.out))
-    print("\n".join(say))
+    print(plain("\n".join(say)))
 
 
 def refuse_wrong_arguments(arguments: list[str], usage) -> str:

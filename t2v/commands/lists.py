@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.making.presets import PRESETS, Columns
+from data_pipeline.plain import plain
 
 if TYPE_CHECKING:
     from data_pipeline.shards.dataset import Dataset
@@ -70,7 +71,6 @@ def say_dataset(dataset: "Dataset | None") -> None:
     """What a dataset holds, and what of its source it does not."""
     from rich.table import Table
 
-    from data_pipeline.plain import plain
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.terminal import Terminal
 
@@ -78,9 +78,9 @@ def say_dataset(dataset: "Dataset | None") -> None:
         print("this task is done; the dataset is complete when the other tasks are.")
         return
     info = dataset.info
-    print(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards.")
+    print(plain(f"{dataset.path}: {info.samples} samples in {len(info.shards)} shards."))
     if "times" in info.notes:
-        print(f"clips are cut by {info.notes['times']}.")
+        print(plain(f"clips are cut by {info.notes['times']}."))
     if rows := info.account.rows():
         table = Table("", "because", "how many", "for example")
         for side, reason, number, examples in rows:

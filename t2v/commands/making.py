@@ -3,6 +3,7 @@
 import argparse
 
 from data_pipeline.errors import DataError
+from data_pipeline.plain import plain
 from data_pipeline.shards.captions import COLUMNS
 from t2v.commands.lists import columns_from, say_dataset
 
@@ -22,7 +23,7 @@ def data_toy(options: argparse.Namespace) -> None:
     from data_pipeline.making.toy import write_toy
 
     write_toy(options.out, videos=options.videos, images=options.images, seed=options.seed)
-    print(f"{options.out}: {options.videos} videos and {options.images} images, captioned.")
+    print(plain(f"{options.out}: {options.videos} videos and {options.images} images, captioned."))
 
 
 def data_build(options: argparse.Namespace) -> None:
@@ -75,7 +76,6 @@ def data_index(options: argparse.Namespace) -> None:
 
 def data_verify(options: argparse.Namespace) -> int:
     from data_pipeline.making.verify import mend_shards, repair, verify
-    from data_pipeline.plain import plain
     from data_pipeline.shards.dataset import MANIFEST, open_dataset
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.store import storage
@@ -91,7 +91,7 @@ def data_verify(options: argparse.Namespace) -> int:
         print("embed and encode it again as before: only what is missing or changed is made.")
         return 0
     dataset = open_dataset(options.dataset)
-    print(f"{options.dataset}: {dataset.info.samples} samples, {len(faults)} faults.")
+    print(plain(f"{options.dataset}: {dataset.info.samples} samples, {len(faults)} faults."))
     for warning in caption_warnings(dataset):
         print(plain(warning))
     return DataError.exit_code if faults else 0
@@ -99,7 +99,6 @@ def data_verify(options: argparse.Namespace) -> int:
 
 def data_score(options: argparse.Namespace) -> None:
     from data_pipeline.making.scoring import TABLE, score
-    from data_pipeline.plain import plain
 
     scores = score(options.dataset, task=options.task, workers=options.workers)
     if scores is None:
@@ -122,4 +121,4 @@ def data_stats(options: argparse.Namespace) -> None:
     for name, value in stats.rows():
         table.add_row(name, value)
     Terminal().print(table)
-    print(f"{write_page(stats, options.out)}: written.")
+    print(plain(f"{write_page(stats, options.out)}: written."))

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from data_pipeline.plain import plain
 from t2v.commands.parser import add_verb
 
 
@@ -22,7 +23,7 @@ def report(options: argparse.Namespace) -> None:
 
     run_dir = Path(options.run_dir)
     written = write_report(run_dir, Path(options.out) if options.out else run_dir / "report.html")
-    print(f"{written}: written.")
+    print(plain(f"{written}: written."))
 
 
 def add_report_verbs(verbs) -> None:

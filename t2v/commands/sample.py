@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from data_pipeline.plain import plain
 from t2v.commands.parser import add_verb
 
 
@@ -76,4 +77,4 @@ def sample(options: argparse.Namespace) -> None:
         ),
     )
     if os.environ.get("RANK", "0") == "0":
-        print(f"{written}: written.")
+        print(plain(f"{written}: written."))

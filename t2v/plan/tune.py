@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.plain import say
 from t2v.plan.communication import communication
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import memory
@@ -94,7 +95,7 @@ def print_choices(choices: list[Choice]) -> None:
     """The fastest few, a line each, whose end is what to give `t2v train` besides the recipe."""
     for choice in choices[:SHOWN]:
         told = " ".join(f"{name}={str(value).lower()}" for name, value in choice.changes.items())
-        print(
+        say(
             f"{choice.step_seconds:9,.2f} s per step ({choice.communication_seconds:,.2f} s of it "
             f"communication)  {choice.memory_gib:6.1f} GiB  {told or 'as it is'}"
         )

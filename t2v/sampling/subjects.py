@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import ClassConditioning, TextConditioning
+from data_pipeline.plain import say
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
 from t2v.methods.method import Method
@@ -180,10 +181,10 @@ class Conditions:
         if self.reader is not None:
             prompts = [self.null_prompt, *(str(subject.shows) for subject in subjects)]
             for prompt in self.reader.too_long(prompts):
-                print(
+                say(
                     f"prompt {prompt[:60]!r}: only its first {self.reader.max_tokens} tokens are "
                     "read; shorten it, or clips of prompts that begin alike are alike.",
-                    file=sys.stderr,
+                    to=sys.stderr,
                 )
             self.texts = dict(zip(prompts, self.reader.encode(prompts), strict=True))
             self.reader = None

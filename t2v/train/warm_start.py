@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.plain import say
 from data_pipeline.strict import Strict
 from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.finding import resolve_checkpoint
@@ -23,6 +24,7 @@ from t2v.engine.engine import Engine
 from t2v.methods.method import Method
 from t2v.network.interpolation import interpolation_matrix
 
+LONGEST_PLAN = 10**6  # characters
 # Fields whose change keeps every shape and still makes another network.
 SAME_CONDITIONING = ("kind", "encoder", "num_classes")
 
@@ -87,7 +89,7 @@ def warm_start(settings: WarmStartConfig, method: Method, engine: Engine) -> War
     engine.world.on_all(read)
     engine.refresh()
     if engine.world.is_first:
-        print(f"warm start from {folder} ({settings.weights} weights)\n{plan}", flush=True)
+        say(f"warm start from {folder} ({settings.weights} weights)\n{plan}", most=LONGEST_PLAN)
     return plan
 
 

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from t2v.attempt.files import is_number
+
 
 def parse_line(line: bytes) -> dict | None:
     """A line of metrics.jsonl; None where it is damaged."""
@@ -11,7 +13,8 @@ def parse_line(line: bytes) -> dict | None:
     except ValueError:
         return None
     whole = line.endswith(b"\n") and isinstance(values, dict)
-    return values if whole and isinstance(values.get("step"), int) else None
+    step = values.get("step") if whole else None
+    return values if isinstance(step, int) and is_number(step) else None
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from data_pipeline.plain import say
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
+from t2v.attempt.files import is_number
 from t2v.engine.world import World
 from t2v.watching.lines import parse_line
-from t2v.watching.views import Guarded, TensorBoardView, say
+from t2v.watching.views import Guarded, TensorBoardView
 from t2v.watching.wandb_mirror import WandbMirror
 
 BLOCK_BYTES = 1 << 16
@@ -158,8 +160,8 @@ def drop_after(path: Path, step: int) -> tuple[float, int]:
         if values is None or values["step"] > step:
             continue
         end = end or place + len(line)
-        if "productive_seconds" in values:
-            found = values["productive_seconds"], values["step"]
+        if is_number(seconds := values.get("productive_seconds")):
+            found = seconds, values["step"]
             break
     _renew(path, end)
     return found or measured(read_lines(path))
@@ -209,8 +211,8 @@ def measured(lines: Iterable[dict]) -> tuple[float, int]:
     steps since the one before."""
     total, before = 0.0, 0
     for line in lines:
-        if "step_seconds" in line:
-            total += line["step_seconds"] * (line["step"] - before)
+        if is_number(seconds := line.get("step_seconds")):
+            total += seconds * (line["step"] - before)
             before = line["step"]
     return total, before
 

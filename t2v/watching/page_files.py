@@ -97,15 +97,6 @@ def spread(steps: list[int], most: int) -> list[int]:
     return [steps[round(n * (len(steps) - 1) / (most - 1))] for n in range(most)]
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON object of a file that may be missing or half written."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_list(path: Path) -> list[dict]:
     """The objects of a JSON list; empty where it cannot be read."""
     try:
@@ -117,20 +108,3 @@ def read_list(path: Path) -> list[dict]:
         if isinstance(content, list)
         else []
     )
-
-
-def read_records(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; damaged lines are passed over."""
-    records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records

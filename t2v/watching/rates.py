@@ -1,12 +1,12 @@
 """How fast a run goes against what its devices can do, and how much of its time it made use of."""
 
-import json
 import re
 import resource
-from datetime import datetime
 from pathlib import Path
 
 import torch
+
+from t2v.attempt.files import read_records, seconds_of
 
 # Dense matrix products by NVIDIA's data sheets, in TFLOP/s; the first name that fits counts.
 PEAK_TFLOPS = (
@@ -56,11 +56,8 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
 def first_start(run_dir: Path) -> float | None:
     """When the run's first attempt began, in seconds since 1970, if attempts.jsonl tells."""
-    try:
-        with (run_dir / "attempts.jsonl").open(encoding="utf-8") as file:
-            return datetime.fromisoformat(json.loads(file.readline())["at"]).timestamp()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    records = read_records(run_dir / "attempts.jsonl")
+    return seconds_of(records[0].get("at")) if records else None
 
 
 def peak_memory() -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.feeding.config import DataConfig
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.feeding.quarantine import Quarantine
+from data_pipeline.plain import say
 from t2v.attempt.run_folder import StatusFile
 from t2v.checkpoint.checkpoints import Saved
 from t2v.engine.world import World
@@ -20,7 +21,7 @@ from t2v.watching.prometheus import PrometheusView
 from t2v.watching.rates import Rates, device_name, first_start, peak_memory
 from t2v.watching.side_job import SamplesConfig, SideJob
 from t2v.watching.stragglers import Stragglers
-from t2v.watching.views import Guarded, ProgressView, say
+from t2v.watching.views import Guarded, ProgressView
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked
-from data_pipeline.plain import plain
+from data_pipeline.plain import say
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
+from t2v.attempt.files import read_mapping
 
 COMMITTED = re.compile(r"step-(\d{8,})")
 STAGED = re.compile(r"\.step-\d{8,}-[0-9a-f]{32}")
@@ -144,7 +145,7 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
     if os.path.lexists(folder):
         reason = f"{folder} is there already and holds no samples.json; move it away"
         write_state(run_dir, state="failed", step=step, reason=reason)
-        print(plain(f"step {step}: not sampled because {reason}"), flush=True)
+        say(f"step {step}: not sampled because {reason}")
         return ConfigError.exit_code
     write_state(run_dir, state="sampling", step=step)
     command = sample_command(run_dir / "checkpoints" / name, staging, config, encoder)
@@ -154,11 +155,11 @@ def sample_step(run_dir: Path, step: int, config: SamplesConfig, encoder: str | 
         reason = (done.stderr.strip().splitlines() or [otherwise])[-1][-500:]
         shutil.rmtree(staging, ignore_errors=True)
         write_state(run_dir, state="failed", step=step, reason=reason)
-        print(plain(f"step {step}: not sampled because {reason}"), flush=True)
+        say(f"step {step}: not sampled because {reason}")
         return max(done.returncode, 1)
     staging.rename(folder)
     write_state(run_dir, state="done", step=step)
-    print(f"step {step}: sampled.", flush=True)
+    say(f"step {step}: sampled.")
     return 0
 
 
@@ -213,19 +214,12 @@ def samples_config(run_dir: Path) -> SamplesConfig:
 
 def run_ended(run_dir: Path) -> bool:
     """Whether a run is done; one that failed or was preempted may come back."""
-    try:
-        return json.loads((run_dir / "status.json").read_text())["state"] == "done"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_mapping(run_dir / "status.json").get("state") == "done"
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
     """What the side job last wrote of itself; empty where it has not."""
-    try:
-        content = json.loads((run_dir / "samples" / "state.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_mapping(run_dir / "samples" / "state.json")
 
 
 def write_state(run_dir: Path, **facts: Any) -> None:

@@ -5,6 +5,7 @@ thread looks at random moments whether its rank waits for others, on a GPU the r
 tells how long collectives took, and every so many steps ranks compare. No step is touched.
 """
 
+import contextlib
 import math
 import random
 import sys
@@ -16,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_pipeline.plain import say
 from t2v.attempt.collectives import collective_seconds
 from t2v.attempt.failure import hostname, is_waiting
 from t2v.attempt.record import append_attempt
 from t2v.attempt.run_folder import StatusFile, timestamp
 from t2v.engine.world import World
-from t2v.watching.views import say
 
 LOOK_SECONDS, RECORDER_SECONDS = 0.1, 60.0
 LEAST_SHARE, LEAST_LOOKS = 0.1, 100
@@ -161,7 +162,8 @@ class Stragglers:
             )
             attempt = self.status.facts.get("attempt", 0)
             line = {"attempt": attempt, "event": "straggler", "at": timestamp()}
-            append_attempt(self.run_dir, line | asdict(worst))
+            with contextlib.suppress(OSError):  # a full disk takes the word, not the run
+                append_attempt(self.run_dir, line | asdict(worst))
         self.named = worst.rank if worst else None
 
     def close(self) -> None:

@@ -1,6 +1,5 @@
 """Views of a run's metrics: TensorBoard, the terminal; the failure of one ends only it."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipeline.plain import say
 from data_pipeline.terminal import Terminal
 from t2v.watching.lines import numbers
 
@@ -48,12 +48,6 @@ class Guarded:
         except Exception as failure:
             self.view = None
             say(f"{self.name}: ends here because {failure!r}; metrics.jsonl goes on.")
-
-
-def say(text: str) -> None:
-    """A line on stdout, which may itself be gone."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
 
 
 class TensorBoardView:
@@ -97,7 +91,7 @@ class ProgressView:
             self.bar.update(self.task, completed=values["step"], text=text)
         elif "held_out_loss" in values or time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PLAIN_LINE_SECONDS
-            print(f"step {values['step']}/{self.total_steps}  {text}", flush=True)
+            say(f"step {values['step']}/{self.total_steps}  {text}")
 
     def close(self) -> None:
         if self.bar is not None:

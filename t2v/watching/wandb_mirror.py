@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.plain import say
 from data_pipeline.store import storage
 from t2v.watching.lines import numbers, parse_line
 
@@ -101,7 +102,7 @@ def _begin(run_dir: Path, project: str, name: str, run_id: str) -> Any:
     try:
         return begin()
     except wandb.Error as failure:
-        print(f"wandb: goes on offline because {failure}", flush=True)
+        say(f"wandb: goes on offline because {failure}")
         return begin(mode="offline")
 
 
