@@ -3,6 +3,7 @@ after held-out passes, which are given a batch too small."""
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from t2v.engine import compute
 from t2v.engine.compute import prepare_blocks
 from t2v.engine.config import EngineConfig
 from t2v.methods.hpdm.objective import drawn_latents
+from t2v.methods.pyramid_flow.objective import Lesson, errors
 from t2v.recipe.recipe import RunConfig, load_config, method_of, parse_config
 from t2v.train.held_out import passes
 from tests.distributed import run_distributed
 from tests.tiny import NoiseBatch, noise_batch
+from tests.tiny_flow import FLOW, TEXT, flow_config
+from tests.tiny_flow import noise_batch as flow_batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # docs/engines.md has this table. With gradients and without.
@@ -150,6 +154,55 @@ def counted_with_budget() -> int:
 def test_a_latent_budget_multiplies_graphs_by_its_sizes_and_may_have_four():
     found = run_distributed(counted_with_budget, 1, timeout_seconds=600)
     assert found == [4 * STATED["t2v_64x288x512"]]
+
+
+def counted_flow(name: str) -> tuple[list[int], set[str]]:
+    """Graphs of a Pyramid Flow recipe's blocks, in miniature but with its stages, units and kinds
+    of blocks: after all their lengths; also of groups of one sample, and of captions of one token;
+    also without gradients; and once more. And where graphs end."""
+    count_only()
+    recipe = load_config(CONFIGS / f"{name}.yaml").method
+    units, device = len(recipe.units), torch.device("cpu")
+    assert recipe.flow.stages == len(FLOW["flow"]["joints"]) + 1
+    size = {"clip_size": [units, 16, 24], "unit_frames": 1}
+    config = flow_config(conditioning=TEXT, model={"double_blocks": 2, "single_blocks": 2}, **size)
+    network, found = built(config, activation_checkpointing="blocks", compile=True), []
+    every = list(product(range(units), range(recipe.flow.stages)))
+
+    def learn(kinds: list[tuple[int, int]], *text: int, grad: bool = True) -> None:
+        batch = flow_batch(config, list(range(len(text))))
+        mask = torch.arange(TEXT["max_tokens"]) < torch.tensor(text)[:, None]
+        lessons = [
+            Lesson(row, s, u, seed=9 * u + row) for u, s in kinds for row in range(len(text))
+        ]
+        with torch.set_grad_enabled(grad):
+            loss = errors(network, replace(batch, text_mask=mask), config.method, lessons, device)
+            if grad:
+                loss.sum().backward()
+
+    for kind in every:
+        learn([kind], 3, 5)
+    found.append(graphs())
+    for text in ((4,), (1, 1), (1,)):
+        learn(every[::7], *text)
+    found.append(graphs())
+    for text in ((3, 5), (4,), (1, 1), (1,)):
+        learn(every[::7], *text, grad=False)
+    found.append(graphs())
+    for text in ((6, 2), (2,)):
+        learn(every[::5], *text)
+    return [*found, graphs()], set(counters["graph_break"])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["pyramid_flow_384p", "pyramid_flow_768p"])
+def test_pyramid_flow_has_the_graphs_that_are_stated_at_every_length(name):
+    ((found, breaks),) = run_distributed(counted_flow, 1, name, timeout_seconds=600)
+    assert found == [6, 20, 40, 40]
+    (only,) = breaks  # nothing else runs uncompiled
+    assert "function attend" in only
 
 
 def one_too_many() -> str:
