@@ -31,7 +31,7 @@ def test_ranks_of_a_killed_wrapper_save_and_end(dataset, tmp_path):
     node = start_node(config, tmp_path)
     wait_for_step(tmp_path / "run", 3, node)
     node.kill()
-    node.wait()
+    node.communicate(timeout=120)  # its ranks have its output, too
     assert wait_until(lambda: not processes_of(Path(config.run_dir)), 60)
     status = status_of(tmp_path / "run")
     assert (status["state"], status["last_checkpoint"]) == ("preempted", status["step"])
