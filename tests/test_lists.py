@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from numbered import write_csv, write_lines
 from pyarrow import parquet
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import StorageError, UserError
 from data_pipeline.making.lists import open_database
 from data_pipeline.making.plan import Plan, open_plan, write_plan
 from data_pipeline.making.presets import Columns
@@ -274,6 +275,23 @@ def test_names_that_are_no_text_are_counted(folder):
     with open(os.fsencode(folder) + b"/\xff.mp4", "wb"):
         found = plan(folder)
     assert found.account.passed_over["name is no UTF-8"] == 1
+
+
+def fill_database() -> None:
+    with open_database() as database:
+        database.execute("SET memory_limit = '40MB'")
+        database.execute("CREATE TABLE t AS SELECT repeat(range::VARCHAR, 30) FROM range(500000)")
+
+
+@pytest.mark.parametrize("most", [100, 100_000])
+def test_a_full_disk_below_the_database_is_told(most):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(StorageError, match="is full; make room"):
+            fill_database()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("way", ["fetchall", "to_arrow_reader"])

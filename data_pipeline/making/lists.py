@@ -19,7 +19,7 @@ from typing import Any
 
 import duckdb
 
-from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.errors import ConfigError, DataError, InputMissing, StorageError
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import BOMS
 from data_pipeline.store import storage
@@ -31,6 +31,7 @@ MOST_ROW_BYTES = 64 << 20
 OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
 UNNAMED = "unnamed"
 INTERRUPTED = "Query interrupted"
+FULL = ("Could not write", "No space left", "failed to offload")
 BAD_JSON = {
     "row is no JSON object": "coalesce(json_type(TRY_CAST(json AS JSON)), '') != 'OBJECT'",
     "row has two members of one name": "NOT list_unique(json_keys(json)) = len(json_keys(json))",
@@ -84,24 +85,25 @@ def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
     """An empty database that is gone with the block. Ctrl-C in the midst of a query, which it tells
     as an error of its own, is a KeyboardInterrupt."""
     with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
-        database = duckdb.connect(
-            f"{folder}/lists.db",
-            config={
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-                "memory_limit": MEMORY,
-                "temp_directory": f"{folder}/spilled",
-            },
-        )
-        database.execute("SET enable_progress_bar = false")
         try:
-            yield database
+            with duckdb.connect(
+                f"{folder}/lists.db",
+                config={
+                    "autoinstall_known_extensions": False,
+                    "autoload_known_extensions": False,
+                    "memory_limit": MEMORY,
+                    "temp_directory": f"{folder}/spilled",
+                },
+            ) as database:
+                database.execute("SET enable_progress_bar = false")
+                yield database
+        except duckdb.Error as error:
+            _refuse_full_disk(error)
+            raise
         except RuntimeError as error:
             if str(error) == INTERRUPTED:
                 raise KeyboardInterrupt from error
             raise
-        finally:
-            database.close()
 
 
 def read_lists(
@@ -147,10 +149,20 @@ def reason(error: duckdb.Error) -> str:
     """What the database complains about, in one line."""
     if isinstance(error, duckdb.InterruptException):
         raise KeyboardInterrupt from error
+    _refuse_full_disk(error)
     first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
     if "state machine" in first:
         return "some of its lines end in CR LF and others in LF"
     return first or type(error).__name__
+
+
+def _refuse_full_disk(error: duckdb.Error) -> None:
+    """StorageError where it is the disk below the database that is full."""
+    if any(words in str(error) for words in FULL):
+        folder = tempfile.gettempdir()
+        raise StorageError(
+            f"{folder}: is full; make room, or set TMPDIR to another disk."
+        ) from None
 
 
 def _kind(path: str) -> str:

@@ -45,13 +45,13 @@ def write_beside(
             return error
         return json.dumps(row | (json.loads(scores) if scores else {}) | {MEDIA: file})
 
-    with path.open("w", encoding="utf-8") as lines, ThreadPoolExecutor(READERS) as readers:
+    with storage.open_atomic(str(path)) as lines, ThreadPoolExecutor(READERS) as readers:
         while some := pairs.fetchmany(AT_ONCE):
             for (file, *_), found in zip(some, readers.map(line, some), strict=True):
                 if isinstance(found, DataError):
                     tally.add("unusable", str(found), [file])
                 else:
-                    lines.write(f"{found}\n")
+                    lines.write(f"{found}\n".encode())
     database.execute(
         f"DELETE FROM present WHERE place IN (SELECT unnest([json, txt]) FROM ({PAIRS}) "
         "AS pairs(file, json, txt, told))"
