@@ -42,7 +42,7 @@ from t2v.methods.hpdm.method import HPDMMethod
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.tiled_denoiser import shrink
 from t2v.network.conditioning import Condition
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 from t2v.train.schedule import learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.
     groups = parameter_groups(settings, Groups(method.new_parameters), parameters, places)
     optimizer = build_optimizer(settings, groups, lambda values: values)
     start_moments(optimizer, parameters.values())
-    average = Ema(parameters, 40.0)
+    average = Ema(parameters, half_life(40.0))
     for step in range(STEPS):
         numbers = range(step * BATCH, (step + 1) * BATCH)
         batch = replace(batch_of(numbers, method.config.pyramid, seed), step=step)

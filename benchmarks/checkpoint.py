@@ -32,7 +32,7 @@ from t2v.checkpoint.checkpoints import Checkpoints
 from t2v.engine.world import World, join_world
 from t2v.loop import open_engine
 from t2v.recipe.recipe import RunConfig, load_config, method_of
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 from t2v.train.state import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ OVERRIDES = [
 
 def fresh_state(config: RunConfig, world: World) -> TrainState:
     engine = open_engine(config, method_of(config), world)
-    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    averages = Ema(engine.parameters(), half_life(config.ema_half_life_steps))
     return TrainState(engine, averages, config.global_batch_size)
 
 

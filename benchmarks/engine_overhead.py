@@ -30,7 +30,7 @@ from data_pipeline.feeding.mixture import Mixture
 from t2v import loop
 from t2v.engine.world import World
 from t2v.recipe.recipe import RunConfig, accumulation_steps, load_config, method_of
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 from t2v.train.schedule import learning_rates
 from t2v.watching.stragglers import Waits
 
@@ -78,7 +78,7 @@ class BareLoop:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world, self.method = config, world, method_of(config)
         self.engine = loop.open_engine(config, self.method, world)
-        self.ema = Ema(self.engine.parameters(), config.ema_half_life_steps)
+        self.ema = Ema(self.engine.parameters(), half_life(config.ema_half_life_steps))
 
     def step(self, batches: list[Batch], number: int) -> None:
         """Update, as the training loop does it."""

@@ -29,7 +29,7 @@ from t2v.loop import open_engine
 from t2v.plan.footprint import measure
 from t2v.plan.memory import memory
 from t2v.recipe.recipe import RunConfig, load_config, method_of
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -182,7 +182,7 @@ def take_steps(config: RunConfig, world: World) -> None:
     """Two training steps as the loop takes them."""
     method = method_of(config)
     engine = open_engine(config, method, world)
-    ema = Ema(engine.parameters(), config.ema_half_life_steps)
+    ema = Ema(engine.parameters(), half_life(config.ema_half_life_steps))
     count = config.global_batch_size // (config.micro_batch_size * world.world_size)
     for _ in range(2):
         for number in range(count):

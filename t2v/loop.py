@@ -39,7 +39,7 @@ from t2v.recipe.recipe import (
     longest_section_seconds,
     method_of,
 )
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life, power_function
 from t2v.train.held_out import HeldOut
 from t2v.train.schedule import learning_rates
 from t2v.train.state import TrainState
@@ -143,8 +143,11 @@ def begin(
     """The newest valid checkpoint of the run; else its warm start; else initial values."""
     fault("setup")
     engine = open_engine(config, method, world)
-    averages = Ema(engine.parameters(), config.ema_half_life_steps)
-    state = TrainState(engine, averages, config.global_batch_size)
+    parameters = engine.parameters()
+    state = TrainState(
+        engine, Ema(parameters, half_life(config.ema_half_life_steps)), config.global_batch_size,
+        lengths={one: Ema(parameters, power_function(one)) for one in config.ema_lengths or ()},
+    )  # fmt: skip
     checkpoints.clean()
     found = checkpoints.newest()
     if found is not None:
@@ -163,7 +166,7 @@ def begin(
                 say(f"  from sample {state.samples} on: {line}")
     elif config.warm_start is not None:
         warm_start(config.warm_start, method, engine)
-        state.ema.restart()
+        state.restart_averages()
     checkpoints.reserve(state.slices())
     return state
 

@@ -30,7 +30,7 @@ from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import INDEX, file_of
 from t2v.engine.world import ALONE
 from t2v.recipe.recipe import RunConfig, method_of
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 from t2v.train.state import TrainState
 from tests.tiny import tiny_config
 from tests.training import engine_of
@@ -40,7 +40,7 @@ TENSORS = file_of(0)
 
 def fresh_state(config: RunConfig) -> TrainState:
     engine = engine_of(config, ALONE)
-    averages = Ema(engine.parameters(), config.ema_half_life_steps)
+    averages = Ema(engine.parameters(), half_life(config.ema_half_life_steps))
     return TrainState(engine, averages, config.global_batch_size)
 
 

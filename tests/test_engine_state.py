@@ -15,11 +15,11 @@ from t2v.checkpoint.config import CheckpointConfig
 from t2v.engine.engine import Engine
 from t2v.engine.world import ALONE, World, join_world
 from t2v.recipe.recipe import RunConfig
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life, power_function
 from t2v.train.state import TrainState
 from tests.distributed import run_distributed
 from tests.tiny import tiny_config
-from tests.training import accumulate, engine_of, take_step, whole
+from tests.training import accumulate, engine_of, joined, take_step, whole
 
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
@@ -42,23 +42,14 @@ def recipe(engine: dict[str, Any], **changes: Any) -> RunConfig:
 
 def state_of(config: RunConfig, world: World) -> TrainState:
     engine = engine_of(config, world)
-    averages = Ema(engine.parameters(), config.ema_half_life_steps)
-    return TrainState(engine, averages, config.global_batch_size)
+    averages = Ema(engine.parameters(), half_life(config.ema_half_life_steps))
+    lengths = {0.1: Ema(engine.parameters(), power_function(0.1))}
+    return TrainState(engine, averages, config.global_batch_size, lengths=lengths)
 
 
 def everything(state: TrainState) -> dict[str, np.ndarray]:
     """All that a checkpoint holds, whole."""
-    engine = state.engine
-    found = {f"raw.{name}": value for name, value in whole(engine, engine.parameters()).items()}
-    found |= {f"ema.{name}": value for name, value in whole(engine, state.ema.averages).items()}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        parts = {
-            key.removeprefix(f"{moment}."): part
-            for key, part in engine.moments().items()
-            if key.startswith(f"{moment}.")
-        }
-        found |= {f"{moment}.{name}": value for name, value in whole(engine, parts).items()}
-    return found
+    return joined(state.slices(), state.engine.world)
 
 
 def checkpoints(run_dir: Path, world: World) -> Checkpoints:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, NumericError, RunLocked
 from data_pipeline.making.build import build
@@ -17,9 +18,14 @@ from data_pipeline.making.toy import write_toy
 from t2v import loop
 from t2v.attempt import preemption
 from t2v.attempt.run_folder import locked
+from t2v.checkpoint.compatibility import average_prefix
+from t2v.checkpoint.export import read_export
 from t2v.checkpoint.finding import list_checkpoints
+from t2v.checkpoint.manifest import read_manifest
+from t2v.checkpoint.power_average import PowerAverage, power_of, shares_of, stored_averages
 from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import read_whole, tensor_kinds
+from t2v.cli import main
 from t2v.loop import train
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.recipe.recipe import RunConfig, dump_config, load_config
@@ -83,12 +89,16 @@ def train_in_parts(config: RunConfig, stops: list[int]) -> list[int]:
     return [*codes, train(config)]
 
 
+AVERAGES = {
+    "ema_lengths": [0.05, 0.1],
+    "checkpoint": {"every_steps": 2, "milestone_every_steps": 1},
+}
 TRUTH = ("loss", "loss_level_0", "loss_level_1", "grad_norm", "learning_rate", "batch_digest")
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
 def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset, tmp_path, name):
-    change = {"optimizer": {"name": name}}
+    change = {"optimizer": {"name": name}, **AVERAGES}
     whole, parts = (config_of(dataset, tmp_path / name, **change) for name in ("whole", "parts"))
     assert train(whole) == 0
     assert train_in_parts(parts, [1, 3]) == [75, 75, 0]
@@ -102,6 +112,31 @@ def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset
         train(config_of(dataset, tmp_path / "whole", seed=4, **change))
     assert load_config(tmp_path / "whole" / "config.yaml") == whole
     assert [line[0] for line in lines_of(tmp_path / "whole")] == list(range(1, STEPS + 1))
+
+
+def test_an_average_of_any_length_is_exported_after_training(dataset, tmp_path, capsys):
+    """A stored one bit by bit, and another as near as its profile is to the one that was kept."""
+    lengths = {"ema_lengths": [0.05, 0.08, 0.1], "total_steps": 12}
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train(config_of(dataset, run, **AVERAGES | lengths)) == 0
+    folder, found = run / "checkpoints" / "step-00000012", tensors_at(run, 12)
+    for number, length in enumerate((0.08, 0.06)):
+        told = ["checkpoint", "export", str(run), f"{out}-{number}", f"--ema-length={length}"]
+        assert main(told) == 0
+        assert "self-test: outputs equal" in capsys.readouterr().out
+    exported = load_file(f"{out}-0/model.safetensors")
+    assert_same_tensors(exported, {n: found[average_prefix(0.08) + n] for n in exported})
+    assert 0 < read_export(Path(f"{out}-1")).ema_error < 0.2
+    stored = stored_averages(folder, read_manifest(folder))
+    others = [one for one in stored if one.prefix != average_prefix(0.08)]
+    assert (len(stored), len(others)) == (18, 12)
+    shares, error = shares_of([one.profile for one in others], (12, power_of(0.08)))
+    made = PowerAverage(list(zip(shares, others, strict=True)), error)
+    for name, tensor in exported.items():
+        apart = float((found[average_prefix(0.1) + name] - tensor).norm())
+        assert float((made.read(name) - tensor).norm()) < 0.2 * apart + 1e-7, name
+    assert main(["checkpoint", "export", str(run), str(tmp_path / "x"), "--ema-length=0.5"]) == 78
+    assert "0.5 is wrong because it is a share of training" in capsys.readouterr().err
 
 
 @pytest.mark.dist

@@ -80,6 +80,11 @@ def test_shards_add_up_to_the_model_and_activations_follow_the_micro_batch(t2v_f
     for size in (1, 2, 8):
         needed = memory(recipe("t2v_64x288x512", f"micro_batch_size={size}"), t2v_footprint, 8)
         assert needed.activations / size == pytest.approx(sizes[8].activations / 4)
+    lengths = ("ema_lengths=[0.05, 0.1]", "checkpoint.milestone_every_steps=1000")
+    averaged = memory(recipe("t2v_64x288x512", *lengths), t2v_footprint, 8)
+    assert averaged.ema == pytest.approx(3 * sizes[8].ema)
+    assert averaged.host_copy == pytest.approx(6 / 4 * sizes[8].host_copy)
+    assert averaged.weights == sizes[8].weights
 
 
 def test_recomputation_trades_operations_for_memory():

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2v.checkpoint.tensor_files import Slice
 from t2v.engine.engine import Engine
 from t2v.engine.world import World, join_world
 from t2v.loop import open_engine
 from t2v.recipe.recipe import RunConfig, method_of
-from t2v.train.ema import Ema
+from t2v.train.ema import Ema, half_life
 from t2v.train.schedule import learning_rates
 from tests import tiny, tiny_flow
 
@@ -67,9 +68,9 @@ def train(config: RunConfig, world: World, steps: int) -> Outcome:
     """Plain steps from the recipe's initial values."""
     engine = engine_of(config, world)
     start = whole(engine, engine.parameters())
-    ema = Ema(engine.parameters(), config.ema_half_life_steps)
+    ema = Ema(engine.parameters(), half_life(config.ema_half_life_steps))
     followed = {name: torch.from_numpy(values.copy()) for name, values in start.items()}
-    unsplit = Ema(followed, config.ema_half_life_steps)
+    unsplit = Ema(followed, half_life(config.ema_half_life_steps))
     history = []
     for step in range(steps):
         history.append(take_step(engine, config, step))
@@ -95,11 +96,16 @@ def train_all(configs: list[RunConfig], steps: int) -> list[Outcome]:
 def whole(engine: Engine, parts: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Every tensor put together from all ranks' parts; a place left out stays nan."""
     places = engine.places()
-    mine = {name: (places[name], part.flatten().numpy().copy()) for name, part in parts.items()}
+    return joined({name: Slice(part, places[name]) for name, part in parts.items()}, engine.world)
+
+
+def joined(slices: dict[str, Slice], world: World) -> dict[str, np.ndarray]:
+    """The same of parts that come with their places."""
+    mine = {name: (s.place, s.part.flatten().numpy().copy()) for name, s in slices.items()}
     tensors = {
         name: np.full(prod(place.shape), np.nan, np.float32) for name, (place, _) in mine.items()
     }
-    for theirs in engine.world.gather(mine):
+    for theirs in world.gather(mine):
         for name, (place, part) in theirs.items():
             tensors[name][place.offset :][: len(part)] = part
-    return {name: tensor.reshape(places[name].shape) for name, tensor in tensors.items()}
+    return {name: tensor.reshape(slices[name].place.shape) for name, tensor in tensors.items()}

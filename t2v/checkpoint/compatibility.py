@@ -14,9 +14,14 @@ WEIGHTS = {"ema": "ema.", "raw": "model."}
 # A run that goes on with one of these changed would not be the same run. Moments and averages stay
 # what they are under all others; samples go on at their number.
 FIXED = (
-    *("seed", "ema_half_life_steps"),
+    *("seed", "ema_half_life_steps", "ema_lengths"),
     *("method", "conditioning"),
 )
+
+
+def average_prefix(length: float) -> str:
+    """With what the names of a power-function average of a relative length begin."""
+    return f"average-{length:g}."
 
 
 def refuse_other_run(

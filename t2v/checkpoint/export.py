@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +30,8 @@ from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance as TextEncoder
 from t2v.checkpoint.compatibility import WEIGHTS, refuse_differences
-from t2v.checkpoint.finding import load_weights
 from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_file
+from t2v.checkpoint.power_average import power_average
 from t2v.checkpoint.tensor_files import SAFETENSORS_TYPES, TensorKind, read_whole, tensor_kinds
 from t2v.methods.method import Method
 from t2v.network.network import Network
@@ -47,6 +48,10 @@ class Export(Strict):
     name: str
     step: int
     weights: Literal["ema", "raw"]
+    ema_length: float | None = Field(
+        default=None, description="relative length of the average, if it was made afterwards"
+    )
+    ema_error: float | None = Field(default=None, description="relative, of its profile")
     dtype: Literal["fp32", "bf16", "fp16"]
     parameters: int
     config: dict[str, Any]
@@ -64,32 +69,41 @@ def export_checkpoint(
     method: Method,
     *,
     weights: Literal["ema", "raw"] = "ema",
+    ema_length: float | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     file_gib: float = 5.0,
     self_test: bool = True,
 ) -> Export:
     """Write the export of a proved step folder; it appears at `out` when it is complete and right.
+    With `ema_length` the weights are a power-function average of that relative length.
 
     The self-test runs the model of the checkpoint, rounded as the export is, and the model of the
     export on the same noise; their outputs must be equal bit for bit.
     """
     if os.path.lexists(out):
         raise ConfigError(f"{out}: is there already; choose another folder, or remove it.")
-    manifest = read_manifest(checkpoint)
+    manifest, error = read_manifest(checkpoint), None
+    told = "averaged" if weights == "ema" else "raw"
+    kinds, read = _weights_of(checkpoint, weights), partial(_read, checkpoint, WEIGHTS[weights])
+    if ema_length is not None:
+        average = power_average(checkpoint, manifest, ema_length)
+        read, error = average.read, average.error
+        told = f"averaged (relative length {ema_length:g})"
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     staging.mkdir()
     try:
-        _write_weights(checkpoint, staging, weights, DTYPES[dtype], int(file_gib * GIB))
-        _write_words(staging, method, manifest, weights, dtype)
+        _write_weights(staging, kinds, read, DTYPES[dtype], int(file_gib * GIB))
+        _write_words(staging, method, manifest, told, dtype)
         if self_test:
-            _refuse_other_outputs(checkpoint, staging, method, weights, DTYPES[dtype])
+            _refuse_other_outputs(checkpoint, staging, method, kinds, read, DTYPES[dtype])
         files = {path.name: record_file(path) for path in sorted(staging.iterdir())}
-        kinds = _weights_of(checkpoint, weights)
         export = Export(
             name=manifest.config["name"],
             step=manifest.step,
             weights=weights,
+            ema_length=ema_length,
+            ema_error=error,
             dtype=dtype,
             parameters=sum(prod(kind.shape) for kind in kinds.values()),
             config=manifest.config,
@@ -155,11 +169,18 @@ def _weights_of(checkpoint: Path, weights: str) -> dict[str, TensorKind]:
     }
 
 
+def _read(checkpoint: Path, prefix: str, name: str) -> Tensor:
+    return read_whole(checkpoint, prefix + name)
+
+
 def _write_weights(
-    checkpoint: Path, out: Path, weights: str, dtype: torch.dtype, file_bytes: int
+    out: Path,
+    kinds: dict[str, TensorKind],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    file_bytes: int,
 ) -> None:
     """The weights in as many files as their size asks for, with the hub's index beside many."""
-    kinds = _weights_of(checkpoint, weights)
     sizes = {name: prod(kind.shape) * dtype.itemsize for name, kind in kinds.items()}
     groups: list[list[str]] = [[]]
     filled = 0
@@ -169,14 +190,14 @@ def _write_weights(
             filled = 0
         groups[-1].append(name)
         filled += size
-    count, prefix = len(groups), WEIGHTS[weights]
+    count = len(groups)
     place = {}
     for number, names in enumerate(groups, start=1):
         file = (
             f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         )
         shapes = {name: kinds[name].shape for name in names}
-        tensors = (read_whole(checkpoint, prefix + name).to(dtype) for name in names)
+        tensors = (read(name).to(dtype) for name in names)
         write_safetensors(out / file, shapes, dtype, tensors)
         place |= dict.fromkeys(names, file)
     if count > 1:
@@ -203,7 +224,7 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def _write_words(out: Path, method: Method, manifest: Manifest, weights: str, dtype: str) -> None:
+def _write_words(out: Path, method: Method, manifest: Manifest, told: str, dtype: str) -> None:
     """The recipe and a card for whoever finds the folder."""
     recipe = yaml.safe_dump(manifest.config, sort_keys=False)
     storage.write_atomic(out / "config.yaml", recipe.encode())
@@ -211,10 +232,9 @@ def _write_words(out: Path, method: Method, manifest: Manifest, weights: str, dt
     encoder = manifest.text_encoder.encoder if manifest.text_encoder else "none"
     space = f"; latents of: {manifest.latents.autoencoder}" if manifest.latents else ""
     clip = "x".join(str(size) for size in method.config.view.clip_size)
-    kind = "averaged" if weights == "ema" else "raw"
     card = f"""# {manifest.config["name"]}
 
-{kind.capitalize()} weights ({dtype}) of a {method.title}
+{told.capitalize()} weights ({dtype}) of a {method.title}
 for clips of {clip} (frames x height x width), after step {manifest.step}.
 
 - conditioning: {method.conditioning.kind}; text encoder: {encoder}{space}
@@ -232,14 +252,16 @@ def _refuse_other_outputs(
     checkpoint: Path,
     out: Path,
     method: Method,
-    weights: Literal["ema", "raw"],
+    kinds: dict[str, TensorKind],
+    read: Callable[[str], Tensor],
     dtype: torch.dtype,
 ) -> None:
     """StorageError where the exported model does not do exactly what the checkpoint's does."""
     model = method.network()
-    load_weights(checkpoint, model, weights=weights)
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(dtype))
+    own = {name: TensorKind(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    refuse_differences(checkpoint, kinds, own)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(read(name).to(dtype))
     wanted = _outputs(model, method)
     for parameter in model.parameters():
         parameter.data.zero_()

@@ -201,9 +201,9 @@ def kind_of(entry: Entry) -> TensorKind:
     return TensorKind(tuple(entry.shape), getattr(torch, entry.dtype))
 
 
-def read_slices(folder: Path, slices: dict[str, Slice]) -> None:
+def read_slices(folder: Path, slices: dict[str, Slice], index: TensorIndex | None = None) -> None:
     """Fill the given parts in place; names and kinds must be known to agree."""
-    index = read_index(folder)
+    index = index or read_index(folder)
     with contextlib.ExitStack() as exits:
         files: dict[int, FileIO] = {}
         for name, wanted in slices.items():
@@ -218,11 +218,12 @@ def read_slices(folder: Path, slices: dict[str, Slice]) -> None:
                 _read_into(files[piece.rank], start, target)
 
 
-def read_whole(folder: Path, name: str) -> Tensor:
-    """One tensor, all of it, on the CPU."""
-    kind = kind_of(read_index(folder).tensors[name])
+def read_whole(folder: Path, name: str, index: TensorIndex | None = None) -> Tensor:
+    """One tensor, all of it, on the CPU; whoever reads many folders in turn keeps each `index`."""
+    index = index or read_index(folder)
+    kind = kind_of(index.tensors[name])
     tensor = torch.empty(kind.shape, dtype=kind.dtype)
-    read_slices(folder, {name: whole(tensor)})
+    read_slices(folder, {name: whole(tensor)}, index)
     return tensor
 
 

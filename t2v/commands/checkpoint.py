@@ -33,6 +33,12 @@ def add_checkpoint_verbs(verbs) -> None:
     verb.add_argument("checkpoint", help="a step folder, or a run folder: its newest valid step")
     verb.add_argument("out", help="a folder that is not there yet")
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb.add_argument(
+        "--ema-length",
+        type=float,
+        help="relative length of another average, made of those that the run's checkpoints hold "
+        "(ema_lengths), such as 0.075",
+    )
     verb.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     verb.add_argument("--file-gib", type=float, default=5.0, help="largest file")
     verb.add_argument(
@@ -83,15 +89,20 @@ def export(options: argparse.Namespace) -> None:
             f"--file-gib: {options.file_gib} is wrong because a file holds a finite size above 0; "
             "give one."
         )
+    if options.ema_length is not None and options.weights == "raw":
+        raise ConfigError("--ema-length: is wrong because raw weights are no average; drop one.")
     checkpoint = resolve_checkpoint(options.checkpoint)
     made = export_checkpoint(
         checkpoint,
         Path(options.out),
         method_of(parse_config(read_manifest(checkpoint).config, str(checkpoint))),
         weights=options.weights,
+        ema_length=options.ema_length,
         dtype=options.dtype,
         file_gib=options.file_gib,
         self_test=not options.no_self_test,
     )
-    told = f"{made.parameters / 1e6:.1f} M parameters of step {made.step} ({made.weights}, "
-    print(plain(f"{options.out}: {told}{made.dtype}); self-test: {made.self_test}."))
+    weights = made.weights if made.ema_length is None else f"average of {made.ema_length:g}"
+    error = "" if made.ema_error is None else f" profile met to {made.ema_error:.1%};"
+    told = f"{made.parameters / 1e6:.1f} M parameters of step {made.step} ({weights}, {made.dtype})"
+    print(plain(f"{options.out}: {told};{error} self-test: {made.self_test}."))

@@ -12,7 +12,7 @@ from t2v.recipe.recipe import RunConfig
 GIB = 2**30
 RESERVE_GIB = 2.0  # CUDA context, communication buffers, the allocator's gaps
 MOST_GPUS = 8192
-CHECKPOINT_BYTES = 16  # per parameter: weight, average and two moments, fp32
+FP32 = 4
 
 
 class Memory(Strict):
@@ -88,6 +88,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
     )
     values = samples * config.method.values_per_sample
     replicas = config.engine.dp_replicate
+    saved = FP32 * (3 + averages(config))  # of each parameter: weight, two moments, averages
     batch = values * (1 + 6 * 4)  # bytes, and in fp32: x, noise, x_noisy, scaled, target, output
     sizes = {
         "weights": held.weights,
@@ -106,7 +107,7 @@ def memory(config: RunConfig, footprint: Footprint, gpus: int) -> Memory:
         **{part: size / GIB for part, size in sizes.items()},
         total=sum(sizes[part] for part in MOMENTS[fullest(sizes)]) / GIB,
         host=held.host / GIB,
-        host_copy=CHECKPOINT_BYTES * sum(footprint.parameters.values()) * replicas / gpus / GIB,
+        host_copy=saved * sum(footprint.parameters.values()) * replicas / gpus / GIB,
     )
 
 
@@ -133,7 +134,7 @@ def held_by_single(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
         whole,
         whole,
         2 * whole,
-        whole,
+        averages(config) * whole,
         earlier,
         gathered=copies,
         stepping=stepping(config, footprint, whole),
@@ -155,7 +156,7 @@ def held_by_fsdp(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
         shard,
         shard,
         2 * shard,
-        shard,
+        averages(config) * shard,
         earlier,
         gathered,
         summed,
@@ -178,9 +179,17 @@ def held_by_zero(config: RunConfig, footprint: Footprint, gpus: int) -> Held:
     # Stage 1 splits gradients after the backward pass only, and so do all in accumulation: what is
     # split off is no longer whole. A bucket is flattened into another before it is exchanged.
     summed = bucket + whole - shard if engine.zero_stage == 1 or earlier else 2 * bucket
+    kept = averages(config)
     if engine.offload_optimizer:
-        return Held(working, 0, 0, 0, earlier, gathered, summed, host=6 * shard)
-    return Held(working + shard, shard, 2 * shard, shard, earlier, gathered, summed, stepping=shard)
+        return Held(working, 0, 0, 0, earlier, gathered, summed, host=(5 + kept) * shard)
+    return Held(
+        working + shard, shard, 2 * shard, kept * shard, earlier, gathered, summed, stepping=shard
+    )
+
+
+def averages(config: RunConfig) -> int:
+    """How many averages of the weights are kept."""
+    return 1 + len(config.ema_lengths or ())
 
 
 def accumulates(config: RunConfig, gpus: int) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +17,7 @@ from data_pipeline.feeding.config import (
 from data_pipeline.strict import Strict
 from t2v.attempt.watchdog import WatchdogConfig
 from t2v.checkpoint.config import CheckpointConfig
+from t2v.checkpoint.power_average import LONGEST
 from t2v.engine.config import EngineConfig
 from t2v.engine.optimizer import OptimizerConfig
 from t2v.methods.method import Method
@@ -43,6 +45,13 @@ class RunConfig(Strict):
     micro_batch_size: int = Field(ge=1, description="clips per forward pass of a rank")
     ema_half_life_steps: float = Field(
         gt=0, le=1e9, description="steps after which a weight counts half"
+    )
+    ema_lengths: list[Annotated[float, Field(gt=0, le=LONGEST)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4,
+        description="relative lengths of power-function averages that are kept besides, such as "
+        "[0.05, 0.1], of which `t2v checkpoint export --ema-length` makes any other afterwards",
     )
     method: AnyMethodConfig
     conditioning: Conditioning
@@ -80,6 +89,11 @@ class RunConfig(Strict):
             )
         if problem := self.method.problem_with_batches(self.global_batch_size):
             raise ValueError(f"global_batch_size: {problem}")
+        if self.ema_lengths and not self.checkpoint.milestone_every_steps:
+            raise ValueError(
+                f"ema_lengths: {self.ema_lengths} is wrong because no averages are kept to make "
+                "others of; set checkpoint.milestone_every_steps to about a 20th of total_steps"
+            )
         if self.engine.kind == "zero" and self.optimizer.name != "adamw":
             raise ValueError(
                 f"optimizer.name: '{self.optimizer.name}' is wrong because ZeRO splits tensors, "

@@ -47,6 +47,7 @@ def open_source(path: str | Path, world: World) -> Source:
         export = world.on_first(lambda: read_export(folder))
         config = parse_config(export.config, str(folder))
         digest = f"{export.checkpoint_proof}-{export.dtype}"
+        digest += f"-{export.ema_length:g}" if export.ema_length else ""
         made = export.text_encoder, export.latents
         return Source(folder, config, *made, export.step, digest, export.weights)
     folder = resolve_checkpoint(path, world)

@@ -1,9 +1,9 @@
 """What training changes: the named tensors and counters that a checkpoint holds, and no others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, average_prefix, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import Manifest
 from t2v.checkpoint.tensor_files import Slice, read_slices, tensor_kinds
 from t2v.engine.engine import Engine
@@ -12,7 +12,10 @@ from t2v.train.ema import Ema
 
 @dataclass
 class TrainState:
-    """A run after `step` steps, which have read `samples` samples; the next reads `batch_size`."""
+    """A run after `step` steps, which have read `samples` samples; the next reads `batch_size`.
+
+    Besides the `ema` it keeps power-function averages, by their relative `lengths`.
+    """
 
     engine: Engine
     ema: Ema
@@ -20,11 +23,13 @@ class TrainState:
     step: int = 0
     samples: int = 0
     skips_in_a_row: int = 0
+    lengths: dict[float, Ema] = field(default_factory=dict)
 
     def update(self, rates: dict[str, float], grad_norm: float) -> None:
         """One optimizer step."""
         self.engine.update(rates, grad_norm)
-        self.ema.update(self.engine.updates)
+        for average in (self.ema, *self.lengths.values()):
+            average.update(self.engine.updates)
         self._count()
         self.skips_in_a_row = 0
 
@@ -38,12 +43,19 @@ class TrainState:
         self.step += 1
         self.samples += self.batch_size
 
+    def restart_averages(self) -> None:
+        """Make every average its parameter's present value."""
+        for average in (self.ema, *self.lengths.values()):
+            average.restart()
+
     def slices(self) -> dict[str, Slice]:
         """This rank's weights, averages and moments by name; memory is shared."""
         places, parts = self.engine.places(), self.engine.parameters()
         named = {WEIGHTS["raw"] + name: Slice(part, places[name]) for name, part in parts.items()}
-        for name, part in self.ema.averages.items():
-            named[WEIGHTS["ema"] + name] = Slice(part, places[name])
+        averages = {average_prefix(length): kept for length, kept in self.lengths.items()}
+        for prefix, average in ({WEIGHTS["ema"]: self.ema} | averages).items():
+            for name, part in average.averages.items():
+                named[prefix + name] = Slice(part, places[name])
         for key, part in self.engine.moments().items():
             _, name = key.split(".", 1)
             named[f"optimizer.{key}"] = Slice(part, places[name])
