@@ -41,6 +41,7 @@ from t2v.recipe.recipe import (
 )
 from t2v.train.ema import Ema, half_life, power_function
 from t2v.train.held_out import HeldOut
+from t2v.train.part_weights import PartWeights
 from t2v.train.schedule import learning_rates
 from t2v.train.state import TrainState
 from t2v.train.warm_start import warm_start
@@ -107,7 +108,7 @@ def train(
             checkpoints.wait_for_copy()
             watchdog.enter("step", state.step, samples)
             if math.isfinite(grad_norm):
-                state.update(rates, grad_norm)
+                state.update(rates, grad_norm, losses)
             else:
                 state.skip()
             report.step(
@@ -147,6 +148,7 @@ def begin(
     state = TrainState(
         engine, Ema(parameters, half_life(config.ema_half_life_steps)), config.global_batch_size,
         lengths={one: Ema(parameters, power_function(one)) for one in config.ema_lengths or ()},
+        part_weights=PartWeights(config.loss_weights, len(method.parts)),
     )  # fmt: skip
     checkpoints.clean()
     found = checkpoints.newest()
@@ -192,13 +194,14 @@ def accumulate_gradients(
     count = accumulation_steps(config, engine.world.world_size)
     device = engine.world.device
     losses, pace = torch.zeros(len(method.parts), device=device), Pace(device)
+    weights = state.part_weights.on(device)
     for number, batch in enumerate(on_device(micro_batches, device), start=1):
         report.samples(batch)
         with engine.autocast():
             of_parts = method.losses(engine.model, batch, seed=config.seed, device=device) / count
         if fault("forward", state.step + 1):
             of_parts = of_parts * math.nan
-        engine.backward(of_parts.sum(), final=number == count)
+        engine.backward((weights * of_parts).sum(), final=number == count)
         losses += of_parts.detach()
         pace.wait()
         tell()

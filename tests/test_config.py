@@ -147,6 +147,16 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "divisor.",
         ),
         (
+            "loss_weights=[1.0, 2.0, 4.0]",
+            "loss_weights: [1.0, 2.0, 4.0] is wrong because the loss has 2 parts (level_0, "
+            "level_1); give one number each.",
+        ),
+        (
+            "ema_lengths=[0.05, 0.1]",
+            "ema_lengths: [0.05, 0.1] is wrong because no averages are kept to make others of; set "
+            "checkpoint.milestone_every_steps to about a 20th of total_steps.",
+        ),
+        (
             "data.sources=[{path: a, weight: 2}, {path: b}]",
             "data.sources: weights [2, 1] make 3 equal parts, which do not divide "
             "global_batch_size 4; choose weights whose parts do.",

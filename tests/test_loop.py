@@ -93,12 +93,13 @@ AVERAGES = {
     "ema_lengths": [0.05, 0.1],
     "checkpoint": {"every_steps": 2, "milestone_every_steps": 1},
 }
+LEARNED = {"loss_weights": "uncertainty"}
 TRUTH = ("loss", "loss_level_0", "loss_level_1", "grad_norm", "learning_rate", "batch_digest")
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
 def test_stopped_twice_and_resumed_is_bitwise_the_run_that_never_stopped(dataset, tmp_path, name):
-    change = {"optimizer": {"name": name}, **AVERAGES}
+    change = {"optimizer": {"name": name}, **AVERAGES, **LEARNED}
     whole, parts = (config_of(dataset, tmp_path / name, **change) for name in ("whole", "parts"))
     assert train(whole) == 0
     assert train_in_parts(parts, [1, 3]) == [75, 75, 0]
@@ -143,7 +144,7 @@ def test_an_average_of_any_length_is_exported_after_training(dataset, tmp_path, 
 def test_two_ranks_resume_bitwise_and_other_worlds_to_rounding(dataset, tmp_path):
     fsdp = {"engine": {"kind": "fsdp"}}
     # A large eps keeps rounding what it is; see tests/test_engine.py.
-    tame = {"optimizer": {"eps": 1.0e-2}}
+    tame = {"optimizer": {"eps": 1.0e-2}, **LEARNED}
     whole, parts = (config_of(dataset, tmp_path / n, **fsdp, **tame) for n in ("whole", "parts"))
     run_distributed(train_all_parts, 2, [whole, parts, parts, parts], [6, 1, 3, 6], worlds=4)
     assert_same_tensors(tensors_at(tmp_path / "parts", 6), tensors_at(tmp_path / "whole", 6))

@@ -24,6 +24,7 @@ from t2v.methods.method import Method
 from t2v.recipe.methods import METHODS, AnyMethodConfig
 from t2v.recipe.reading import apply_override, parse, read_mapping
 from t2v.train.held_out import HeldOutConfig
+from t2v.train.part_weights import Setting
 from t2v.train.warm_start import WarmStartConfig
 from t2v.watching.metrics import MetricsConfig
 from t2v.watching.side_job import SamplesConfig
@@ -52,6 +53,11 @@ class RunConfig(Strict):
         max_length=4,
         description="relative lengths of power-function averages that are kept besides, such as "
         "[0.05, 0.1], of which `t2v checkpoint export --ema-length` makes any other afterwards",
+    )
+    loss_weights: Setting = Field(
+        default=None,
+        description="what the method's parts, such as HPDM's levels, count in the gradient: a number "
+        "each, or 'uncertainty', one over the part's recent mean loss; none: 1",
     )
     method: AnyMethodConfig
     conditioning: Conditioning
@@ -89,6 +95,13 @@ class RunConfig(Strict):
             )
         if problem := self.method.problem_with_batches(self.global_batch_size):
             raise ValueError(f"global_batch_size: {problem}")
+        if isinstance(self.loss_weights, list):
+            parts = method_of(self).parts
+            if len(self.loss_weights) != len(parts):
+                raise ValueError(
+                    f"loss_weights: {self.loss_weights} is wrong because the loss has "
+                    f"{len(parts)} parts ({', '.join(parts)}); give one number each"
+                )
         if self.ema_lengths and not self.checkpoint.milestone_every_steps:
             raise ValueError(
                 f"ema_lengths: {self.ema_lengths} is wrong because no averages are kept to make "

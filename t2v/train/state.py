@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from t2v.checkpoint.compatibility import WEIGHTS, average_prefix, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import Manifest
 from t2v.checkpoint.tensor_files import Slice, read_slices, tensor_kinds
 from t2v.engine.engine import Engine
+from t2v.engine.place import Place
 from t2v.train.ema import Ema
+from t2v.train.part_weights import PartWeights
 
 
 @dataclass
@@ -24,10 +28,15 @@ class TrainState:
     samples: int = 0
     skips_in_a_row: int = 0
     lengths: dict[float, Ema] = field(default_factory=dict)
+    part_weights: PartWeights = field(default_factory=PartWeights)
 
-    def update(self, rates: dict[str, float], grad_norm: float) -> None:
-        """One optimizer step."""
+    def update(self, rates: dict[str, float], grad_norm: float, losses: list[float]) -> None:
+        """One optimizer step; `losses` are this rank's mean of each part."""
         self.engine.update(rates, grad_norm)
+        if self.part_weights.learned:
+            world = self.engine.world
+            means = world.total(torch.tensor(losses, dtype=torch.float64)) / world.world_size
+            self.part_weights.update(means, self.engine.updates)
         for average in (self.ema, *self.lengths.values()):
             average.update(self.engine.updates)
         self._count()
@@ -59,6 +68,9 @@ class TrainState:
         for key, part in self.engine.moments().items():
             _, name = key.split(".", 1)
             named[f"optimizer.{key}"] = Slice(part, places[name])
+        if self.part_weights.learned:
+            means, first = self.part_weights.means, self.engine.world.is_first
+            named["loss.means"] = Slice(means, Place(tuple(means.shape), 0, kept=first))
         return named
 
     def restore(self, folder: Path, manifest: Manifest) -> None:
