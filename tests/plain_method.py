@@ -106,7 +106,7 @@ class PlainMethod(Method):
 
     @torch.no_grad()
     def generate(
-        self, network, *, condition, null, seeds, room, team, progress, given=None
+        self, network, *, condition, null, seeds, room, team, progress, given=None, guide=None
     ) -> list[Tensor]:
         draws = (torch.Generator().manual_seed(seed) for seed in seeds)
         x = torch.stack([torch.randn(3, *self.config.clip_size, generator=g) for g in draws])

@@ -36,9 +36,9 @@ def refuse_other_run(
     where it is of another run. `told` accepts other datasets; `sources` says what becomes of each.
     """
     old, new = _trained(manifest.config), _trained(json.loads(json.dumps(facts["config"])))
-    changed = [line for name in FIXED for line in _changes(name, old.get(name), new.get(name))]
+    changed = [line for name in FIXED for line in changes(name, old.get(name), new.get(name))]
     before = (old.get("optimizer") or {}).get("name")
-    changed += _changes("optimizer.name", before, new["optimizer"]["name"])
+    changed += changes("optimizer.name", before, new["optimizer"]["name"])
     if changed:
         raise ConfigError(
             f"{folder}: is of another recipe because these differ; set them back, or begin a new "
@@ -54,7 +54,7 @@ def refuse_other_run(
         line
         for name in new
         if name not in ("name", "run_dir", "data", *FIXED)
-        for line in _changes(name, old.get(name), new[name])
+        for line in changes(name, old.get(name), new[name])
     ]
 
 
@@ -100,9 +100,9 @@ def model_signature(slices: dict[str, Slice]) -> str:
     return digest(json.dumps({name: str(kind) for name, kind in sorted(kinds.items())}))
 
 
-def _changes(path: str, old: Any, new: Any) -> list[str]:
+def changes(path: str, old: Any, new: Any) -> list[str]:
     """`dotted.path: old -> new` of every setting that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = list(old | new)
-        return [c for n in names for c in _changes(f"{path}.{n}", old.get(n), new.get(n))]
+        return [c for n in names for c in changes(f"{path}.{n}", old.get(n), new.get(n))]
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -36,7 +36,7 @@ from t2v.evaluation.scores import (
 )
 from t2v.evaluation.seam import seam_scores
 from t2v.sampling.generate import Means, Recipe, sample_recipe, sampling_world, with_sampling
-from t2v.sampling.source import open_source
+from t2v.sampling.source import open_guide, open_source
 
 PROTOCOL, TABLE = "protocol.yaml", "result.md"
 
@@ -126,7 +126,8 @@ def sample_for(protocol: Protocol, real: RealClips, job: Job, folder: Path, worl
     )
     request = replace(request, encoder=job.encoder, vae=job.vae)
     config = with_sampling(source.config, (*job.settings, f"fps={protocol.fps}"))
-    sample_recipe(Recipe(source, config, request), folder, job.means, world)
+    recipe = Recipe(source, config, request, open_guide(config, world))
+    sample_recipe(recipe, folder, job.means, world)
 
 
 def load_measures(protocol: Protocol, generated: GeneratedClips, device: torch.device) -> Measures:

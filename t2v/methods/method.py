@@ -127,6 +127,7 @@ class Method(ABC):
     passes_without_gradient: int = 0  # of the network, for one training pass
     calls_per_clip: int  # of the network, to generate it without guidance
     is_guided: bool = False  # whether generation looks at the null condition
+    guide_checkpoint: str | None = None  # of a second network that generation is given
 
     def __init__(self, config: Any, conditioning: Conditioning) -> None:
         self.config, self.conditioning = config, conditioning
@@ -210,7 +211,8 @@ class Method(ABC):
         team: Team,
         progress: Callable[[int], None],
         given: Clips | None = None,
+        guide: Any = None,
     ) -> list[Clips]:
         """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed, its
-        condition and the frames it is given, to begin with or to refine.
-        `progress` is told of calls as they are done."""
+        condition and the frames it is given, to begin with or to refine. `guide` is the network of
+        `guide_checkpoint`. `progress` is told of calls as they are done."""

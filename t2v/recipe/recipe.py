@@ -56,8 +56,8 @@ class RunConfig(Strict):
     )
     loss_weights: Setting = Field(
         default=None,
-        description="what the method's parts, such as HPDM's levels, count in the gradient: a number "
-        "each, or 'uncertainty', one over the part's recent mean loss; none: 1",
+        description="what the method's parts, such as HPDM's levels, count in the gradient: a "
+        "number each, or 'uncertainty', one over the part's recent mean loss; none: 1",
     )
     method: AnyMethodConfig
     conditioning: Conditioning

@@ -36,11 +36,12 @@ from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
 from t2v.methods.method import Method, Output, Room, Team
+from t2v.network.network import Network
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
 from t2v.sampling.codec import Codec
 from t2v.sampling.given_frames import stack_given
-from t2v.sampling.source import Source, open_source
+from t2v.sampling.source import Source, open_guide, open_source
 from t2v.sampling.subjects import Conditions, Request, Subject, subjects_of
 
 GIB = 2**30
@@ -68,16 +69,22 @@ class Recipe:
     source: Source
     config: RunConfig
     request: Request
+    guide: Source | None = None
 
     def key(self, subject: Subject) -> str:
         """A digest of all that decides what a clip looks like."""
+        settings = self.config.method.sampling
         facts = {
             "source": self.source.digest,
             "shows": subject.shows,
             "seed": subject.seed,
             "negative_prompt": self.request.negative_prompt,
-            "settings": self.config.method.sampling.model_dump(mode="json", exclude={"tile_batch"}),
+            "settings": settings.model_dump(
+                mode="json", exclude={"tile_batch", "guide_checkpoint"}
+            ),
         }
+        if self.guide:
+            facts["guide"] = self.guide.digest
         if subject.given:
             facts["given"] = subject.given.digest
         return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -107,7 +114,7 @@ def sample_checkpoint(
         source = open_source(checkpoint, world)
         # All find the same mistakes; one of them tells.
         config = world.together(lambda: with_sampling(source.config, overrides))
-        recipe = Recipe(source, config, request)
+        recipe = Recipe(source, config, request, open_guide(config, world))
         sample_recipe(recipe, out, means, world)
     return out
 
@@ -152,9 +159,8 @@ def sample_pending(
     conditions.read([*own, *shared])
     set_matmul_precision(config.engine)
     method = method_of(config)
-    network = method.network()
-    source.load(network, config.method.sampling.weights)
-    network.to(world.device).eval()
+    network = loaded(source, config, world.device)
+    guide = loaded(recipe.guide, config, world.device) if recipe.guide else None
     # Whatever moves the budget: the program and its weights are in memory now.
     room = room_left(world.device, means)
     codec.refuse_more_than(room)
@@ -181,6 +187,7 @@ def sample_pending(
                         team=mates,
                         progress=lambda calls: bars.advance(bar, calls),
                         given=None if given is None else codec.encode(given),
+                        guide=guide,
                     )
                 kept = 0 if recipe.request.levels else -1
                 if mates.rank == 0:
@@ -188,6 +195,13 @@ def sample_pending(
                     for row, subject in enumerate(chosen):
                         clips = [to_bytes(clips[row]) for clips in finished]
                         write_sample(out, recipe, subject, clips, method.outputs)
+
+
+def loaded(source: Source, config: RunConfig, device: torch.device) -> Network:
+    """The recipe's network with a source's weights."""
+    network = method_of(config).network()
+    source.load(network, config.method.sampling.weights)
+    return network.to(device).eval()
 
 
 def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:

@@ -7,12 +7,13 @@ from typing import Literal
 from data_pipeline.errors import ConfigError
 from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.text.embeddings import Provenance as TextEncoder
+from t2v.checkpoint.compatibility import changes
 from t2v.checkpoint.export import EXPORT, load_exported, read_export
 from t2v.checkpoint.finding import load_weights, resolve_checkpoint
 from t2v.checkpoint.manifest import read_manifest
 from t2v.engine.world import World
 from t2v.network.network import Network
-from t2v.recipe.recipe import RunConfig, parse_config
+from t2v.recipe.recipe import RunConfig, method_of, parse_config
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,25 @@ def open_source(path: str | Path, world: World) -> Source:
     config = parse_config(manifest.config, str(folder))
     made = manifest.text_encoder, manifest.latents
     return Source(folder, config, *made, manifest.step, manifest.proof)
+
+
+def open_guide(config: RunConfig, world: World) -> Source | None:
+    """What holds the network that guides sampling, if the settings name a checkpoint for it;
+    ConfigError where that is another network than the recipe's."""
+    path = method_of(config).guide_checkpoint
+    if path is None:
+        return None
+    guide = open_source(path, world)
+    old, new = (
+        one.model_dump(mode="json", include={"method": True, "conditioning": True})
+        for one in (guide.config, config)
+    )
+    for content in (old, new):
+        del content["method"]["sampling"]
+    for section in new:
+        for change in changes(section, old[section], new[section]):
+            raise ConfigError(
+                f"method.sampling.guide_checkpoint: {path} is wrong because it is another network "
+                f"({change}); give an older checkpoint of the run."
+            )
+    return guide

@@ -44,9 +44,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pass:
-    """Branches with as many latents, which go through the network together."""
+    """Branches of one network with as many latents, which go through it together."""
 
     branches: range
+    model: HPDM
     latents: int
 
 
@@ -54,7 +55,8 @@ class LevelNetwork:
     """The network on tiles of one level.
 
     `branches` are conditions, each with a number of latents (None: all): the prompt's alone, or
-    also the one that guidance leads away from, whose context was read in that same way.
+    also the one that guidance leads away from, whose context was read in that same way, both times
+    by the `guide` if there is one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LevelNetwork:
         level: int,
         *,
         branches: list[tuple[Condition, int | None]],
+        guide: HPDM | None = None,
         volumes: FeatureVolumes,
         diffusion: DiffusionConfig,
         room: LevelRoom,
@@ -74,7 +77,8 @@ class LevelNetwork:
         conditions = [condition for condition, _ in branches]
         self.clips, self.branches = len(conditions[0].fps), len(branches)
         self.condition = joined(conditions)
-        self.passes = passes_of([count or model.config.num_latents for _, count in branches])
+        models = [model, guide or model][: self.branches]
+        self.passes = passes_of(models, [n or model.config.num_latents for _, n in branches])
         self.context = model.config.context_features(level)
         self.volumes = {key: volumes[key] for key in self.context}
         self.input_scale = diffusion.level_input_scale(level)
@@ -126,9 +130,7 @@ class LevelNetwork:
             own = slice(first, first + len(rows.rows))
             seen = {key: given[key][own] for key in self.context}
             before = given.get((LATENTS, number))
-            tiles, latents = one_pass(
-                self, x_noisy, rows, tiling, sigma, seen, before, some.latents, watch
-            )
+            tiles, latents = one_pass(self, some, x_noisy, rows, tiling, sigma, seen, before, watch)
             answers.append(tiles)
             last.append(latents)
         return torch.cat(answers) if len(answers) > 1 else answers[0], last
@@ -162,13 +164,13 @@ class LevelNetwork:
 
 def one_pass(
     network: LevelNetwork,
+    some: Pass,
     x_noisy: TileBatch,
     batch: Batch,
     tiling: Tiling,
     sigma: float,
     seen: Fetched,
     latents: Latents | None,
-    num_latents: int,
     watch: Callable[[int, Tensor], None],
 ) -> tuple[Float[Tensor, "branches rows channels frames height width"], Latents]:
     """Denoised tiles and last latents of branches that go together."""
@@ -176,13 +178,13 @@ def one_pass(
     x_noisy = x_noisy.repeat(branches, 1, 1, 1, 1)
     sigmas = torch.full((len(x_noisy),), sigma, device=network.device)
     scales = torch.full_like(sigmas, network.input_scale)
-    output, latents = network.model(
+    output, latents = some.model(
         (c_in(sigmas, scales)[:, None, None, None, None] * x_noisy)[:, None],
         c_noise(sigmas)[:, None],
         tiling.offsets[batch.tiles].repeat(branches, 1).to(network.device)[:, None],
         network.condition.rows(torch.tensor(batch.rows, device=network.device)),
         latents,
-        num_latents=num_latents,
+        num_latents=some.latents,
         level=network.level,
         kept=seen,
         watch=watch,
@@ -191,11 +193,11 @@ def one_pass(
     return answers.unflatten(0, (branches, -1)), latents
 
 
-def passes_of(latents: list[int]) -> list[Pass]:
-    """Branches by their numbers of latents: neighbours with as many go together."""
-    places = groupby(range(len(latents)), key=latents.__getitem__)
-    runs = [(count, list(branches)) for count, branches in places]
-    return [Pass(range(some[0], some[-1] + 1), count) for count, some in runs]
+def passes_of(models: list[HPDM], latents: list[int]) -> list[Pass]:
+    """Branches by network and number of latents: neighbours that are alike go together."""
+    alike = [(id(model), count) for model, count in zip(models, latents, strict=True)]
+    runs = [list(some) for _, some in groupby(range(len(alike)), key=alike.__getitem__)]
+    return [Pass(range(some[0], some[-1] + 1), models[some[0]], latents[some[0]]) for some in runs]
 
 
 def joined(conditions: list[Condition]) -> Condition:

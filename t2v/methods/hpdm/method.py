@@ -48,6 +48,8 @@ class HPDMMethod(Method):
         self.is_guided = any(
             branch.shows == "null" for n in levels for branch in config.sampling.branches(n)
         )
+        if any(len(config.sampling.branches(n)) > 1 for n in levels):
+            self.guide_checkpoint = config.sampling.guide_checkpoint
 
     def network(self) -> HPDM:
         return HPDM(self.config.model, self.config.pyramid, self.conditioning)
@@ -126,28 +128,19 @@ class HPDMMethod(Method):
         team: Team,
         progress: Callable[[int], None],
         given: Clips | None = None,
+        guide: HPDM | None = None,
     ) -> list[Clips]:
+        sampling, diffusion = self.config.sampling, self.config.diffusion
+        rooms = plan_memory(
+            network, sampling, clips=len(seeds), device_bytes=room.device_bytes,
+            host_bytes=room.host_bytes, team_size=team.size,
+        )  # fmt: skip
         with closing(Store(condition.fps.device, room.scratch)) as store:
             return generate(
-                network,
-                condition=condition,
-                null=null,
-                seeds=seeds,
-                sampling=self.config.sampling,
-                diffusion=self.config.diffusion,
-                rooms=plan_memory(
-                    network,
-                    self.config.sampling,
-                    clips=len(seeds),
-                    device_bytes=room.device_bytes,
-                    host_bytes=room.host_bytes,
-                    team_size=team.size,
-                ),
-                store=store,
-                team=team,
-                progress=progress,
-                given=given,
-            )
+                network, condition=condition, null=null, seeds=seeds, sampling=sampling,
+                diffusion=diffusion, rooms=rooms, store=store, team=team, progress=progress,
+                given=given, guide=guide,
+            )  # fmt: skip
 
 
 def kind_of(parameter: str) -> str:

@@ -42,10 +42,12 @@ def generate(
     team: Team = ALONE,
     progress: Callable[[int], None] = lambda tiles: None,
     given: Canvas | None = None,
+    guide: HPDM | None = None,
 ) -> list[Canvas]:
     """Clips in [-1, 1] at every level, one per seed; `condition` and `null` have a row for each.
     Where clips of a coarser level are `given`, those of the levels below it are shrunk from them,
-    and only finer ones are made.
+    and only finer ones are made. Guidance leads away from what the `guide` says, or the model
+    itself.
 
     The noise of a clip depends on its seed and the level alone, so neither the batch of tiles, nor
     the company of other clips, nor the processes that share them change it. `progress` is told the
@@ -65,8 +67,8 @@ def generate(
             store = stack.enter_context(contextlib.closing(Store(device)))
         for level, room in enumerate(rooms):
             network = partial(
-                LevelNetwork, model, level, volumes=volumes, diffusion=diffusion, room=room,
-                store=store, team=team,
+                LevelNetwork, model, level, guide=guide, volumes=volumes, diffusion=diffusion,
+                room=room, store=store, team=team,
             )  # fmt: skip
             if level < len(known):
                 levels.append(known[level])

@@ -96,7 +96,12 @@ class HPDMSamplingConfig(SamplingConfig):
     guide: Shown = Field(
         default="null",
         description="what guidance leads away from: the null condition, or the prompt as fewer "
-        "latents see it (autoguidance)",
+        "latents, or guide_checkpoint, see it (autoguidance)",
+    )
+    guide_checkpoint: str | None = Field(
+        default=None,
+        description="whose network answers for that, such as an older step: a run, a step folder "
+        "or an export; none: the network itself",
     )
     guidance_rescale: Share | list[Share] = Field(
         default=0.0,
@@ -258,10 +263,11 @@ def problem_with_latents(sampling: HPDMSamplingConfig, fewest: int, most: int) -
                 )
     for level in range(len(sampling.steps)):
         counts = [branch.latents or most for branch in sampling.branches(level)]
-        if sampling.guide == "prompt" and len(counts) == 2 and counts[0] <= counts[1]:
+        is_same = sampling.guide == "prompt" and sampling.guide_checkpoint is None
+        if is_same and len(counts) == 2 and counts[0] <= counts[1]:
             return (
                 f"guide: 'prompt' is wrong because at level {level} its {counts[1]} latents "
-                f"are no fewer than the {counts[0]} that it guides; lower guide_latents, or "
-                "use 'null'"
+                f"are no fewer than the {counts[0]} that it guides; lower guide_latents, give a "
+                "guide_checkpoint, or use 'null'"
             )
     return None

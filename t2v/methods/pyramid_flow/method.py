@@ -133,6 +133,7 @@ class PyramidFlowMethod(Method):
         team: Team,
         progress: Callable[[int], None],
         given: Clips | None = None,
+        guide: None = None,
     ) -> list[Clips]:
         clips = generate(
             network,
