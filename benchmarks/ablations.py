@@ -7,21 +7,17 @@ over seeds; noise, data and evaluation of a seed are the same in every row.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t as student
 
+from benchmarks.summary import Kept, print_rows
 from data_pipeline.feeding.config import NoConditioning
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.making.toy import SHAPES, shape_mask
@@ -39,10 +35,12 @@ from t2v.engine.place import Place
 from t2v.evaluation.scores import KernelDistance
 from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.method import HPDMMethod
+from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.tiled_denoiser import shrink
 from t2v.network.conditioning import Condition
-from t2v.train.ema import Ema, half_life
+from t2v.train.ema import Ema, half_life, power_function
+from t2v.train.part_weights import PartWeights
 from t2v.train.schedule import learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +49,11 @@ STEPS, BATCH, HELD_OUT, SAMPLED = 600, 16, 48, 48
 PATCH, CLIP = (2, 8, 8), (4, 16, 16)
 LOW_NOISE = {"coarse_noise": "low", "coarse_noise_share": 0.75}
 AT_QUANTILE = {"context": {"quantile": 0.1, "noised": True}}
-# Changes by section of the method, or of the optimizer.
-ROWS: dict[str, dict[str, dict[str, Any]]] = {
+MIN_SNR = {"diffusion": {"weighting": "min_snr"}}
+# Changes by section of the method, or of training: the optimizer, weights of levels, and the
+# relative length of a power-function average in the place of the exponential one.
+TRAINING = ("optimizer", "loss_weights", "ema_length")
+ROWS: dict[str, dict[str, Any]] = {
     "the paper": {},
     "shallow fusion": {"model": {"fusion": "shallow"}},
     "detached context": {"model": {"detach_context": True}},
@@ -74,8 +75,16 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
             ("noise_follows_scale", "weight_follows_scale", "range_follows_scale"), 1.0
         )
     },
-    "min-SNR": {"diffusion": {"weighting": "min_snr"}},
+    "min-SNR": MIN_SNR,
     "sigmoid": {"diffusion": {"weighting": "sigmoid"}},
+    "coarse level 4": {"loss_weights": [4.0, 1.0]},
+    "uncertainty": {"loss_weights": "uncertainty"},
+    "min-SNR, fine level 4": MIN_SNR | {"loss_weights": [1.0, 4.0]},
+    "min-SNR, fine level 16": MIN_SNR | {"loss_weights": [1.0, 16.0]},
+    "min-SNR, uncertainty": MIN_SNR | {"loss_weights": "uncertainty"},
+    "average of 0.03": {"ema_length": 0.03},
+    "average of 0.10": {"ema_length": 0.10},
+    "average of 0.20": {"ema_length": 0.20},
     "Muon": {"optimizer": {"name": "muon"}},
     "LAMB": {"optimizer": {"name": "lamb", "learning_rate": 0.02}},
     "LAMB with a floor": {"optimizer": {"name": "lamb", "learning_rate": 0.02, "trust_floor": 1.0}},
@@ -131,7 +140,7 @@ def batch_of(numbers: range, pyramid: Pyramid, seed: int) -> Batch:
     )
 
 
-def method_with(changes: dict[str, dict[str, Any]]) -> HPDMMethod:
+def method_with(changes: dict[str, Any]) -> HPDMMethod:
     """The tiny method with sections changed."""
     content: dict[str, Any] = {
         "kind": "hpdm",
@@ -152,31 +161,35 @@ def method_with(changes: dict[str, dict[str, Any]]) -> HPDMMethod:
         "sampling": {"steps": [16, 8], "overlap": "hw", "tile_batch": 64},
     }
     for section, change in changes.items():
-        if section != "optimizer":
+        if section not in TRAINING:
             old = content.get(section)
             content[section] = old | change if isinstance(old, dict) else change
     return HPDMMethod(HPDMConfig.model_validate(content), NoConditioning(kind="none"))
 
 
-def trained(method: HPDMMethod, changes: dict[str, Any], seed: int) -> torch.nn.Module:
-    """The averaged network after `STEPS` steps."""
+def trained(method: HPDMMethod, changes: dict[str, Any], seed: int, steps: int = STEPS) -> HPDM:
+    """The averaged network after a training with a row's changes."""
     network = method.network()
     network.init_weights(seed)
     parameters = dict(network.named_parameters())
     settings = OptimizerConfig.model_validate(
-        {"name": "adamw", "learning_rate": 0.002, "warmup_steps": 50} | changes
+        {"name": "adamw", "learning_rate": 0.002, "warmup_steps": 50} | changes.get("optimizer", {})
     )
     places = {name: Place(tuple(part.shape), 0) for name, part in parameters.items()}
     groups = parameter_groups(settings, Groups(method.new_parameters), parameters, places)
     optimizer = build_optimizer(settings, groups, lambda values: values)
     start_moments(optimizer, parameters.values())
-    average = Ema(parameters, half_life(40.0))
-    for step in range(STEPS):
+    length = changes.get("ema_length")
+    average = Ema(parameters, power_function(length) if length else half_life(40.0))
+    weights = PartWeights(changes.get("loss_weights"), len(method.parts))
+    for step in range(steps):
         numbers = range(step * BATCH, (step + 1) * BATCH)
         batch = replace(batch_of(numbers, method.config.pyramid, seed), step=step)
-        method.losses(network, batch, seed=seed, device=CPU).sum().backward()
+        losses = method.losses(network, batch, seed=seed, device=CPU)
+        (weights.on(CPU) * losses).sum().backward()
+        weights.update(losses.detach(), step + 1)
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
-        rate = learning_rate(settings, step, STEPS)
+        rate = learning_rate(settings, step, steps)
         set_rates(optimizer, {"base": rate, NEW: rate})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -198,7 +211,9 @@ def held_out_losses(method: HPDMMethod, network: Any, seed: int) -> dict[str, fl
 
 
 @torch.no_grad()
-def sampled_quality(method: HPDMMethod, network: Any, seed: int) -> dict[str, float]:
+def sampled_quality(
+    method: HPDMMethod, network: Any, seed: int, guide: HPDM | None = None
+) -> dict[str, float]:
     """What sampled clips miss of each other and of real ones."""
     pyramid, sampling = method.config.pyramid, method.config.sampling
     told = Condition(torch.full((SAMPLED,), 8.0), torch.full((SAMPLED, 2), 16.0))
@@ -209,6 +224,7 @@ def sampled_quality(method: HPDMMethod, network: Any, seed: int) -> dict[str, fl
         seeds=list(range(SAMPLED)),
         sampling=sampling,
         diffusion=method.config.diffusion,
+        guide=guide,
     )
     real = np.stack(
         [scene(np.random.default_rng([seed, 2 * 10**6 + n])) for n in range(4 * SAMPLED)]
@@ -243,15 +259,6 @@ def runs(rows: list[str], seeds: int) -> Iterator[tuple[str, int]]:
     yield from ((row, seed) for seed in range(seeds) for row in rows)
 
 
-def summary(done: list[dict[str, Any]], row: str, measure: str) -> str:
-    """Mean and half the 95 % interval over seeds."""
-    values = np.array([one[measure] for one in done if one["row"] == row])
-    if len(values) < 2:
-        return f"{values.mean():.4f}" if len(values) else "-"
-    reach = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.4f} ± {reach:.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
@@ -259,25 +266,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "ablations.json"
     size = {"steps": STEPS, "batch": BATCH, "clip": CLIP, "held_out": HELD_OUT, "sampled": SAMPLED}
-    done = json.loads(path.read_text())["runs"] if path.is_file() else []
+    kept = Kept(options.out / "ablations.json", size)
     for row, seed in runs(options.rows, options.seeds):
-        if any((one["row"], one["seed"]) == (row, seed) for one in done):
+        if kept.has(row=row, seed=seed):
             continue
         started = time.process_time()
         method = method_with(ROWS[row])
-        network = trained(method, ROWS[row].get("optimizer", {}), seed)
+        network = trained(method, ROWS[row], seed)
         found = held_out_losses(method, network, seed) | sampled_quality(method, network, seed)
-        cpu = {"cpu_seconds": round(time.process_time() - started, 1), "date": str(date.today())}
-        done.append({"row": row, "seed": seed} | found | cpu)
-        path.write_text(json.dumps(size | {"runs": done}, indent=1) + "\n")
+        spent = {"cpu_seconds": round(time.process_time() - started, 1)}
+        kept.add({"row": row, "seed": seed} | found | spent)
         print(row, seed, {name: round(value, 4) for name, value in found.items()}, flush=True)
-    table = Table("row", *MEASURES)
-    for row in options.rows:
-        table.add_row(row, *(summary(done, row, measure) for measure in MEASURES))
-    Console(width=140).print(table)
+    print_rows(kept.runs, options.rows, MEASURES)
 
 
 if __name__ == "__main__":

@@ -2,32 +2,30 @@
 
 Of the two-level toy of `ablations.py`, with more latents and layers, so that these are most of the
 work, as in the paper's sizes: trained with all latents, and with a budget, at equal steps. Each is
-sampled with fewer steps; the latter with fewer latents, and guided by itself with fewer. What is
-done is kept: started again, it goes on with what is missing.
+sampled with fewer steps, and guided by what a quarter of the training makes; the latter with fewer
+latents, and guided by itself with fewer. What is done is kept: started again, it goes on with what
+is missing.
 """
 
 import argparse
-import json
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.ablations import (
     BATCH,
+    MEASURES,
     ROOT,
     SAMPLED,
     STEPS,
     held_out_losses,
     method_with,
     sampled_quality,
-    summary,
     trained,
 )
+from benchmarks.summary import Kept, print_rows
 from t2v.methods.hpdm.cost import sampling_flops
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.plan.footprint import training_tflop
@@ -39,6 +37,11 @@ SAMPLED_WITH: dict[str, dict[str, Any]] = {
     "32": {},
     "32, half the steps": {"steps": [8, 4]},
     "32, a quarter of the steps": {"steps": [4, 2]},
+    "32, guided by a younger one": {
+        "guidance_scale": 1.5,
+        "guide": "prompt",
+        "guide_checkpoint": "of a quarter of the steps",
+    },
 }
 FEWER: dict[str, dict[str, Any]] = {
     "16": {"latents": 16},
@@ -53,7 +56,6 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "all": ({}, SAMPLED_WITH),
     "budget": ({"latent_budget": BUDGET}, SAMPLED_WITH | FEWER),
 }
-MEASURES = ("loss 0", "loss 1", "mismatch", "mmd 0", "mmd 1")
 
 
 def measured(training: str, seed: int) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def measured(training: str, seed: int) -> list[dict[str, Any]]:
     changes, ways = TRAINED[training]
     base = {"model": MODEL} | changes
     method = method_with(base)
-    network = trained(method, {}, seed)
+    network, younger = (trained(method, {}, seed, steps) for steps in (STEPS, STEPS // 4))
     rows = []
     for name, settings in ways.items():
         sampler = method_with(base | {"sampling": settings})
@@ -69,7 +71,8 @@ def measured(training: str, seed: int) -> list[dict[str, Any]]:
         counts = settings.get("latents", ALL)
         if isinstance(counts, int) and "steps" not in settings and "guide" not in settings:
             row |= held_out_losses(method, limited(network, counts), seed)
-        rows.append(row | sampled_quality(sampler, network, seed))
+        guide = younger if "guide_checkpoint" in settings else None
+        rows.append(row | sampled_quality(sampler, network, seed, guide))
     return rows
 
 
@@ -93,34 +96,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "budgets.json"
     size = {"steps": STEPS, "batch": BATCH, "sampled": SAMPLED, "model": MODEL, "budget": BUDGET}
     size["training_gflop"] = {
         name: training_tflop(method_with({"model": MODEL} | changes)) * 1e3
         for name, (changes, _) in TRAINED.items()
     }
-    done = json.loads(path.read_text())["runs"] if path.is_file() else []
+    kept = Kept(options.out / "budgets.json", size)
     for seed in range(options.seeds):
         for training in TRAINED:
-            if any(run["seed"] == seed and run["training"] == training for run in done):
+            if kept.has(training=training, seed=seed):
                 continue
             started = time.process_time()
             rows = measured(training, seed)
             spent = {"cpu_seconds": round(time.process_time() - started, 1)}
-            told = {"training": training, "date": str(date.today())} | spent
-            done += [told | row for row in rows]
-            path.write_text(json.dumps(size | {"runs": done}, indent=1) + "\n")
-    table = Table("training: latents", "GFLOP per clip", *MEASURES)
-    for name in dict.fromkeys(run["row"] for run in done):
-        operations = next(run["gflop"] for run in done if run["row"] == name)
-        known = [run for run in done if run["row"] == name]
-        table.add_row(
-            name,
-            f"{operations:.3f}",
-            *(summary(known, name, m) if m in known[0] else "" for m in MEASURES),
-        )
-    Console(width=140).print(table)
+            kept.add(*({"training": training} | spent | row for row in rows))
+            print(training, seed, spent, flush=True)
+    names = dict.fromkeys(run["row"] for run in kept.runs)
+    print_rows(kept.runs, names, ("gflop", *MEASURES))
 
 
 if __name__ == "__main__":

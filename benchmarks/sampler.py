@@ -1,30 +1,28 @@
 """Which sampler a trained HPDM wants: solvers by their error, and settings by what comes out.
 
-    python -m benchmarks.sampler quickstart [quickstart-1 ...]
+    python -m benchmarks.sampler quickstart [quickstart-1 ...] [--rows "the paper's" ...]
 
-Each argument is the folder of a finished `t2v quickstart`. **Solvers**: how far each ends from a
-run with ten times as many calls, at equal calls, at every level; levels below the one that is
+Each argument is the folder of a finished `t2v quickstart`, of another seed each. What is done is
+kept: started again, it goes on with what is missing. **Solvers**: how far each ends from a run
+with ten times as many calls, at equal calls, at every level; levels below the one that is
 measured are sampled alike, so that the same context and noise begin every trajectory. **Settings**:
 clips of all prompts by rows that each change the recipe's sampler, read by the quickstart's pixel
 reader, with the sampling FLOPs of one clip as `t2v plan` counts them. Intervals are 95 % of
-Student's law over folders.
+Student's law over seeds.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t as student
 from torch import Tensor
 
 from benchmarks.ablations import features
+from benchmarks.summary import Kept, print_rows
 from data_pipeline.making.toy import all_toys, toy_clips
 from data_pipeline.making.toy_score import read_toy
 from t2v.evaluation.scores import KernelDistance, frechet_distance, moments
@@ -35,7 +33,7 @@ from t2v.methods.hpdm.settings import HPDMSamplingConfig
 from t2v.methods.hpdm.tiled_denoiser import shrink
 from t2v.quickstart import STAGINGS
 from t2v.recipe.recipe import method_of
-from t2v.sampling.generate import sampling_world, with_sampling
+from t2v.sampling.generate import loaded, sampling_world, with_sampling
 from t2v.sampling.source import open_source
 from t2v.sampling.subjects import Conditions, Request, subjects_of
 
@@ -53,6 +51,8 @@ PAPER: dict[str, Any] = {
     "coarse_projection": False,
 }
 NOISED = {"context": {"quantile": 0.1, "noised": True}}
+# What the rows of either say is good, together.
+JOINED = PAPER | {"coarse_projection": True, "overlap": "", "guidance_scale": [2.0, 1.0]}
 ROWS: dict[str, dict[str, Any]] = {
     "the paper's": PAPER,
     "  context at a quantile": PAPER | NOISED,
@@ -60,6 +60,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "  unipc": PAPER | {"solver": "unipc"},
     "  no overlap": PAPER | {"overlap": ""},
     "  guidance at level 0 alone": PAPER | {"guidance_scale": [2.0, 1.0]},
+    "joined": JOINED,
+    "  20 and 10 steps": JOINED | {"steps": [20, 10]},
+    "  16 and 8 steps": JOINED | {"steps": [16, 8]},
+    "  12 and 6 steps": JOINED | {"steps": [12, 6]},
     "the recipe's": {},
     "  context near zero": {"context": {}},
     "  no projection": {"coarse_projection": False},
@@ -75,8 +79,9 @@ MEASURES = ("colour", "shape", "direction", "one piece", "mismatch", "frechet", 
 Clips = Callable[[dict[str, Any]], list[Tensor]]
 
 
-def study(folder: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of both tables, of one quickstart."""
+def study(folder: Path, rows: list[str], kept: Kept) -> None:
+    """The rows of both tables that are missing of one quickstart."""
+    seed = json.loads((folder / "quickstart.json").read_text())["seed"]
     with sampling_world() as world, torch.no_grad():
         source = open_source(folder / "runs" / "quickstart_pyramid", world)
         config = with_sampling(source.config, [])
@@ -88,9 +93,7 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
         subjects = subjects_of(config, request)
         conditions = Conditions(config, request, source.text_encoder, world.device)
         conditions.read(subjects)
-        network = method_of(config).network()
-        source.load(network, "ema")
-        network.eval()
+        network = loaded(source, config, world.device)
         with torch.device("meta"):
             blank = method_of(config).network()
         settings = config.method.sampling.model_dump()
@@ -113,39 +116,48 @@ def study(folder: Path) -> tuple[list[dict], list[dict]]:
 
             return clips
 
-        solved = solver_errors(clips_of(subjects[:SOLVED_CLIPS]), settings["steps"])
+        steps, solved = settings["steps"], solver_rows(len(settings["steps"]))
+        if not all(kept.has(seed=seed, row=row) for row in solved):
+            errors = solver_errors(clips_of(subjects[:SOLVED_CLIPS]), steps)
+            kept.add(*({"seed": seed} | error for error in errors))
         known = features(real_clips(config.method.pyramid.clip_size))
-        rows = []
-        for name, changes in ROWS.items():
-            levels = clips_of(subjects)(changes)
+        for row in rows:
+            if kept.has(seed=seed, row=row):
+                continue
+            levels = clips_of(subjects)(ROWS[row])
             with torch.enable_grad():  # which torch's counter of operations wants
                 flops = sampling_flops(
-                    blank, with_changes(changes), config.method.diffusion, config.conditioning
+                    blank, with_changes(ROWS[row]), config.method.diffusion, config.conditioning
                 )
-            measured = quality(levels, toys, known)
-            rows.append({"row": name} | measured | {"gflops": sum(flops) / 1e9})
-            print(rows[-1], flush=True)
-    return solved, rows
+            measured = quality(levels, toys, known) | {"gflops": sum(flops) / 1e9}
+            kept.add({"seed": seed, "row": row} | measured)
+            print(kept.runs[-1], flush=True)
 
 
-def solver_errors(clips: Clips, steps: list[int]) -> list[dict]:
+def solver_rows(levels: int) -> dict[str, tuple[int, int]]:
+    """(level, calls) of each row of the table of solvers."""
+    return {f"level {n}, {calls} calls": (n, calls) for n in range(levels) for calls in CALLS}
+
+
+def solver_errors(clips: Clips, steps: list[int]) -> list[dict[str, Any]]:
     """RMS, in [-1, 1], between each solver's clips and the reference's."""
 
     def clips_at(level: int, solver: str, calls: int) -> Tensor:
         # Heun's last step, to no noise, is one call.
-        counts = [(calls + 1) // 2 if solver == "heun" else calls if n == level else count
-                  for n, count in enumerate(steps)]  # fmt: skip
+        own = (calls + 1) // 2 if solver == "heun" else calls
+        counts = [own if n == level else count for n, count in enumerate(steps)]
         solvers = [solver if n == level else REFERENCE for n in range(len(steps))]
         return clips({"steps": counts, "solver": solvers, "churn": 0.0})[level]
 
-    rows = []
-    for level in range(len(steps)):
-        exact = clips_at(level, REFERENCE, FINER * max(CALLS))
-        for calls in CALLS:
-            for solver in SOLVERS:
-                error = (clips_at(level, solver, calls) - exact).square().mean().sqrt()
-                rows.append({"level": level, "calls": calls, "solver": solver, "rms": float(error)})
-    return rows
+    exact = [clips_at(level, REFERENCE, FINER * max(CALLS)) for level in range(len(steps))]
+    return [
+        {"row": row}
+        | {
+            solver: float((clips_at(level, solver, calls) - exact[level]).square().mean().sqrt())
+            for solver in SOLVERS
+        }
+        for row, (level, calls) in solver_rows(len(steps)).items()
+    ]
 
 
 def real_clips(size: tuple[int, int, int]) -> Tensor:
@@ -177,45 +189,22 @@ def quality(levels: list[Tensor], toys: list, known: np.ndarray) -> dict[str, fl
     }
 
 
-def told(values: list[float]) -> str:
-    """Mean and half the 95 % interval over folders."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.4g}"
-    reach = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.4g} ± {reach:.2g}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="of finished quickstarts")
+    parser.add_argument("folders", type=Path, nargs="*", default=[Path("quickstart")])
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    studies = [study(folder) for folder in options.folders]
-    errors = [row for solved, _ in studies for row in solved]
-    choices = [row for _, rows in studies for row in rows]
-    solvers = Table("level", "calls", *SOLVERS, title="RMS from ten times as many calls")
-    for level, calls in sorted({(row["level"], row["calls"]) for row in errors}):
-        found = [
-            [row["rms"] for row in errors
-             if (row["level"], row["calls"], row["solver"]) == (level, calls, solver)]
-            for solver in SOLVERS
-        ]  # fmt: skip
-        solvers.add_row(str(level), str(calls), *map(told, found))
-    settings = Table("sampler", *MEASURES)
-    for name in ROWS:
-        some = [row for row in choices if row["row"] == name]
-        settings.add_row(name, *(told([row[measure] for row in some]) for measure in MEASURES))
-    console = Console(width=170)
-    console.print(solvers, settings)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "sampler.json"
-    about = {"date": str(date.today()), "quickstarts": len(options.folders)}
-    path.write_text(json.dumps(about | {"solvers": errors, "settings": choices}, indent=1) + "\n")
-    print(f"{path}: written.")
+    kept = Kept(options.out / "sampler.json", {"prompts": 80, "real_clips": 320})
+    for folder in options.folders:
+        study(folder, options.rows, kept)
+    levels = max(int(run["row"][6]) + 1 for run in kept.runs if run["row"].startswith("level "))
+    print("RMS from ten times as many calls")
+    print_rows(kept.runs, solver_rows(levels), SOLVERS)
+    print_rows(kept.runs, options.rows, MEASURES)
 
 
 if __name__ == "__main__":
