@@ -14,7 +14,8 @@ from data_pipeline.feeding.order import GlobalOrder, held_out_rows
 from data_pipeline.feeding.sources import open_sources
 from t2v.checkpoint.finding import list_checkpoints
 from t2v.loop import train
-from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at
+from t2v.methods.hpdm.held_out import fixed_noise, sigma_at
+from t2v.methods.seeds import noise_bins
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
 from t2v.train.held_out import passes
 from tests.distributed import next_world, run_distributed
@@ -98,7 +99,7 @@ def test_a_split_is_part_of_the_fingerprint_and_none_leaves_it_as_it_was(dataset
 
 
 def test_over_all_turns_each_level_visits_every_bin_once():
-    drawn = {"levels": 2, "seed": 3}
+    drawn = {"parts": 2, "seed": 3}
     for number in range(5):
         table = [noise_bins([number], [turn], bins=8, **drawn)[0] for turn in range(8)]
         for of_level in zip(*table, strict=True):
@@ -111,7 +112,7 @@ def test_noise_falls_into_its_bin_and_is_a_function_of_sample_and_turn():
     config = tiny_config().method
     edges = sigma_at(torch.linspace(0, 1, 9), config.diffusion)
     numbers, turns = [3] * 8, list(range(8))
-    places = noise_bins(numbers, turns, bins=8, levels=2, seed=3)
+    places = noise_bins(numbers, turns, bins=8, parts=2, seed=3)
     noise, sigma, _ = fixed_noise(config, numbers, turns, places, bins=8, seed=3)
     for row, of_levels in enumerate(places):
         for level, place in enumerate(of_levels):

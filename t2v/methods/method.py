@@ -6,7 +6,7 @@ A method is a folder beside this file, which only `recipe/methods.py` names: a s
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import CachedLatents, Conditioning
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.pyramid import Pyramid
@@ -216,3 +217,25 @@ class Method(ABC):
         """Clips in [-1, 1], one per seed, at each of `outputs`; a clip depends on its seed, its
         condition and the frames it is given, to begin with or to refine. `guide` is the network of
         `guide_checkpoint`. `progress` is told of calls as they are done."""
+
+
+def first_difference(
+    base: dict, run: dict, paths: Sequence[Sequence[str]]
+) -> tuple[str, Any, Any] | None:
+    """(field, base's value, ours) of the first of these settings that is not the same."""
+    for path in paths:
+        old, new = base, run
+        for name in path:
+            old, new = (old or {}).get(name), (new or {}).get(name)
+        if old != new:
+            return ".".join(path), old, new
+    return None
+
+
+def no_room(device_bytes: int, more_bytes: int, what: str) -> ConfigError:
+    """The error where memory does not even hold what is sampled at once."""
+    return ConfigError(
+        f"--memory-gib: leaves {device_bytes / 2**30:.2f} GiB beside the program and its weights, "
+        f"which is wrong because {what} cannot be sampled in it; give at least "
+        f"{more_bytes / 2**30:.2f} GiB more."
+    )

@@ -88,22 +88,12 @@ class DiffusionConfig(Strict):
 
 def add_noise(x: Patch, noise: Patch, sigma: PerSample, input_scale: PerSample) -> Patch:
     """`x_noisy = x / input_scale + sigma * noise`."""
-    return x / _wide(input_scale) + _wide(sigma) * noise
+    return x / wide(input_scale) + wide(sigma) * noise
 
 
 def v_target(x: Patch, noise: Patch, sigma: PerSample) -> Patch:
     """Velocity `v = noise - sigma * x` (Snap Video, Table 1)."""
-    return noise - _wide(sigma) * x
-
-
-def x_from_v(x_noisy: Patch, v: Patch, sigma: PerSample, input_scale: PerSample) -> Patch:
-    """The clean patch of a noisy one and its velocity; inverts `add_noise` and `v_target`.
-
-    Solves `x_noisy = x / s + sigma * noise`, `v = noise - sigma * x` for x:
-    `x = s * (x_noisy - sigma * v) / (1 + s * sigma^2)`.
-    """
-    s, sigma = _wide(input_scale), _wide(sigma)
-    return s * (x_noisy - sigma * v) / (1 + s * sigma**2)
+    return noise - wide(sigma) * x
 
 
 def c_in(sigma: PerSample, input_scale: PerSample) -> PerSample:
@@ -135,7 +125,7 @@ def c_noise(sigma: PerSample) -> PerSample:
 def denoised(x_noisy: Patch, output: Patch, sigma: PerSample, input_scale: PerSample) -> Patch:
     """The clean patch that the network's output stands for: `c_skip * x_noisy + c_out * output`."""
     skip, out = c_skip(sigma, input_scale), c_out(sigma, input_scale)
-    return _wide(skip) * x_noisy + _wide(out) * output
+    return wide(skip) * x_noisy + wide(out) * output
 
 
 def loss_weight(
@@ -182,5 +172,6 @@ def lowered(
     return torch.where(levels < taught[:, None], low.to(unit_normal.dtype), unit_normal)
 
 
-def _wide(values: PerSample) -> Float[Tensor, "batch 1 1 1 1"]:
+def wide(values: PerSample) -> Float[Tensor, "batch 1 1 1 1"]:
+    """A value per sample, ready to multiply patches."""
     return values[:, None, None, None, None]

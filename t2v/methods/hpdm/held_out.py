@@ -1,4 +1,4 @@
-"""Fixed noise for the held-out loss: every level of every sample visits each bin of noise once."""
+"""Fixed noise for the held-out loss, in the bin of each level of a sample at its turn."""
 
 import torch
 from jaxtyping import Float
@@ -8,22 +8,7 @@ from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.diffusion import DiffusionConfig, training_sigmas
 from t2v.methods.hpdm.network import CHANNELS
 from t2v.methods.hpdm.objective import Patches
-from t2v.methods.seeds import mix
-
-KEY = 0x48454C444F5554  # keeps these draws apart from those of training
-
-
-def noise_bins(
-    numbers: list[int], turns: list[int], *, bins: int, levels: int, seed: int
-) -> list[list[int]]:
-    """The bin of each level of each sample at its turn: over all turns a level visits every bin
-    once, and which bins meet differs from sample to sample, as independent noise would have it."""
-    places = []
-    for number, turn in zip(numbers, turns, strict=True):
-        generator = torch.Generator().manual_seed(mix(seed ^ KEY, number))
-        shift = torch.randint(bins, (levels,), generator=generator).tolist()
-        places.append([(first + turn) % bins for first in shift])
-    return places
+from t2v.methods.seeds import HELD_OUT, mix
 
 
 def fixed_noise(
@@ -40,7 +25,7 @@ def fixed_noise(
     noise, sigma = torch.empty(len(numbers), *shape), torch.empty(len(numbers), shape[0])
     chance = torch.empty(len(numbers))
     for row, (number, turn, of_levels) in enumerate(zip(numbers, turns, places, strict=True)):
-        generator = torch.Generator().manual_seed(mix(mix(seed ^ KEY, number), turn))
+        generator = torch.Generator().manual_seed(mix(mix(seed ^ HELD_OUT, number), turn))
         noise[row].normal_(generator=generator)
         within = torch.rand(shape[0], generator=generator, dtype=torch.float64)
         sigma[row] = sigma_at((torch.tensor(of_levels) + within) / bins, config.diffusion)

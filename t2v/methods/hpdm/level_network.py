@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, denoised
+from t2v.methods.hpdm.diffusion import DiffusionConfig, c_in, c_noise, denoised, wide
 from t2v.methods.hpdm.memory import LevelRoom
 from t2v.methods.hpdm.network import HPDM, PIXELS, Latents
 from t2v.methods.hpdm.store import Box, Fetched, Kept, Store
@@ -179,7 +179,7 @@ def one_pass(
     sigmas = torch.full((len(x_noisy),), sigma, device=network.device)
     scales = torch.full_like(sigmas, network.input_scale)
     output, latents = some.model(
-        (c_in(sigmas, scales)[:, None, None, None, None] * x_noisy)[:, None],
+        (wide(c_in(sigmas, scales)) * x_noisy)[:, None],
         c_noise(sigmas)[:, None],
         tiling.offsets[batch.tiles].repeat(branches, 1).to(network.device)[:, None],
         network.condition.rows(torch.tensor(batch.rows, device=network.device)),

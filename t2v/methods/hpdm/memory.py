@@ -11,7 +11,7 @@ from t2v.methods.hpdm.network import HPDM, PIXELS
 from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.store import Where
 from t2v.methods.hpdm.tiling import Slab, Tiling
-from t2v.methods.method import Room
+from t2v.methods.method import Room, no_room
 
 CANVASES = 4  # of the level at hand: noisy, average, stepped, and what the allocator holds
 KEPT_CANVASES = {"euler": 0, "heun": 0, "dpm++": 2, "unipc": 4}  # of the steps before
@@ -79,12 +79,7 @@ def plan_memory(
         branches = len(sampling.branches(level))
         row = row_bytes(model, level, max(latents_of(model, sampling, level)))
         if spare < 2 * branches * row:
-            more = (2 * branches * row - spare) / 2**30
-            raise ConfigError(
-                f"--memory-gib: leaves {device_bytes / 2**30:.2f} GiB beside the program and its "
-                f"weights, which is wrong because level {level} cannot be sampled in it; give at "
-                f"least {more:.2f} GiB more."
-            )
+            raise no_room(device_bytes, 2 * branches * row - spare, f"level {level}")
         batches.append(min(sampling.tile_batch, int(spare / 2 / row)))
         free.device.append(spare - max(batches[-1], branches) * row)
     volumes: list[Where] = [

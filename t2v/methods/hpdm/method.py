@@ -13,7 +13,7 @@ from data_pipeline.feeding.config import Conditioning
 from data_pipeline.feeding.loader import Batch
 from t2v.methods.hpdm.config import HPDMConfig
 from t2v.methods.hpdm.cost import mean_compute, sampling_flops
-from t2v.methods.hpdm.held_out import fixed_noise, noise_bins, sigma_at
+from t2v.methods.hpdm.held_out import fixed_noise, sigma_at
 from t2v.methods.hpdm.memory import clips_that_fit, plan_memory
 from t2v.methods.hpdm.network import CHANNELS, HPDM
 from t2v.methods.hpdm.objective import level_losses, weighted_errors
@@ -21,11 +21,12 @@ from t2v.methods.hpdm.sampling import generate
 from t2v.methods.hpdm.settings import level_tilings, network_calls
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiling import tile_borders
-from t2v.methods.method import Clips, Method, Output, Room, Team
+from t2v.methods.method import Clips, Method, Output, Room, Team, first_difference
+from t2v.methods.seeds import noise_bins
 from t2v.network.conditioning import Condition, blank_condition
 
 # Fields whose change keeps every shape and still makes another network.
-SAME_MODEL = ("token_size", "token_head_dim", "latent_head_dim")
+SAME_MODEL = (("model", "token_size"), ("model", "token_head_dim"), ("model", "latent_head_dim"))
 
 
 class HPDMMethod(Method):
@@ -84,7 +85,7 @@ class HPDMMethod(Method):
         device: torch.device,
     ) -> tuple[Float[Tensor, "batch parts"], list[list[int]]]:
         numbers = batch.numbers.tolist()
-        places = noise_bins(numbers, turns, bins=bins, levels=len(self.parts), seed=seed)
+        places = noise_bins(numbers, turns, bins=bins, parts=len(self.parts), seed=seed)
         drawn = fixed_noise(self.config, numbers, turns, places, bins=bins, seed=seed)
         noise, sigma, conditioned = (values.to(device) for values in drawn)
         errors = weighted_errors(network, batch, self.config, noise, sigma, conditioned)
@@ -96,7 +97,9 @@ class HPDMMethod(Method):
         return sigma_at(quantiles, self.config.diffusion)[1:-1, 0].tolist()
 
     def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
-        return first_difference(self.config, base, resized=resized)
+        # Level 0 is the base; tables that are interpolated may be of another scale.
+        paths = SAME_MODEL if resized else (*SAME_MODEL, ("diffusion", "input_scale"))
+        return first_difference(base, self.config.model_dump(mode="json"), paths)
 
     def kind_of(self, parameter: str) -> str:
         return kind_of(parameter)
@@ -191,17 +194,3 @@ def problem_with_coarse(coarser: list[Output], frames: int) -> str | None:
         return "the checkpoint has one level, so that nothing is finer; leave it out"
     known = " or ".join(map(str, fits))
     return f"clips of coarser levels, to be refined, have {known} frames; give as many"
-
-
-def first_difference(
-    config: HPDMConfig, base: dict, *, resized: bool
-) -> tuple[str, Any, Any] | None:
-    """(field, base's value, ours) of what keeps every shape and still makes another network."""
-    fields = [("model", name) for name in SAME_MODEL]
-    fields += [] if resized else [("diffusion", "input_scale")]  # level 0 is the base
-    run = config.model_dump(mode="json")
-    for section, name in fields:
-        old, new = base[section].get(name), run[section][name]
-        if old != new:
-            return f"{section}.{name}", old, new
-    return None

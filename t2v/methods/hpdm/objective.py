@@ -18,6 +18,7 @@ from t2v.methods.hpdm.diffusion import (
     lowered,
     training_sigmas,
     v_target,
+    wide,
 )
 from t2v.methods.hpdm.network import CHANNELS
 from t2v.methods.seeds import mix
@@ -129,8 +130,3 @@ def draw_noise(
         normal = lowered(normal, finer * (taught < 1), diffusion.coarse_noise_quantile)
     sigma = training_sigmas(normal, diffusion)
     return noise, sigma, (chance < config.model.self_conditioning_rate).float()
-
-
-def wide(values: Float[Tensor, " batch"]) -> Float[Tensor, "batch 1 1 1 1"]:
-    """A value per sample, ready to multiply patches."""
-    return values[:, None, None, None, None]

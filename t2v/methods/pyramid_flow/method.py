@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import Conditioning, text_shape
 from data_pipeline.feeding.loader import Batch
-from t2v.methods.method import Clips, Method, Room, Team
+from t2v.methods.method import Clips, Method, Room, Team, first_difference, no_room
 from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.history import lay_out
 from t2v.methods.pyramid_flow.network import Group, PyramidFlow
@@ -82,14 +81,7 @@ class PyramidFlowMethod(Method):
         return [edge / bins for edge in range(1, bins)]
 
     def problem_with_base(self, base: dict, *, resized: bool) -> tuple[str, Any, Any] | None:
-        run = self.config.model_dump(mode="json")
-        for path in SAME_NETWORK:
-            old, new = base, run
-            for name in path:
-                old, new = (old or {}).get(name), (new or {}).get(name)
-            if old != new:
-                return ".".join(path), old, new
-        return None
+        return first_difference(base, self.config.model_dump(mode="json"), SAME_NETWORK)
 
     def kind_of(self, parameter: str) -> str:
         top, _, rest = parameter.partition(".")
@@ -173,11 +165,7 @@ def clips_that_fit(
     wide = config.model.dim * (6 + 2 * config.model.mlp_ratio)  # of a block and its input
     clip = FP32 * (tokens * wide + 4 * config.values_per_sample)
     if room.device_bytes < clip:
-        raise ConfigError(
-            f"--memory-gib: leaves {room.device_bytes / 2**30:.2f} GiB beside the program and "
-            "its weights, which is wrong because one clip cannot be sampled in it; give at "
-            f"least {(clip - room.device_bytes) / 2**30:.2f} GiB more."
-        )
+        raise no_room(room.device_bytes, clip - room.device_bytes, "one clip")
     return min(most, room.device_bytes // clip)
 
 

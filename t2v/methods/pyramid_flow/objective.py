@@ -15,11 +15,10 @@ from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.flow import clock, training_pair
 from t2v.methods.pyramid_flow.history import Piece, corrupt, history_pieces
 from t2v.methods.pyramid_flow.network import Group
-from t2v.methods.seeds import mix
+from t2v.methods.seeds import HELD_OUT, mix, noise_bins
 from t2v.network.conditioning import Condition
 
-# Keep these draws apart from those of training's noise.
-HELD_OUT, TURN = 0x48454C444F5554, 0x5455524E
+TURN = 0x5455524E  # keeps this draw apart from those of noise
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,14 @@ def held_out_losses(
     Units and noise are fixed by sample and turn; over all turns a stage of a sample visits every
     bin once. A stage counts as often as in training.
     """
-    stages, lessons, places = config.flow.stages, [], []
-    for row, (number, turn) in enumerate(zip(batch.numbers.tolist(), turns, strict=True)):
-        start = torch.Generator().manual_seed(mix(seed ^ HELD_OUT, number))
-        first = torch.randint(bins, (stages,), generator=start).tolist()
+    stages, lessons, numbers = config.flow.stages, [], batch.numbers.tolist()
+    places = noise_bins(numbers, turns, bins=bins, parts=stages, seed=seed)
+    for row, (number, turn) in enumerate(zip(numbers, turns, strict=True)):
         fixed = mix(mix(seed ^ HELD_OUT, number), turn)
         draw = torch.Generator().manual_seed(fixed)
         units = torch.randint(len(config.units), (stages,), generator=draw).tolist()
-        places.append([(one + turn) % bins for one in first])
         lessons += [
-            Lesson(row, stage, units[stage], mix(fixed, stage), places[-1][stage], bins)
+            Lesson(row, stage, units[stage], mix(fixed, stage), places[row][stage], bins)
             for stage in range(stages)
         ]
     losses = errors(network, batch, config, lessons, device).view(-1, stages)
