@@ -79,6 +79,7 @@ def recipe(way: str, workdir: Path, seed: int, tflop: float) -> RunConfig:
         f"data.sources=[{{path: {workdir / 'data' / 'videos'}}}]", "data.num_workers=0",
         f"run_dir={workdir / 'runs' / slug(way, seed)}", f"seed={seed}",
         f"global_batch_size={BATCH}", f"micro_batch_size={BATCH}", "engine.kind=single",
+        "samples=null",
     )  # fmt: skip
     once = load_config(CONFIGS / f"{name}.yaml", [*common, *changes])
     steps = round(tflop / (BATCH * training_tflop(method_of(once))))

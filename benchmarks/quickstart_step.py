@@ -97,7 +97,7 @@ def child(run_dir: str, data: str, engine: str, steps: str) -> None:
     overrides = [
         f"run_dir={run_dir}", f"total_steps={WARM_UP + int(steps)}", f"engine.kind={engine}",
         f"data.sources.0.path={data}/videos", f"data.sources.1.path={data}/images",
-        "optimizer.warmup_steps=5",
+        "optimizer.warmup_steps=5", "samples=null",
     ]  # fmt: skip
     if engine == "single":
         overrides.append("engine.reshard_after_forward=true")

@@ -58,7 +58,7 @@ build run --isolation chroot --network host "$trial" -- bash -euc '
   t2v data build media/videos shards --size 4x12x12 --fps 4
   tini -s -g -- t2v train /app/configs/quickstart_base.yaml run_dir=run total_steps=3 \
     "conditioning={kind: none}" "data.sources=[{path: shards}]" \
-    data.held_out_share=0 held_out=null
+    data.held_out_share=0 held_out=null samples=null
   test "$(t2v status run --decide)" = done
 '
 echo "$tag: built, and trained in: $(build images --quiet --no-trunc "$tag")"

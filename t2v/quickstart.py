@@ -138,6 +138,7 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
         *(*launch(processes_of(config)), "train", str(path)),
         f"run_dir={run_dir}",
         *(f"data.sources.{n}.path={workdir / 'data' / k}" for n, k in enumerate(kinds(config))),
+        *([f"samples.encoder={workdir / 'encoder'}"] if config.samples else []),
         *overrides,
     ]
     log = workdir / "runs" / f"{recipe}.log"
