@@ -225,6 +225,10 @@ def test_tones_of_hdr_are_mapped_where_it_is_asked_for(curve, white):
     assert green.argmax() == 1
     assert np.abs(clips[1][0, 4:20].astype(int) - clips[0][0, 4:20]).max() <= 3
     assert probe(media, "video", bars).height == 24
+    untold = write_video([picture] * 2, "mp4", "libx265", pixels="yuv420p10le",
+                         tags={"color_trc": curve}, options=options)  # fmt: skip
+    _, same = next(iter(read_clips(untold, (2, 48, 80), tone_map=True)))
+    assert np.array_equal(same.clip, clips[0])
 
 
 @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])

@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -153,7 +154,7 @@ def reason(error: duckdb.Error) -> str:
     first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
     if "state machine" in first:
         return "some of its lines end in CR LF and others in LF"
-    return first or type(error).__name__
+    return re.sub(' in file "[^"]*"', "", first) or type(error).__name__
 
 
 def _refuse_full_disk(error: duckdb.Error) -> None:
