@@ -6,17 +6,86 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from data_pipeline.orphans import end_with_parent
 
 ROOT = Path(__file__).parent.parent
 GRACE_SECONDS = 60.0
+
+
+class Rank(Protocol):
+    """A process of a job."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+def spawn(arguments: list[str], environment: dict[str, str], output: BinaryIO) -> Rank:
+    """A rank as a new process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "t2v.cli", *arguments],
+        env=os.environ | environment, stdout=output, stderr=output, cwd=ROOT,
+    )  # fmt: skip
+
+
+class Fork:
+    """A rank as a fork of this process, which has imported everything, as a start at leisure would.
+    It must have no threads."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], output: BinaryIO) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            end_with_parent()
+            os.environ.update(environment)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            import torch
+
+            from t2v.cli import main
+
+            torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, sig: int, /) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
 
 
 class Job:
     """All ranks of a run, until they end."""
 
     def __init__(
-        self, recipe: Path, *options: str, ranks: int, faults: str = "", log: Path
+        self,
+        recipe: Path,
+        *options: str,
+        ranks: int,
+        faults: str = "",
+        log: Path,
+        start: Callable[[list[str], dict[str, str], BinaryIO], Rank] = spawn,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,12 +104,10 @@ class Job:
         self.started = time.time()
         with log.open("ab") as output:
             self.ranks = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "t2v.cli", "train", str(recipe), *options],
-                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=output,
-                    cwd=ROOT,
+                start(
+                    ["train", str(recipe), *options],
+                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    output,
                 )
                 for rank in range(ranks)
             ]

@@ -1,15 +1,23 @@
-"""A run that everything happens to, beside one that nothing happens to: are the weights the same?
+"""Runs that everything happens to, beside one that nothing happens to: are the weights the same?
+
+    python -m benchmarks.soak --workdir soak [--faults 300] [--runs 3]
 
 Ranks are started as a scheduler would: all of them, again whenever the job ended and its exit code
 says that it is worth another try, and none is left when one of them fails. Faults are drawn from a
 seed: kill -9 of one or all ranks, in a step or while a checkpoint is written, SIGTERM, a full disk,
 flipped bits in the newest checkpoint, a hang; an old step that cannot be removed, for it is a link
 or holds what is another's; wandb without a network. A step with NaN gradients changes what is
-learned, so both runs have it, on the same rank.
+learned, so all runs have it, on the same rank.
+
+The undisturbed ranks are new processes; the others are forks of one that has imported everything,
+or most of the time would go into imports. Runs go side by side, for much of a fault is waiting.
+With `--workdir`, the same command goes on where it was stopped.
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -17,6 +25,8 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,15 +38,17 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.job import Job
-from data_pipeline.making.build import build
-from data_pipeline.making.toy import write_toy
-from t2v.checkpoint.finding import list_checkpoints
+from benchmarks.job import Fork, Job
+from benchmarks.soak_faults import BETWEEN, Fate, saved_step
+from data_pipeline.orphans import end_with_parent
+from data_pipeline.store import storage
 from t2v.checkpoint.proving import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STOP = {65, 66, 70, 73, 78}  # another attempt would meet them again
-HANG_SECONDS = 20.0
+HANG_SECONDS = 8.0
+# What a rank imports only once it is at it.
+PRELOADED = ("t2v.loop", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo")
 # An address that answers nobody (RFC 5737), and a key, without which wandb would not ask.
 BLOCKED = {"WANDB_BASE_URL": "http://192.0.2.1", "WANDB_API_KEY": "0" * 40}
 
@@ -79,62 +91,39 @@ RECIPE: dict[str, Any] = {
 
 @dataclass
 class Tally:
-    """What happened in a run."""
+    """What happened in a run so far."""
 
     seconds: float = 0.0
     attempts: int = 0
     steps_run: int = 0
+    is_done: bool = False
     struck: Counter = field(default_factory=Counter)
     codes: Counter = field(default_factory=Counter)
     detection_seconds: dict[str, list[float]] = field(default_factory=dict)
     restart_seconds: list[float] = field(default_factory=list)
     lost_steps: list[int] = field(default_factory=list)
 
+    def keep(self, path: Path) -> None:
+        """For whoever goes on with the run."""
+        storage.write_atomic(path, json.dumps(vars(self)).encode())
 
-class Fate:
-    """The next thing to happen, drawn from a seed."""
 
-    KINDS = (
-        *("kill one rank", "kill all ranks", "kill in a save", "SIGTERM"),
-        *("full disk", "flipped bits", "hang"),
-        *("linked step", "another's step", "blocked tracker"),
-    )
+def kept(path: Path) -> Tally:
+    """What was kept of a run; a new one has nothing."""
+    if not path.exists():
+        return Tally()
+    told = json.loads(path.read_bytes())
+    return Tally(**told | {name: Counter(told[name]) for name in ("struck", "codes")})
 
-    def __init__(self, seed: int, *, gap: int, save_every: int, ranks: int) -> None:
-        self.random, self.ranks = random.Random(seed), ranks
-        self.gap, self.save_every = gap, save_every
-        self.deck: list[str] = []
 
-    def draw(self, step: int) -> list[tuple[str, str, int]]:
-        """(kind, T2V_FAULT, step) of what is next after a step, up to what ends the job; every kind
-        comes equally often."""
-        drawn = [self._draw(step, step)]
-        while drawn[-1][0] == "full disk":
-            drawn.append(self._draw(drawn[-1][2], step))
-        return drawn
+def write_data(folder: str) -> None:
+    """The clips of all runs; by a process of its own, for libraries that decode start threads."""
+    from data_pipeline.making.build import build
+    from data_pipeline.making.toy import write_toy
 
-    def _draw(self, step: int, resumes_at: int) -> tuple[str, str, int]:
-        if not self.deck:
-            self.deck = self.random.sample(self.KINDS, len(self.KINDS))
-        kind, rank = self.deck.pop(), self.random.randrange(self.ranks)
-        at = step + self.save_every + self.random.randint(self.gap // 2, self.gap * 3 // 2)
-        planned, save = "", (at - resumes_at) // self.save_every + 1
-        match kind:
-            case "kill one rank":
-                planned = f"{self.random.choice(['data', 'forward', 'step'])}:{rank}:{at}:kill"
-            case "kill in a save":
-                site = self.random.choice(["manifest", "rename", "retire", "write", "write"])
-                rank = rank if site == "write" else 0
-                planned = f"checkpoint.{site}:{rank}:{save}:kill"
-            case "full disk":
-                site = self.random.choice(["write", "manifest"])
-                rank = rank if site == "write" else 0
-                planned = f"checkpoint.{site}:{rank}:{save}:enospc"
-            case "hang":
-                planned = (
-                    f"{self.random.choice(['data', 'forward', 'collective'])}:{rank}:{at}:hang"
-                )
-        return kind, planned, at
+    media = Path(folder, "media")
+    write_toy(media, videos=24, images=0, size=(4, 24, 32))
+    build(media / "videos", Path(folder, "shards"), frames=4, height=12, width=16, fps=8.0)
 
 
 def write_recipe(folder: Path, name: str, steps: int, save_every: int) -> Path:
@@ -161,51 +150,8 @@ def last_step(run_dir: Path) -> int:
         return 0
 
 
-def saved_step(run_dir: Path) -> int:
-    """The newest committed step."""
-    good = [info.step for info in list_checkpoints(run_dir) if info.problem is None]
-    return max(good, default=0)
-
-
-def flip_bits(run_dir: Path, chance: random.Random) -> None:
-    """Damage a file of the newest checkpoint."""
-    newest = [info for info in list_checkpoints(run_dir) if info.problem is None][-1].folder
-    path = chance.choice(sorted(newest.iterdir()))
-    content = bytearray(path.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-
-
-def link_away(run_dir: Path, chance: random.Random) -> None:
-    """Keep the oldest step elsewhere, by a link, which is not followed when steps are removed."""
-    folder = oldest_folder(run_dir)
-    elsewhere = run_dir.parent / "elsewhere" / f"{folder.name}-{chance.randrange(10**9)}"
-    elsewhere.parent.mkdir(exist_ok=True)
-    folder.rename(elsewhere)
-    folder.symlink_to(elsewhere)
-
-
-def give_away(run_dir: Path, chance: random.Random) -> None:
-    """Put a file of somebody else into the oldest step; where one may, the step becomes theirs."""
-    folder = oldest_folder(run_dir)
-    (folder / f"notes-{chance.randrange(10**9)}.txt").write_text("not the run's\n")
-    if os.geteuid() == 0:
-        for path in (folder, *folder.iterdir()):
-            os.chown(path, 65534, 65534)
-
-
-def oldest_folder(run_dir: Path) -> Path:
-    """The oldest committed step that is still a folder."""
-    good = [info for info in list_checkpoints(run_dir) if info.problem is None]
-    return next(info.folder for info in good if not info.folder.is_symlink())
-
-
-# Done to a run that was killed, before it is started again.
-BETWEEN = {"flipped bits": flip_bits, "linked step": link_away, "another's step": give_away}
-
-
 def undisturbed(recipe: Path, *, ranks: int, nan: str) -> float:
-    """Seconds of the run that nothing happens to."""
+    """Seconds of the run that nothing happens to; of one that was stopped, those of its rest."""
     started = time.time()
     job = Job(recipe, ranks=ranks, faults=nan, log=recipe.with_suffix(".log"))
     while not job.is_over:
@@ -215,46 +161,57 @@ def undisturbed(recipe: Path, *, ranks: int, nan: str) -> float:
     return time.time() - started
 
 
-def soak(recipe: Path, *, steps: int, ranks: int, nan: str, fate: Fate) -> Tally:
-    """Start the job until it is done; something happens to it each time."""
+def soak(recipe: Path, tally: Tally, *, faults: int, ranks: int, nan: str, fate: Fate) -> None:
+    """Start a job until it is done; something happens to it each time, `faults` times in all."""
+    end_with_parent()  # and so do its ranks
     run_dir, log = recipe.with_suffix(""), recipe.with_suffix(".log")
-    tally, began, reached = Tally(), time.time(), 0
-    console = Console()
-    while True:
+    steps = int(yaml.safe_load(recipe.read_text())["total_steps"])
+    before, began = tally.seconds, time.time()
+    while not tally.is_done:
         resumes_at = saved_step(run_dir)
-        drawn = [fault for fault in fate.draw(resumes_at) if fault[2] < steps]
+        is_enough = sum(tally.struck.values()) >= faults
+        drawn = [
+            f
+            for f in fate.draw(resumes_at, tally.attempts, tally.struck)
+            if f[2] < steps and not is_enough
+        ]
         kind, _, at = drawn[-1] if drawn else ("nothing", "", 0)
         planned = ";".join([nan, *(fault[1] for fault in drawn)])
         tracked = ["metrics.wandb_project=soak"] if kind == "blocked tracker" else []
-        job = Job(recipe, *tracked, ranks=ranks, faults=planned, log=log)
-        tally.attempts += 1
+        job = Job(recipe, *tracked, ranks=ranks, faults=planned, log=log, start=Fork)
         struck_at = follow(job, run_dir, kind, at, tally, resumes_at)
         over, reached = time.time(), max(last_step(run_dir), resumes_at)
         times = job.fault_times()
         full = sum(fault[0] == "full disk" for fault in drawn[: len(times)])
         tally.struck["full disk"] += full
         tally.codes[str(job.exit_code)] += 1
+        tally.attempts += 1
         if struck_at is None and job.exit_code:
             struck_at = max(times, default=None)
         if struck_at is not None:
             tally.struck[kind] += kind != "full disk"
             tally.detection_seconds.setdefault(kind, []).append(over - struck_at)
-        console.print(
-            f"{over - began:6.0f} s  attempt {tally.attempts}: step {resumes_at} -> {reached}, "
-            f"{'full disk, ' * full}{kind if struck_at else 'nothing'}, exit {job.exit_code}",
-            highlight=False,
-        )
-        if job.exit_code == 0:
-            tally.steps_run += reached - resumes_at
-            break
         if job.exit_code in STOP:
             raise SystemExit(f"{run_dir}: ended with {job.exit_code}; see {log}")
         if kind in BETWEEN and struck_at is not None:
             BETWEEN[kind](run_dir, fate.random)
         tally.steps_run += reached - resumes_at
-        tally.lost_steps.append(reached - saved_step(run_dir))
-    tally.seconds = time.time() - began
-    return tally
+        tally.is_done = job.exit_code == 0
+        if not tally.is_done:
+            tally.lost_steps.append(reached - saved_step(run_dir))
+        tally.seconds = before + over - began
+        tally.keep(tally_of(run_dir))
+        print(
+            f"{tally.seconds:6.0f} s  {run_dir.name}, attempt {tally.attempts}: step {resumes_at} "
+            f"-> {reached}, {'full disk, ' * full}{kind if struck_at else 'nothing'}, "
+            f"exit {job.exit_code}, {sum(tally.struck.values())} of {faults} faults",
+            flush=True,
+        )
+
+
+def tally_of(run_dir: Path) -> Path:
+    """Where a run's tally is kept."""
+    return run_dir.with_name(f"{run_dir.name}.tally.json")
 
 
 def follow(
@@ -272,6 +229,8 @@ def follow(
             running = True
             tally.restart_seconds.append(time.time() - job.started)
         if struck_at is None and running and step >= at:
+            if kind in BETWEEN and committed(run_dir) < 2:
+                continue  # what is done to one step must leave another
             if kind == "kill all ranks" or kind in BETWEEN:
                 struck_at = time.time()
                 job.kill()
@@ -279,6 +238,11 @@ def follow(
                 struck_at = time.time()
                 job.kill(signal.SIGTERM)
     return struck_at
+
+
+def committed(run_dir: Path) -> int:
+    """How many steps are there."""
+    return len(list(run_dir.glob("checkpoints/step-*/manifest.json")))
 
 
 def digests(run_dir: Path, step: int) -> dict[str, str]:
@@ -298,8 +262,47 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "worst": max(values)} if values else {}
 
 
+def side_by_side(recipes: list[Path], fates: list[Fate], **settings: Any) -> list[Tally]:
+    """The tallies of disturbed runs, each in a process of its own."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    context = multiprocessing.get_context("fork")
+    runs = [
+        context.Process(target=soak, args=(recipe, kept(tally_of(recipe.with_suffix("")))),
+                        kwargs={**settings, "fate": fate})
+        for recipe, fate in zip(recipes, fates, strict=True)
+    ]  # fmt: skip
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    if any(run.exitcode for run in runs):
+        raise SystemExit("a run did not come to its end; see above")
+    return [kept(tally_of(recipe.with_suffix(""))) for recipe in recipes]
+
+
+def together(tallies: list[Tally]) -> dict[str, Any]:
+    """What happened in all runs."""
+    kinds = sorted({kind for tally in tallies for kind in tally.detection_seconds})
+    lost = [float(steps) for tally in tallies for steps in tally.lost_steps]
+    return {
+        "faults": dict(sum((tally.struck for tally in tallies), Counter())),
+        "attempts": sum(tally.attempts for tally in tallies),
+        "exit_codes": dict(sum((tally.codes for tally in tallies), Counter())),
+        "disturbed_seconds": [round(tally.seconds, 1) for tally in tallies],
+        "steps_run": sum(tally.steps_run for tally in tallies),
+        "steps_lost": summary(lost) | {"total": sum(lost)},
+        "detection_seconds": {
+            kind: summary([s for tally in tallies for s in tally.detection_seconds.get(kind, [])])
+            for kind in kinds
+        },
+        "restart_seconds": summary([s for tally in tallies for s in tally.restart_seconds]),
+    }
+
+
 def print_result(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['steps']} steps, {sum(result['faults'].values())} faults")
+    """A table of all kinds of faults."""
+    table = Table(title=f"{result['runs']} runs of {result['steps']} steps")
     for column in ("fault", "times", "all ranks down after, median s", "worst s"):
         table.add_column(column, justify="left" if column == "fault" else "right")
     for kind, times in result["faults"].items():
@@ -308,70 +311,63 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_row(kind, str(times), *cells)
     console = Console()
     console.print(table)
-    for name in ("bit_identical", "same_losses", "attempts", "goodput", "steps_lost"):
+    for name in ("bit_identical", "same_losses", "attempts", "steps_lost", "restart_seconds"):
         console.print(f"{name}: {result[name]}", highlight=False)
-    console.print(f"from start to first new step: {result['restart_seconds']} s", highlight=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--gap", type=int, default=30, help="steps between faults, about")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--faults", type=int, default=300, help="of all runs together")
+    parser.add_argument("--runs", type=int, default=3, help="side by side")
+    parser.add_argument("--gap", type=int, default=6, help="steps between faults, about")
+    parser.add_argument("--save-every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, help="kept; none: a temporary folder")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    folder = options.workdir or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder = (options.workdir or Path(tempfile.mkdtemp(prefix="soak-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    write_toy(folder / "media", videos=24, images=0, size=(4, 24, 32))
-    build(folder / "media" / "videos", folder / "shards", frames=4, height=12, width=16, fps=8.0)
-    os.environ.update(BLOCKED)
+    os.environ.update(BLOCKED | {"OMP_NUM_THREADS": "1"})
+    if not (folder / "shards" / "dataset.json").exists():
+        data = "import sys; from benchmarks.soak import write_data; write_data(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", data, str(folder)], check=True, cwd=ROOT)
+    each, every = -(-options.faults // options.runs), options.save_every
+    steps = each * (every + options.gap)
     chance = random.Random(options.seed)
-    poisoned = chance.sample(range(10, options.steps - 10), max(options.steps // 250, 1))
+    poisoned = chance.sample(range(10, steps - 10), max(steps // 250, 1))
     nan = ";".join(f"forward:{options.ranks - 1}:{step}:nan" for step in sorted(poisoned))
-    alone = write_recipe(folder, "undisturbed", options.steps, options.save_every)
-    broken = write_recipe(folder, "disturbed", options.steps, options.save_every)
+    alone = write_recipe(folder, "undisturbed", steps, every)
     quiet_seconds = undisturbed(alone, ranks=options.ranks, nan=nan)
-    print(f"undisturbed: {quiet_seconds:.0f} s", flush=True)
-    every = options.save_every
-    fate = Fate(options.seed, gap=options.gap, save_every=every, ranks=options.ranks)
-    tally = soak(broken, steps=options.steps, ranks=options.ranks, nan=nan, fate=fate)
-    run_dir = folder / "disturbed"
-    wanted, found = (digests(folder / n, options.steps) for n in ("undisturbed", "disturbed"))
-    truth = ("loss", "grad_norm", "batch_digest")
-    told = [timeline(folder / name, truth) for name in ("undisturbed", "disturbed")]
-    productive = sum(seconds for _, seconds in timeline(run_dir, ("step_seconds",)))
+    print(f"undisturbed: {quiet_seconds:.0f} s for {steps} steps", flush=True)
+    broken = [write_recipe(folder, f"disturbed-{n}", steps, every) for n in range(options.runs)]
+    fates = [Fate(options.seed + n, gap=options.gap, save_every=every, ranks=options.ranks)
+             for n in range(options.runs)]  # fmt: skip
+    tallies = side_by_side(broken, fates, faults=each, ranks=options.ranks, nan=nan)
+    truth, wanted = ("loss", "grad_norm", "batch_digest"), folder / "undisturbed"
+    run_dirs = [recipe.with_suffix("") for recipe in broken]
     result = {
-        "steps": options.steps,
+        "steps": steps,
+        "runs": options.runs,
         "ranks": options.ranks,
         "seed": options.seed,
-        "bit_identical": wanted == found,
-        "same_losses": told[0] == told[1],
-        "faults": dict(tally.struck) | {"NaN step, in both runs": len(poisoned)},
-        "attempts": tally.attempts,
-        "exit_codes": dict(tally.codes),
+        "bit_identical": all(digests(d, steps) == digests(wanted, steps) for d in run_dirs),
+        "same_losses": all(timeline(d, truth) == timeline(wanted, truth) for d in run_dirs),
         "undisturbed_seconds": round(quiet_seconds, 1),
-        "disturbed_seconds": round(tally.seconds, 1),
-        "goodput": round(productive / tally.seconds, 3),
-        "steps_run": tally.steps_run,
-        "steps_lost": summary([float(lost) for lost in tally.lost_steps])
-        | {"total": sum(tally.lost_steps)},
-        "detection_seconds": {k: summary(v) for k, v in tally.detection_seconds.items()},
-        "restart_seconds": summary(tally.restart_seconds),
-        "left_behind": len(list((run_dir / "checkpoints").glob(".staging-*"))),
+        **together(tallies),
+        "NaN steps, in all runs": len(poisoned),
+        "left_behind": sum(len(list(d.glob("checkpoints/.staging-*"))) for d in run_dirs),
     }
     print_result(result)
     machine = re.sub(r"[^a-z0-9]+", "-", f"{platform.machine()}-{os.cpu_count()}cpu".lower())
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"soak-{options.steps}-{machine}.json"
+    path = options.out / f"soak-{options.faults}-{machine}.json"
     path.write_text(json.dumps(result | {"machine": machine}, indent=1) + "\n")
     print(f"{path}: written.")
     if options.workdir is None:
         shutil.rmtree(folder)
     if not (result["bit_identical"] and result["same_losses"]):
-        raise SystemExit("the disturbed run differs from the undisturbed one")
+        raise SystemExit("a disturbed run differs from the undisturbed one")
 
 
 if __name__ == "__main__":
