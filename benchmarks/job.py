@@ -28,10 +28,11 @@ class Rank(Protocol):
 
 
 def spawn(arguments: list[str], environment: dict[str, str], output: BinaryIO) -> Rank:
-    """A rank as a new process."""
+    """A rank as a new process, which ends with this one."""
     return subprocess.Popen(
         [sys.executable, "-m", "t2v.cli", *arguments],
         env=os.environ | environment, stdout=output, stderr=output, cwd=ROOT,
+        preexec_fn=end_with_parent,
     )  # fmt: skip
 
 
