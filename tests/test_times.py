@@ -51,6 +51,7 @@ SPELLINGS = {
     "frames": rows(start_frame=lambda a, b: a, end_frame=lambda a, b: b + 1),
     "milliseconds": rows(StartMs=lambda a, b: round(a / FPS * 1000),
                          EndMs=lambda a, b: 917 if a else 416),
+    "from and to": rows(**{"from": lambda a, b: a / FPS, "to": lambda a, b: (b + 1) / FPS}),
     "duration": rows(start=lambda a, b: a / FPS, duration=lambda a, b: 10 / FPS),
     "pairs": rows(timestamp=lambda a, b: [a / FPS, (b + 1) / FPS]),
     "text pairs": rows(segment=lambda a, b: f"['{clock(a / FPS)}', '{clock((b + 1) / FPS)}']"),

@@ -80,7 +80,8 @@ def scan(folder: str, tally: Tally) -> Iterator[Found]:
     if storage.is_remote(folder):
         files = storage.list_below(folder)
     elif not os.path.isdir(folder):
-        raise InputMissing(f"{folder}: no such folder; give the one that holds the media.")
+        what = "is a file, no folder" if os.path.exists(folder) else "no such folder"
+        raise InputMissing(f"{folder}: {what}; give the one that holds the media.")
     else:
         files = _walk(folder, "", tally)
     for path, size in files:

@@ -18,10 +18,10 @@ Unit = Literal["seconds", "milliseconds", "frames"]
 
 START = "start_seconds"  # what a build writes of a clip: where it was cut from its source,
 OURS = (START, "source", "original_fps")  # beside these
-STARTS, ENDS = ("start", "begin"), ("end", "stop", "finish")
-# Names of columns, without case and separators; {} is a start or an end.
+STARTS, ENDS = ("start", "begin", "from"), ("end", "stop", "finish", "to")
+# Names of columns, without case and separators.
 PAIR = re.compile(
-    r"(?P<of>clip|segment|scene|shot|time|video|t|ts)?(?P<edge>start|begin|end|stop|finish)"
+    rf"(?P<of>clip|segment|scene|shot|time|video|t|ts)?(?P<edge>{'|'.join(STARTS + ENDS)})"
     r"(?P<what>s|sec|secs|second|seconds|time|times|timestamp|timesec|timeseconds|ms|millis"
     r"|milliseconds|frame|frames|frameid|frameidx|frameindex|framenumber|idx|index|pts)?"
 )
