@@ -1,7 +1,7 @@
 """One file of a collection into samples of a dataset: filtered, cut, resampled, encoded."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from data_pipeline.errors import ConfigError, DataError, NotWanted
@@ -88,6 +88,11 @@ class Made:
     not_wanted: dict[str, str] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
 
+    def lose(self, error: DataError, names: Sequence[str]) -> None:
+        """Note why clips are none."""
+        side = self.not_wanted if isinstance(error, NotWanted) else self.unusable
+        side.update(dict.fromkeys(names, str(error)))
+
 
 def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds: float) -> Made:
     """The samples of one file; of a damaged one, those before the damage."""
@@ -95,44 +100,39 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
     made = Made(unusable=found.unusable)
     if not found.clips:
         return made
+    is_timed = any(clip.range for clip in found.clips)
+    known: Probe | None = None
     try:
         media = item.place.read(source.folder)
+        bars = media_bars(media, target.kind, deadline_seconds) if target.crop_bars else NO_BARS
+        if is_timed or target.filters != Filters():
+            known = probe(media, target.kind, bars)
     except DataError as error:
-        made.unusable |= dict.fromkeys([clip.name for clip in found.clips], str(error))
+        made.lose(error, [clip.name for clip in found.clips])
         return made
     wanted: list[tuple[Clip, Span]] = []
-    known: Probe | None = None
-    bars: Bars | None = None
     for clip in found.clips:
         try:
-            if bars is None:
-                crops = target.crop_bars
-                bars = media_bars(media, target.kind, deadline_seconds) if crops else NO_BARS
-            if known is None and (clip.range or target.filters != Filters()):
-                known = probe(media, target.kind, bars)
             span = span_of(clip.range, known, target.fps or known.fps) if known else WHOLE
             if known:
                 clip = replace(clip, captions=_wanted(clip, known, span, target))
             wanted.append((clip, span))
-        except NotWanted as error:
-            made.not_wanted[clip.name] = str(error)
         except DataError as error:
-            made.unusable[clip.name] = str(error)
-    is_whole = target.cut == "none" and all(clip.range is None for clip in found.clips)
+            made.lose(error, [clip.name])
+    is_whole = target.cut == "none" and not is_timed
     pieces: list[list[Members]] = [[] for _ in wanted]
     try:
         spans = [span for _, span in wanted]
-        for number, piece in _pieces(media, spans, target, bars or NO_BARS, deadline_seconds):
+        for number, piece in _pieces(media, spans, target, bars, deadline_seconds):
+            clip = wanted[number][0]
             if isinstance(piece, NotWanted):
-                made.not_wanted[wanted[number][0].name] = str(piece)
+                made.lose(piece, [clip.name])
             else:
-                clip = wanted[number][0]
                 pieces[number].append(_members(piece, clip, item, target, is_whole))
     except DataError as error:
-        side = made.not_wanted if isinstance(error, NotWanted) else made.unusable
         lost = [clip.name for (clip, _), some in zip(wanted, pieces, strict=True)
                 if not some and clip.name not in made.not_wanted]  # fmt: skip
-        side |= dict.fromkeys(lost or [item.file], str(error))
+        made.lose(error, lost or [item.file])
     samples = [members for some in pieces for members in some]
     made.samples = [("" if is_whole else f"-{n:04d}", m) for n, m in enumerate(samples)]
     return made
