@@ -104,6 +104,9 @@ class Team:
         return parts
 
 
+ALONE = Team()
+
+
 @dataclass(frozen=True)
 class Room:
     """The bytes that generation may fill, and a folder for what fits in no memory."""

@@ -1,17 +1,13 @@
 """Between the pixels of clips and the latents that a recipe may be of."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.latents.autoencoder import Autoencoder
 from data_pipeline.latents.latents import Provenance
 from data_pipeline.latents.tiles import tile_within
-from t2v.methods.method import Room
+from t2v.methods.method import Clips, Room
 from t2v.recipe.recipe import RunConfig
-
-Clips = Float[Tensor, "clips channels frames height width"]
 
 
 class Codec:

@@ -35,7 +35,7 @@ from data_pipeline.terminal import Terminal
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
-from t2v.methods.method import Method, Output, Room, Team
+from t2v.methods.method import ALONE, Method, Output, Room, Team
 from t2v.network.network import Network
 from t2v.recipe.reading import parse_value
 from t2v.recipe.recipe import RunConfig, method_of, parse_config
@@ -169,7 +169,7 @@ def sample_pending(
     ) as bars:
         total = (len(own) + len(shared)) * method.calls_per_clip
         bar = bars.add_task("sampling", total=total)
-        for subjects, mates in ((own, Team()), (shared, team)):
+        for subjects, mates in ((own, ALONE), (shared, team)):
             most = min(means.clips_at_once, len(subjects))
             many = method.clips_at_once(network, most, room, mates) if subjects else 1
             for first in range(0, len(subjects), many):
@@ -207,9 +207,9 @@ def loaded(source: Source, config: RunConfig, device: torch.device) -> Network:
 def join_team(rest: list[Subject], world: World) -> tuple[Team, list[Subject]]:
     """The team that shares this process's part of `rest`, one subject each, and that subject."""
     if not rest:
-        return Team(), []
+        return ALONE, []
     bounds = [number * world.world_size // len(rest) for number in range(len(rest) + 1)]
-    mine = (Team(), list[Subject]())
+    mine = (ALONE, list[Subject]())
     for subject, low, high in zip(rest, bounds, bounds[1:], strict=False):
         ranks = list(range(low, high))
         # Made by all, members or not: torch wants it so.

@@ -20,10 +20,9 @@ from t2v.methods.hpdm.settings import Branch, HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.solver import Canvas, Solver, churned, noise_levels
 from t2v.methods.hpdm.store import Store
 from t2v.methods.hpdm.tiled_denoiser import TiledDenoiser, read_level, shrink
-from t2v.methods.method import Team
+from t2v.methods.method import ALONE, Team
 from t2v.network.conditioning import Condition
 
-ALONE = Team()
 UNBOUNDED_BYTES = 1 << 62
 READING = 32  # keeps the noise that is read apart from that of the levels, of which are at most 8
 

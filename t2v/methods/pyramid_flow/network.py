@@ -27,7 +27,7 @@ from t2v.methods.pyramid_flow.attention import (
 )
 from t2v.methods.pyramid_flow.config import ModelConfig, PyramidFlowConfig
 from t2v.methods.pyramid_flow.flow import CLOCK
-from t2v.methods.pyramid_flow.history import lay_out
+from t2v.methods.pyramid_flow.history import Piece, lay_out
 from t2v.network.conditioning import FEATURES, Condition, TextEmbedding
 from t2v.network.layers import (
     INIT_STD,
@@ -43,7 +43,6 @@ CLOCK_FEATURES = 256
 
 Tokens = Float[Tensor, "batch tokens dim"]
 Vector = Float[Tensor, "batch dim"]
-Piece = Float[Tensor, "batch channels frames height width"]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from t2v.methods.method import Team
+from t2v.methods.method import ALONE, Team
 from t2v.methods.pyramid_flow.config import PyramidFlowConfig
 from t2v.methods.pyramid_flow.flow import FlowConfig, clock, jump, noise_down_by
 from t2v.methods.pyramid_flow.history import Piece, history_pieces
 from t2v.methods.pyramid_flow.network import Group
 from t2v.network.conditioning import Condition
 
-ALONE = Team()
 REFERENCE_LAST = 0.001  # where the authors' grid ends before it jumps to 0
 
 # (state, stage, r) -> velocity
