@@ -30,7 +30,7 @@ class PartWeights:
     def on(self, device: torch.device) -> Float[Tensor, "*parts"]:
         """The weights of the next step; 1 before the first."""
         known = self.learned and bool(self.means.all())
-        return (1 / self.means if known else self.given).to(device)
+        return (1 / self.means if known else self.given).to(device, non_blocking=True)
 
     def update(self, losses: Float[Tensor, " parts"], updates: int) -> None:
         """Take in the mean losses of update number `updates`, counted from 1."""
