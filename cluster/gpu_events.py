@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cluster.driver import ANSWER_SECONDS, Gpu, ask_driver
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 
 KERNEL_LOG = "/dev/kmsg"
 LOOK_SECONDS = 60.0

@@ -45,7 +45,7 @@ from cluster.torchrun import (
     start_launcher,
 )
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.attempt import preemption
 from t2v.attempt.files import read_mapping, seconds_of
 from t2v.attempt.preemption import FLAG_FILE, own_flag

@@ -14,7 +14,7 @@ from cluster.ending import culprits
 from cluster.status import NodeRecord, run_status
 from cluster.torchrun import Place
 from data_pipeline.errors import UserError
-from data_pipeline.plain import plain, say
+from data_pipeline.printable import plain, say
 from data_pipeline.store import storage
 from t2v.attempt.record import append_attempt, failed_start_line, read_attempts
 

@@ -34,7 +34,7 @@ from cluster.node_checks import check_node
 from cluster.rendezvous import JUDGEMENT, Meeting, Seat, agreed_clock, await_keys, knock, seated
 from cluster.torchrun import KILLED, Place, root_cause, start_launcher
 from data_pipeline.errors import NodeUnfit, StorageError
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from data_pipeline.terminal import Terminal
 from t2v.recipe.recipe import RunConfig
 

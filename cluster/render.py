@@ -4,10 +4,10 @@ import shutil
 import subprocess
 
 from cluster.job import DataJob, TrainingJob, record_text
+from cluster.manifest_rules import faults
 from cluster.profile import Profile, SlurmProfile
 from cluster.render_kubernetes import data_objects, to_yaml, training_objects
 from cluster.render_slurm import array_script, training_script
-from cluster.rules import faults
 from cluster.secrets import holds_secret, secrets_in
 from cluster.slurm_shell import SCRIPT
 from data_pipeline.errors import ConfigError

@@ -11,6 +11,7 @@ import yaml
 
 from cluster.checks import MEETING_SECONDS
 from cluster.job import DataJob, TrainingJob, digest_of, record_text, run_folder
+from cluster.manifest_rules import POD_SUFFIX
 from cluster.pod import (
     CONFIG_FOLDER,
     CONTAINER,
@@ -25,7 +26,6 @@ from cluster.pod import (
 )
 from cluster.profile import KubernetesProfile
 from cluster.requeue import HOPELESS, PREEMPTED
-from cluster.rules import POD_SUFFIX
 from data_pipeline.errors import ConfigError
 
 

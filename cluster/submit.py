@@ -19,7 +19,7 @@ from cluster.render import OBJECTS
 from cluster.render_kubernetes import object_name
 from cluster.slurm_shell import AHEAD, BEHIND, DEPENDENTS, SCRIPT
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from data_pipeline.store import storage
 
 SUBMIT_SECONDS = 120

@@ -7,7 +7,7 @@ from typing import TypeVar
 from rich.markup import escape
 from rich.progress import track
 
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from data_pipeline.terminal import Terminal
 
 Item = TypeVar("Item")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 
 
 class Terminal(Console):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_pipeline.errors import INTERRUPTED, UserError, exit_code_of
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.checkpoint import add_checkpoint_verbs
 from t2v.commands.cluster import add_cluster_verbs
 from t2v.commands.data import add_data_verbs

@@ -16,7 +16,7 @@ from data_pipeline.errors import NumericError
 from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.loader import Batch, Loader
 from data_pipeline.feeding.sample import SampleReader
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.store import storage
 from t2v.attempt import preemption
 from t2v.attempt.attempt import begin_attempt

@@ -21,9 +21,9 @@ from benchmarks.damage import (
     zero,
 )
 from data_pipeline.errors import DataError, NotWanted
-from data_pipeline.media.bits import Bits, allows_gaps, holds_zeros, is_wavefront
 from data_pipeline.media.clips import read_clips
 from data_pipeline.media.codec import encode_clip
+from data_pipeline.media.codec_headers import Bits, allows_gaps, holds_zeros, is_wavefront
 
 # Of files that show eight bytes overwritten, this share is refused at least; docs/data.md has the
 # table of many files. Encoders do not always write the same, so there is room.

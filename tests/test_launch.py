@@ -11,7 +11,7 @@ import yaml
 from cluster.job import LEAST_GRACE_SECONDS, MARGIN_SECONDS, SLACK
 from cluster.launch import prepare_run, snapshot_folder, training_job, write_out
 from cluster.profile import load_profile
-from cluster.reference import ROOT, reference_manifests
+from cluster.reference_manifests import ROOT, reference_manifests
 from cluster.render import render
 from data_pipeline.errors import ConfigError, InputMissing
 from t2v.cli import main
@@ -248,7 +248,7 @@ def test_a_missing_scheduler_is_one_line(recipe, site, tmp_path, monkeypatch, ca
 
 
 def test_reference_manifests_are_what_the_renderer_gives():
-    """`python -m cluster.reference` writes them anew."""
+    """`python -m cluster.reference_manifests` writes them anew."""
     manifests = reference_manifests()
     for path, text in manifests.items():
         assert (ROOT / "cluster" / path).read_text() == text, path

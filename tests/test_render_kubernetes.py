@@ -16,11 +16,11 @@ from kubeflow_trainer_api import models
 
 from cluster.checks import PREFLIGHT_SECONDS
 from cluster.job import DataJob
+from cluster.manifest_rules import faults
 from cluster.pod import literal
 from cluster.profile import KubernetesProfile, parse_profile
 from cluster.render import render
 from cluster.render_kubernetes import data_objects, object_name, to_yaml, training_objects
-from cluster.rules import faults
 from data_pipeline.errors import ConfigError
 from tests.test_profile import KUBERNETES, SECRETS
 from tests.test_render_slurm import NASTY, job

@@ -13,7 +13,7 @@ from cluster.node_checks import Check
 from cluster.preflight import NodeReport, judge, print_reports
 from cluster.status import run_status
 from cluster.status_view import print_statuses
-from data_pipeline.plain import MOST_CHARACTERS, plain
+from data_pipeline.printable import MOST_CHARACTERS, plain
 from data_pipeline.terminal import Terminal
 from t2v.attempt.failure import Failure, failure_page, record_failure
 from t2v.cli import main

@@ -23,8 +23,7 @@ from data_pipeline.shards.contact_sheet import contact_sheet, sheet_of
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import open_info
 from data_pipeline.shards.tar import open_index
-from data_pipeline.store import page as page_file
-from data_pipeline.store import storage
+from data_pipeline.store import html_page, storage
 
 PAGE = "stats.html"
 BINS = 20
@@ -156,14 +155,14 @@ def write_page(stats: Stats, out: str | Path | None = None) -> str:
             shown = _pictures(partial(sheet_of, data, ends))
             body += f"<h2>from the lowest {name} to the highest</h2>{shown}"
     page = (
-        f'<!doctype html><meta charset="utf-8">{page_file.GENERATOR}'
+        f'<!doctype html><meta charset="utf-8">{html_page.GENERATOR}'
         f"<title>{html.escape(Path(stats.path).name)}</title>"
         "<style>body{font:14px sans-serif;margin:2em;max-width:60em}th{text-align:left;"
         "padding-right:2em}text{font:11px sans-serif}</style>"
         f"<h1>{html.escape(stats.path)}</h1><p>fingerprint {stats.fingerprint}</p>"
         f"<table>{table}</table><h2>random samples</h2>{pictures}{body}"
     )
-    page_file.write_page(path, page)
+    html_page.write_page(path, page)
     return path
 
 

@@ -15,7 +15,7 @@ from av.video.plane import VideoPlane
 from av.video.stream import VideoStream
 
 from data_pipeline.errors import DataError
-from data_pipeline.media.bits import allows_gaps, holds_zeros, is_wavefront, length_bytes
+from data_pipeline.media.codec_headers import allows_gaps, holds_zeros, is_wavefront, length_bytes
 
 # libvpx notices where its arithmetic decoder lost the thread, FFmpeg's own does not; and it alone
 # reads the transparency of a WebM.

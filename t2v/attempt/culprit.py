@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.strict import Strict
 from t2v.attempt.failure import HANG, LONGEST_QUOTE, Failure, record_failure
 from t2v.attempt.run_folder import timestamp

@@ -13,7 +13,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from data_pipeline.strict import Strict
 from t2v.attempt.alarm import RECORD
 from t2v.engine.device import Pace, to_host

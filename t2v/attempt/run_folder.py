@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import RunLocked
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 
 State = Literal["starting", "running", "done", "preempted", "failed"]
 LOCK = "run.lock"

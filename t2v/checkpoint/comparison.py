@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.terminal import Terminal
 from t2v.checkpoint.proving import verify_checkpoint
 from t2v.checkpoint.tensor_files import TensorKind, read_whole, tensor_kinds

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from data_pipeline.errors import InputMissing, StorageError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.terminal import Terminal
 from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest, wrong_sizes

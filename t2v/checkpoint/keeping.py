@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.checkpoint.config import CheckpointConfig
 from t2v.checkpoint.finding import CheckpointInfo, list_checkpoints, look_at
 from t2v.checkpoint.manifest import MANIFEST, read_manifest

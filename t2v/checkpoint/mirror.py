@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from data_pipeline.errors import StorageError, UserError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.store import storage
 from t2v.checkpoint.finding import list_checkpoints, step_folder
 from t2v.checkpoint.manifest import MANIFEST, Manifest, read_manifest

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.parser import add_verb
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.parser import add_config, add_verb, count, plain_name, positive, seconds
 
 # A requeued job waits as long by SLURM's own rule.

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.lists import add_caption_column, add_list_options
 from t2v.commands.making import (
     FILTERS,

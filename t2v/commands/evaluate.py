@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.parser import add_verb
 
 LONGEST = 10**6  # characters of a table

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.making.presets import PRESETS, Columns
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 
 if TYPE_CHECKING:
     from data_pipeline.shards.dataset import Dataset

@@ -3,7 +3,7 @@
 import argparse
 
 from data_pipeline.errors import DataError
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from data_pipeline.shards.captions import COLUMNS
 from t2v.commands.lists import columns_from, say_dataset
 

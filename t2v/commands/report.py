@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.parser import add_verb
 
 

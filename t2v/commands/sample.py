@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from data_pipeline.plain import plain
+from data_pipeline.printable import plain
 from t2v.commands.parser import add_verb
 
 

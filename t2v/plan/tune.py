@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.plan.communication import communication
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import memory

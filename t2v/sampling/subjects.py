@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import ClassConditioning, TextConditioning
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
 from t2v.methods.method import Method

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.strict import Strict
 from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
 from t2v.checkpoint.finding import resolve_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from t2v.attempt.files import is_number

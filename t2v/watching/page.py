@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.errors import DataError, InputMissing
 from data_pipeline.media.codec import decode_clip
-from data_pipeline.store.page import GENERATOR, write_page
+from data_pipeline.store.html_page import GENERATOR, write_page
 from t2v.attempt.files import read_mapping, read_records
 from t2v.watching.charts import COLOURS, Series, line_chart, shade, short
 from t2v.watching.page_files import (

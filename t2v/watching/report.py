@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.feeding.config import DataConfig
 from data_pipeline.feeding.loader import Batch
 from data_pipeline.feeding.quarantine import Quarantine
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.attempt.run_folder import StatusFile
 from t2v.checkpoint.checkpoints import Saved
 from t2v.engine.world import World

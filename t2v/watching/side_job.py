@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import ConfigError, InputMissing, RunLocked
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from t2v.attempt.files import read_mapping

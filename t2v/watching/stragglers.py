@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.attempt.collectives import collective_seconds
 from t2v.attempt.failure import hostname, is_waiting
 from t2v.attempt.record import append_attempt

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.terminal import Terminal
 from t2v.watching.lines import numbers
 

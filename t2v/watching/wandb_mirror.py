@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from data_pipeline.store import storage
 from t2v.watching.lines import numbers, parse_line
 

@@ -8,8 +8,8 @@ import kubernetes_validate
 import pytest
 from kubeflow_trainer_api import models
 
+from cluster.manifest_rules import faults
 from cluster.render import render
-from cluster.rules import faults
 from tests.test_profile import SECRETS
 from tests.test_render_kubernetes import container_of, objects_of, round_trip, site, validate
 from tests.test_render_slurm import job

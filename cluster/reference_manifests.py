@@ -1,4 +1,5 @@
-"""The reference manifests under cluster/: `python -m cluster.reference` writes them anew."""
+"""The manifests under cluster/ that serve as references: `python -m cluster.reference_manifests`
+writes them anew."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -7,7 +8,7 @@ from cluster.launch import training_job
 from cluster.profile import load_profile
 from cluster.render import OBJECTS, render
 from cluster.slurm_shell import SCRIPT
-from data_pipeline.plain import say
+from data_pipeline.printable import say
 from t2v.plan.plan import plan
 from t2v.recipe.recipe import load_config
 
