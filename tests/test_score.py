@@ -172,6 +172,7 @@ def test_scores_are_verified(dataset, tmp_path, spoil, said):
     if spoil is cut_pages:
         with pytest.raises(DataError, match=r"scores\.parquet: is damaged"):
             build(dataset, tmp_path / "out", **SIZE, columns=Columns(where="motion > 1"))
+        assert measure(dataset).scores == {}
 
 
 def test_a_build_chooses_by_scores_and_keeps_them_out_of_metadata(dataset, tmp_path):

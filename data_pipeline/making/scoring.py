@@ -50,18 +50,23 @@ class Scores:
 
     def column(self, name: str) -> list:
         """The values of all clips that have one."""
-        table = parquet.read_table(storage.local_file(self.path), columns=[name])
-        return [value for value in table[name].to_pylist() if value is not None]
+        return [value for value in self._values(name).to_pylist() if value is not None]
 
     def ends(self, name: str, count: int) -> np.ndarray:
         """The numbers of the samples with the lowest values of a column, and with the highest;
         none where all are alike."""
-        table = parquet.read_table(storage.local_file(self.path), columns=[name])
-        values = table[name].to_numpy().astype(float)
+        values = self._values(name).to_numpy().astype(float)
         order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
         if not len(order) or values[order[0]] == values[order[-1]]:
             return order[:0]
         return np.concatenate([order[:count], order[count:][-count:]])
+
+    def _values(self, name: str) -> pyarrow.ChunkedArray:
+        try:
+            return parquet.read_table(storage.local_file(self.path), columns=[name])[name]
+        except (pyarrow.ArrowException, OSError) as error:
+            why = str(error).splitlines()[0]
+            raise DataError(f"{self.path}: is damaged because {why}; {AGAIN}.") from None
 
 
 @dataclass(frozen=True)

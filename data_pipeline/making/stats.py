@@ -205,9 +205,9 @@ def _derived(data: Dataset) -> Iterator[tuple[str, str]]:
 def _scores(data: Dataset) -> dict[str, list]:
     try:
         found = open_scores(data)
+        return {name: found.column(name) for name in COLUMNS} if found else {}
     except UserError:
         return {}
-    return {name: found.column(name) for name in COLUMNS} if found else {}
 
 
 def _spread(values: Sequence[float]) -> str:
