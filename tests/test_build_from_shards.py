@@ -13,6 +13,7 @@ from test_foreign_shards import pack
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.build import build
+from data_pipeline.making.indexing import index
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.samples import Filters
 
@@ -113,6 +114,18 @@ def test_a_dataset_of_ours_is_cut_again_with_all_of_its_captions(loose, tmp_path
     assert [again.read(0, row).captions.texts for row in (0, 1)] == [tuple(captions)] * 2
     assert again.read(0, len(shown) - 1).caption == "what lies beside"
     assert "start_seconds" not in again.read(0, 1).metadata
+
+
+def test_captions_of_an_indexed_dataset_are_those_that_it_was_indexed_by(members, tmp_path):
+    told = [json.dumps({"prompt": f"prompt {n}", "caption": f"caption {n}"}) for n in range(2)]
+    pack(tmp_path / "in" / "0.tar", {
+        f"{n}.{s}": members["003.mp4"] if s == "mp4" else told[n].encode()
+        for n in range(2) for s in ("mp4", "json")})  # fmt: skip
+    index(tmp_path / "in", captions={"prompt": 1.0})
+    for out, where in (("a", None), ("b", "true")):
+        dataset = build(tmp_path / "in", tmp_path / out, frames=8, **SIZE,
+                        columns=Columns(where=where))  # fmt: skip
+        assert [caption for caption, *_ in clips_of(dataset)] == ["prompt 0", "prompt 1"]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

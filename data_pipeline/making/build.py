@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,12 +30,13 @@ from data_pipeline.making.samples import (
     make_samples,
     refuse_bad_target,
 )
+from data_pipeline.making.scoring import dataset_in
 from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.media.clips import Cut
 from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
 from data_pipeline.shards.account import Account, Tally
-from data_pipeline.shards.captions import parse_object
+from data_pipeline.shards.captions import COLUMNS, parse_object
 from data_pipeline.shards.contact_sheet import NAME as SHEET
 from data_pipeline.shards.contact_sheet import write_contact_sheet
 from data_pipeline.shards.dataset import (
@@ -140,6 +141,8 @@ def build(
     say what a list's mean, `root` where its files lie, if not beside it.
     """
     out, columns, filters = str(out), columns or Columns(), filters or Filters()
+    if columns.captions == COLUMNS and (indexed := dataset_in(str(source))):
+        columns = replace(columns, captions=indexed.info.captions)
     _refuse_bad_counts(fps, shard_samples, task, workers, max_drop_rate)
     refuse_bad_target(Target(kind or "video", (frames, height, width), fps, cut, filters))
     find = partial(find_material, str(source), columns, root=root, kind=kind, split=split)

@@ -186,9 +186,9 @@ def add_data_verbs(verbs) -> None:
     verb = add_verb(data_verbs, "build", data_build, "captioned media into shards of one clip size",
                     "t2v data build my_clips data/videos --size 64x288x512 --fps 24")  # fmt: skip
     told = (
-        "folder with captions.jsonl, or a .txt or .json per file; or a list, or a pattern of lists"
+        "folder with captions.jsonl, or a .txt or .json per file, or in shards or zips; or a list"
     )
-    verb.add_argument("source", help=told)
+    verb.add_argument("source", help=f"{told}, or a pattern of lists")
     verb.add_argument("out", help="dataset folder")
     verb.add_argument(
         "--size",
