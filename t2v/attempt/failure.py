@@ -20,7 +20,6 @@ from t2v.engine.device import Pace, to_host
 
 WAITS = {to_host.__code__, Pace.wait.__code__}  # where a host waits for its device
 HANG = 71
-SIGNALLED = 75
 LONGEST_QUOTE = 100_000  # characters: the stacks of many threads
 
 ADVICE = {

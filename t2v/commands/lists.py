@@ -10,9 +10,6 @@ from data_pipeline.printable import plain
 if TYPE_CHECKING:
     from data_pipeline.shards.dataset import Dataset
 
-MOST_CELL = 60
-
-
 CAPTION_COLUMN = (
     "column, or member of a json, that holds captions; may be repeated: a clip then has several, "
     "taken by their weights"
