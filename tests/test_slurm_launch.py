@@ -132,6 +132,24 @@ def test_a_node_that_fails_preflight_is_left_out_by_the_job_that_takes_over(
     wait_until_none_queues(cluster, tmp_path)
 
 
+def test_jobs_that_wait_already_avoid_a_node_that_is_found_bad(cluster, dataset, tmp_path):
+    """None is added to their line. The folder's name is one that SLURM would replace a part of."""
+    (tmp_path / "bad").write_text(BAD_NODE)
+    recipe, run_dir = tmp_path / "recipe.yaml", tmp_path / "50%j"
+    recipe.write_text(dump_config(config_of(dataset, run_dir)))
+    environment = {"BASH_ENV": str(tmp_path / "bad"), "OMP_NUM_THREADS": "1"}
+    profile = site(tmp_path, environment=environment, jobs_ahead=2)
+    first = int(launch(cluster, "launch", str(recipe), "--cluster", profile, "--nodes", "1",
+                       "--submit"))  # fmt: skip
+    logs = wait_until_none_queues(cluster, tmp_path)
+    assert status_of(run_dir)["state"] == "done", logs
+    jobs = [cluster.job(str(first + number)) for number in range(3)]
+    assert [job["NodeList"] for job in jobs[:2]] == ["n1", "n2"], logs
+    assert [job["ExcNodeList"] for job in jobs[1:]] == ["n1", "n1"]
+    names = sorted(path.name for path in (run_dir / "slurm").glob("*.out"))
+    assert names == [f"tiny-{first + number}.out" for number in range(3)]
+
+
 def test_a_job_that_may_not_be_requeued_saves_and_ends(cluster, dataset, tmp_path):
     recipe, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
     config = config_of(dataset, run_dir, total_steps=100_000, checkpoint={"every_steps": 100_000})
