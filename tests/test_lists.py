@@ -134,7 +134,8 @@ def test_files_are_found_by_path_without_type_below_the_root_or_by_a_name_of_the
     names = {
         "./a.mp4": "a.mp4", str(folder / "c.mp4"): "c.mp4", "sub/b": "sub/b.mp4",
         "unique": "deep/er/unique.mp4", "deep/twice": "deep/twice.mp4", "nothing": None,
-        "deep\\er\\unique.mp4": "deep/er/unique.mp4", f"deep/{same}": f"deep/{accented}",
+        "deep\\er\\unique.mp4": "deep/er/unique.mp4", "deep//./er///unique": "deep/er/unique.mp4",
+        f"deep/{same}": f"deep/{accented}",
         "..\\a.mp4": None, "../a.mp4": None, "s3://b/c.mp4": None, "/etc/a.mp4": None,
         "twice": None, "": None,
     }  # fmt: skip

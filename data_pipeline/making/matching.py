@@ -258,7 +258,8 @@ def _find_files(
     heads = [f"{head}/" if head else "" for head in heads]
     ask = database.execute
     ask(
-        "CREATE TABLE named AS SELECT *, nfc_normalize(replace(name, '\\', '/')) AS plain FROM ("
+        "CREATE TABLE named AS SELECT *, nfc_normalize(regexp_replace(replace(name, '\\', '/'), "
+        "'/+([.]/+)*', '/', 'g')) AS plain FROM ("
         "SELECT *, CASE WHEN starts_with(value, $below) THEN substr(value, length($below) + 1) "
         "WHEN starts_with(value, $absolute) THEN substr(value, length($absolute) + 1) "
         "ELSE $heads[list + 1] || regexp_replace(value, '^([.]/+)+', '') END AS name FROM said)",
