@@ -4,11 +4,38 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 ANSWER_SECONDS = 30.0
 OWN = ("index", "uuid")  # what tells GPUs apart
 
 Gpu = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a profile says of each node; None where it says nothing."""
+
+    gpus: int | None = None
+    model: str | None = None  # part of the name that the driver shows
+    memory_gib: float | None = None
+    driver: str | None = None  # the oldest version
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Options of preflight that say the same."""
+        options = {
+            "--gpus": self.gpus,
+            "--gpu-memory-gib": self.memory_gib,
+            "--gpu-model": self.model,
+            "--gpu-driver": self.driver,
+        }
+        return tuple(
+            word
+            for name, value in options.items()
+            if value is not None
+            for word in (name, f"{value:g}" if isinstance(value, float) else str(value))
+        )
 
 
 def ask_driver(fields: Sequence[str]) -> list[Gpu] | None:

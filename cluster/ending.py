@@ -1,10 +1,10 @@
 """How an attempt ended, by what its ranks, its launcher and its status left, and by whose fault."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
 from cluster.bad_nodes import BROKEN_DAYS, SLOW_DAYS
+from cluster.rank import how
 from cluster.status import (
     NodeRecord,
     records_in,
@@ -52,10 +52,7 @@ def exit_code_of(
             return PREEMPTED, "told to stop; nothing newer was saved"
         return 1, f"the launcher ended with {returned}: {last_words(record, log_dir)}"
     rank, code = seen
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return 128 - code, f"rank {rank} was killed by {name}"
-    return code, f"rank {rank} ended with {code}; its log says why"
+    return 128 - code if code < 0 else code, f"rank {rank} {how(code)}"
 
 
 def launcher_log(record: NodeRecord, log_dir: Path) -> str:

@@ -1,12 +1,11 @@
 """The GPUs of a node: what its site promised, what the driver says, and what torch can use."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from cluster.checks import Check
-from cluster.driver import Gpu
+from cluster.driver import Gpu, Promise
 from data_pipeline.errors import ConfigError
 
 GIB = 2**30
@@ -15,16 +14,6 @@ IDLE_MEMORY_SHARE, IDLE_UTILISATION = 0.05, 10.0
 MEMORY_SLACK = 0.97
 FIELDS = ("name", "memory.total", "memory.used", "utilization.gpu", "driver_version",
           "ecc.errors.uncorrected.volatile.total")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a profile says of each node; None where it says nothing."""
-
-    gpus: int | None = None
-    model: str | None = None  # part of the name that the driver shows
-    memory_gib: float | None = None
-    driver: str | None = None  # the oldest version
 
 
 def check_gpus(gpus: list[Gpu] | None, *, ranks: int, promise: Promise) -> list[Check]:

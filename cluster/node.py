@@ -267,7 +267,8 @@ def watch(job: NodeJob, launcher: subprocess.Popen, requests: Requests, since: f
         overdue = requests.first is not None and now - requests.first > job.grace_seconds
         if overdue or (first_gone is not None and now - first_gone > FOLLOW_SECONDS):
             for rank in ranks:
-                end_process(rank)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()  # its child goes with it
         if now >= next_beat:
             with contextlib.suppress(OSError):  # a disk that fails here must not end the run
                 status = read_mapping(job.run_dir / "status.json")
@@ -335,9 +336,3 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
         return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
     except psutil.NoSuchProcess:
         return []
-
-
-def end_process(process: psutil.Process) -> None:
-    """A rank goes with the parent that tells of its death."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()

@@ -13,8 +13,8 @@ import torch
 
 from cluster.bad_nodes import node_name
 from cluster.checks import Check, Verdict
-from cluster.driver import ask_driver
-from cluster.gpus import FIELDS, Promise, check_gpus
+from cluster.driver import Promise, ask_driver
+from cluster.gpus import FIELDS, check_gpus
 from cluster.job import BYTES_PER_PARAMETER, sample_bytes
 from data_pipeline.errors import ConfigError, DataError, StorageError, UserError
 from data_pipeline.feeding.sources import open_sources

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from cluster.bad_nodes import node_name
 from cluster.checks import CHECK_SECONDS, STARTING_SECONDS, Check
-from cluster.gpus import Promise
+from cluster.driver import Promise
 from cluster.judgement import (
     Judgement,
     NodeReport,

@@ -281,7 +281,7 @@ def _training_pod(
             *("--run-dir", literal(str(folder))),
             *("--grace-seconds", str(job.grace.seconds)),
             *(["--on-end", literal(profile.on_end)] if profile.on_end else []),
-            *("--preflight", *profile.promise),
+            *("--preflight", *profile.promise.words),
             *("--", f"{CONFIG_FOLDER}/config.yaml"),
         ],
         resources=resources_of(

@@ -112,7 +112,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f"""  "${{container[@]}}" bash -c {_quote(PREFLIGHT_SHELL)} \\""",
         f"  preflight --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} \\",
         f'  --rdzv-endpoint "$head:$((port + 1))" --timeout-seconds {MEETING_SECONDS} \\',
-        f"  {_join(profile.promise)} \\",
+        f"  {_join(profile.promise.words)} \\",
         '  -- "$launch/config.yaml"',
         "avoid",
         "may_avoid=$?",

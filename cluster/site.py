@@ -5,6 +5,7 @@ import shlex
 
 from pydantic import Field, field_validator, model_validator
 
+from cluster.driver import Promise
 from cluster.names import ENVIRONMENT_NAME, Folder, refuse_unprintable
 from cluster.secrets import is_secret
 from data_pipeline.strict import Strict
@@ -113,12 +114,7 @@ class Site(Strict):
         return {**interface, **self.environment, **endpoint}
 
     @property
-    def promise(self) -> list[str]:
-        """What preflight holds each node to, as its options."""
-        options = {
-            "--gpus": str(self.gpus_per_node),
-            "--gpu-memory-gib": f"{self.gpu_memory_gib:g}" if self.gpus_per_node else None,
-            "--gpu-model": self.gpu_model,
-            "--gpu-driver": self.gpu_driver,
-        }
-        return [word for name, value in options.items() if value for word in (name, value)]
+    def promise(self) -> Promise:
+        """What preflight holds each node to."""
+        memory = self.gpu_memory_gib if self.gpus_per_node else None
+        return Promise(self.gpus_per_node, self.gpu_model, memory, self.gpu_driver)

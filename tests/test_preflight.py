@@ -15,9 +15,9 @@ import pytest
 
 from cluster.bad_nodes import BROKEN_DAYS, note_bad_nodes, read_bad_nodes
 from cluster.checks import Check, failed
-from cluster.driver import Gpu, parse_csv, visible
+from cluster.driver import Gpu, Promise, parse_csv, visible
 from cluster.fabric import measure, pairings, slow_members
-from cluster.gpus import FIELDS, Promise, check_gpus
+from cluster.gpus import FIELDS, check_gpus
 from cluster.judgement import (
     Judgement,
     NodeReport,

@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
+from cluster.driver import Promise
 from data_pipeline.errors import ConfigError
 from data_pipeline.printable import plain
 from t2v.commands.parser import add_config, add_verb, count, plain_name, positive, seconds
@@ -25,7 +26,7 @@ def node(options: argparse.Namespace) -> int:
         NodeJob(
             run_dir=Path(options.run_dir),
             train_arguments=(options.config, *options.overrides),
-            preflight=promise_words(options) if options.preflight else None,
+            preflight=promise_of(options).words if options.preflight else None,
             on_end=options.on_end,
             nnodes=options.nnodes,
             nproc_per_node=options.nproc_per_node,
@@ -38,9 +39,6 @@ def node(options: argparse.Namespace) -> int:
     )
 
 
-PROMISES = ("gpus", "gpu_model", "gpu_memory_gib", "gpu_driver")
-
-
 def add_promise(verb: argparse.ArgumentParser) -> None:
     """What the site promised of each node; ranks that find no GPU end with 69."""
     verb.add_argument("--gpus", type=count, help="that the site promised of each node")
@@ -49,13 +47,9 @@ def add_promise(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--gpu-driver", help="the oldest version of their driver, as 550")
 
 
-def promise_words(options: argparse.Namespace) -> tuple[str, ...]:
-    """The promise as options again."""
-    given = ((name, getattr(options, name)) for name in PROMISES)
-    words = [
-        (f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None
-    ]
-    return tuple(word for pair in words for word in pair)
+def promise_of(options: argparse.Namespace) -> Promise:
+    """What the site promised of each node."""
+    return Promise(options.gpus, options.gpu_model, options.gpu_memory_gib, options.gpu_driver)
 
 
 def own_rdzv_id(nnodes: int) -> str:
@@ -78,7 +72,6 @@ def preflight(options: argparse.Namespace) -> int:
     refuse_strange_rank(options)
     from cluster import preflight as flight
     from cluster.bad_nodes import node_name, note_bad_nodes
-    from cluster.gpus import Promise
     from cluster.judgement import own_exit_code
     from cluster.rendezvous import Meeting
     from cluster.torchrun import Place
@@ -87,7 +80,7 @@ def preflight(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     ranks = options.nproc_per_node
     accumulation_steps(config, ranks * options.nnodes)  # which ranks must divide the batch for
-    promise = Promise(options.gpus, options.gpu_model, options.gpu_memory_gib, options.gpu_driver)
+    promise = promise_of(options)
     if options.gpus:
         os.environ["T2V_GPUS"] = str(options.gpus)  # ranks that try the fabric must have them
     is_first = options.node_rank == 0
