@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from threading import Thread
 from typing import TypeVar
 
@@ -30,11 +33,15 @@ def map_in_order(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    resource_tracker.ensure_running()  # which would make this process hear Ctrl-C again
+    with _deaf():
+        forkserver.ensure_running()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_quietly)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
-            waiting.append((item, pool.submit(function, item)))
+            with _deaf():  # what submits may start a worker, which must not be forgotten
+                waiting.append((item, pool.submit(function, item)))
             if len(waiting) >= AHEAD * workers:
                 yield waiting[0][1].result()
                 waiting.popleft()
@@ -61,8 +68,20 @@ def refuse_bad_task(task: tuple[int, int]) -> None:
         )
 
 
-def _end_with_parent() -> None:
-    """Workers of a killed parent would wait forever."""
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear Ctrl-C only behind the block; processes that are started in it until they say so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_quietly() -> None:
+    """Workers of a killed parent would wait forever, and at Ctrl-C each would tell where it was."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
 

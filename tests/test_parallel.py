@@ -37,6 +37,24 @@ def test_a_worker_that_dies_is_told():
         list(map_in_order(die_at_three, range(8), 2, named=lambda number: f"clip {number}"))
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.03, 0.1, 0.2, 0.4, 0.8])
+def test_ctrl_c_at_any_instant_is_told_once_and_ends_all(seconds):
+    script = (
+        "import sys, time\nfrom data_pipeline.parallel import map_in_order\n"
+        "if __name__ == '__main__':\n    print('begins', flush=True)\n"
+        "    try:\n        list(map_in_order(time.sleep, [0.05] * 1000, 2))\n"
+        "    except KeyboardInterrupt:\n        sys.exit('interrupted')\n"
+    )
+    job = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert job.stdout.readline() == "begins\n"
+    time.sleep(seconds)
+    family = psutil.Process(job.pid).children(recursive=True)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.communicate(timeout=60)[1] == "interrupted\n"
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
 def test_workers_make_the_same_dataset_and_end_with_a_killed_parent(media, datasets, tmp_path):
     out = tmp_path / "out"
     command = [
