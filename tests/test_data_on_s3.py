@@ -1,13 +1,16 @@
 """The data commands on an object store: the same datasets as on a disk."""
 
 import re
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from numbered import numbered_video
 
+from data_pipeline.errors import StorageError
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
 from data_pipeline.making.stats import measure
@@ -89,3 +92,14 @@ def test_a_store_is_listed_once_for_all_tasks_and_each_file_asked_for_once(bucke
         count for (name, url), count in asked.items() if "List" in name and "/" not in url[-1]
     ]
     assert listed == [1]
+
+
+def test_a_full_disk_on_the_way_to_a_store_is_told_and_nothing_is_stored(bucket):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="check disk and rights"):
+            storage.write_atomic(f"{bucket}/object", bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not storage.exists(f"{bucket}/object")

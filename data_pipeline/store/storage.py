@@ -175,7 +175,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 def open_atomic(path: str) -> Iterator[BinaryIO]:
     """A file to write that appears at `path`, whole and on disk, when the block ends well."""
     if is_remote(path):
-        with tempfile.TemporaryFile() as file:
+        with _storage_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
             remote().store.write(path, file)
         remote().forget(path)
