@@ -67,6 +67,18 @@ def test_a_process_ends_with_what_its_record_says(dataset, tmp_path, monkeypatch
     assert status_of(tmp_path / "run")["exit_code"] == code
 
 
+def test_how_a_run_ended_is_told_on_a_disk_that_takes_no_new_file(tmp_path, monkeypatch):
+    status = StatusFile(tmp_path, step=7, total_steps=9)
+    status.write("running", note="x" * 500)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        status.write("running", step=8)
+    status.write("failed", exit_code=74, reason="full", note="")
+    told = status_of(tmp_path)
+    assert (told["state"], told["exit_code"], told["step"]) == ("failed", 74, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
 def test_the_farewell_of_an_owner_changes_nothing(tmp_path, monkeypatch):
     with locked(tmp_path / "run"):
         monkeypatch.setattr(run_folder.os, "pwrite", full)

@@ -136,9 +136,23 @@ class StatusFile:
             return
         self.state, self.written = state, time.monotonic()
         status = {"state": state, **self.facts, **whoami(), "updated": timestamp()}
+        content = json.dumps(status).encode() + b"\n"
         staging = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        staging.write_text(json.dumps(status) + "\n", encoding="utf-8")
-        staging.replace(self.path)
+        try:
+            staging.write_bytes(content)
+            staging.replace(self.path)
+        except OSError:
+            if state in ("starting", "running") or not self.path.exists():
+                raise
+            self._write_over(content)  # or a run that a full disk has ended would seem to go on
+        finally:
+            with contextlib.suppress(OSError):
+                staging.unlink(missing_ok=True)
+
+    def _write_over(self, content: bytes) -> None:
+        """Into the room that the file has on its disk already."""
+        with self.path.open("r+b", buffering=0) as file:
+            file.write(content.ljust(os.fstat(file.fileno()).st_size))
 
     def refresh(self, **facts: Any) -> None:
         """Note facts; write them if the file is older than a second."""
