@@ -1,6 +1,7 @@
 """Small datasets that several tests read; none may change them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -8,6 +9,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `nohup` and jobs in the background are deaf to these, and so would be all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 

@@ -114,8 +114,14 @@ def test_training_is_forecast_by_what_its_passes_take_on_average():
     [
         {},
         {"latents": [ALL, 4, 3], "overlap": "w"},
-        {"guidance_scale": 3.0, "guide_latents": FEW, "solver": ["heun", "unipc"]},
-        {"guidance_scale": [3.0, 1.0, 2.0], "guide": "prompt", "guide_latents": [2, 3, 4]},
+        pytest.param(
+            {"guidance_scale": 3.0, "guide_latents": FEW, "solver": ["heun", "unipc"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"guidance_scale": [3.0, 1.0, 2.0], "guide": "prompt", "guide_latents": [2, 3, 4]},
+            marks=pytest.mark.slow,
+        ),
         {
             "guidance_scale": 2.0,
             "guidance_interval": [0.5, 40.0],

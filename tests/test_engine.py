@@ -53,6 +53,7 @@ def assert_same_training(found: Outcome, wanted: Outcome) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(adamw, lamb):
     configs = [
         recipe(ADAMW, {"kind": "fsdp"}),

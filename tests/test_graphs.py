@@ -220,6 +220,7 @@ def one_too_many() -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_one_graph_too_many_is_an_error_and_never_uncompiled_code():
     assert run_distributed(one_too_many, 1) == ["an error"]
 

@@ -108,6 +108,7 @@ def evaluations(model: HPDM, config: RunConfig) -> tuple[list[Tensor], int]:
         model.forward = forward
 
 
+@pytest.mark.slow
 def test_outside_its_interval_guidance_costs_nothing_and_does_nothing():
     base = {"steps": [3, 2, 2], "overlap": "w", "tile_batch": 6}
     model = gentle_model(three_levels())

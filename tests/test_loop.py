@@ -141,6 +141,7 @@ def test_an_average_of_any_length_is_exported_after_training(dataset, tmp_path, 
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_resume_bitwise_and_other_worlds_to_rounding(dataset, tmp_path):
     fsdp = {"engine": {"kind": "fsdp"}}
     # A large eps keeps rounding what it is; see tests/test_engine.py.

@@ -9,7 +9,10 @@ import csv
 import gzip
 import os
 import re
+import signal
+import socket
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,17 +90,22 @@ def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
     as an error of its own, is a KeyboardInterrupt."""
     with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
         try:
-            with duckdb.connect(
-                f"{folder}/lists.db",
-                config={
-                    "autoinstall_known_extensions": False,
-                    "autoload_known_extensions": False,
-                    "memory_limit": MEMORY,
-                    "temp_directory": f"{folder}/spilled",
-                },
-            ) as database:
+            with (
+                duckdb.connect(
+                    f"{folder}/lists.db",
+                    config={
+                        "autoinstall_known_extensions": False,
+                        "autoload_known_extensions": False,
+                        "memory_limit": MEMORY,
+                        "temp_directory": f"{folder}/spilled",
+                    },
+                ) as database,
+                interrupted_by_signals(database),
+            ):
                 database.execute("SET enable_progress_bar = false")
                 yield database
+        except duckdb.InterruptException as error:
+            raise KeyboardInterrupt from error
         except duckdb.Error as error:
             _refuse_full_disk(error)
             raise
@@ -105,6 +113,33 @@ def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
             if str(error) == INTERRUPTED:
                 raise KeyboardInterrupt from error
             raise
+
+
+@contextmanager
+def interrupted_by_signals(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """End a query at a signal: DuckDB looks for one only now and then, in some queries never, and
+    Python's own handlers wait for its return."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def listen() -> None:
+        while number := heard.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                database.interrupt()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
+        heard.close()
 
 
 def read_lists(
