@@ -16,7 +16,7 @@ from numbered import write_csv, write_lines
 from pyarrow import parquet
 
 from data_pipeline.errors import StorageError, UserError
-from data_pipeline.making.lists import open_database
+from data_pipeline.making.database import open_database
 from data_pipeline.making.plan import Plan, open_plan, write_plan
 from data_pipeline.making.presets import Columns
 

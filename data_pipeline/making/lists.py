@@ -8,14 +8,9 @@ import codecs
 import csv
 import gzip
 import os
-import re
-import signal
-import socket
 import tempfile
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -23,19 +18,17 @@ from typing import Any
 
 import duckdb
 
-from data_pipeline.errors import ConfigError, DataError, InputMissing, StorageError
+from data_pipeline.errors import ConfigError, DataError, InputMissing
+from data_pipeline.making.database import quoted, reason, text
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import BOMS
 from data_pipeline.store import storage
 
 COMMAS, LINES, ARRAYS, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
 LISTS = (*COMMAS, *LINES, *ARRAYS, *TABLES)
-MEMORY = "1GB"
 MOST_ROW_BYTES = 64 << 20
 OWN = ("t2v_row", "t2v_list")  # columns of ours: number of the row, and of its list
 UNNAMED = "unnamed"
-INTERRUPTED = "Query interrupted"
-FULL = ("Could not write", "No space left", "failed to offload")
 BAD_JSON = {
     "row is no JSON object": "coalesce(json_type(TRY_CAST(json AS JSON)), '') != 'OBJECT'",
     "row has two members of one name": "NOT list_unique(json_keys(json)) = len(json_keys(json))",
@@ -84,64 +77,6 @@ def list_paths(path: str) -> list[str]:
     raise InputMissing(f"{path}: no such file; check the path of the list.")
 
 
-@contextmanager
-def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """An empty database that is gone with the block. Ctrl-C in the midst of a query, which it tells
-    as an error of its own, is a KeyboardInterrupt."""
-    with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
-        try:
-            with (
-                duckdb.connect(
-                    f"{folder}/lists.db",
-                    config={
-                        "autoinstall_known_extensions": False,
-                        "autoload_known_extensions": False,
-                        "memory_limit": MEMORY,
-                        "temp_directory": f"{folder}/spilled",
-                    },
-                ) as database,
-                interrupted_by_signals(database),
-            ):
-                database.execute("SET enable_progress_bar = false")
-                yield database
-        except duckdb.InterruptException as error:
-            raise KeyboardInterrupt from error
-        except duckdb.Error as error:
-            _refuse_full_disk(error)
-            raise
-        except RuntimeError as error:
-            if str(error) == INTERRUPTED:
-                raise KeyboardInterrupt from error
-            raise
-
-
-@contextmanager
-def interrupted_by_signals(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """End a query at a signal: DuckDB looks for one only now and then, in some queries never, and
-    Python's own handlers wait for its return."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-
-    def listen() -> None:
-        while number := heard.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                database.interrupt()
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        told.close()
-        listener.join()
-        heard.close()
-
-
 def read_lists(
     database: duckdb.DuckDBPyConnection,
     paths: Sequence[str],
@@ -169,36 +104,6 @@ def read_lists(
     database.execute("SET lock_configuration = true")
     described = database.execute("DESCRIBE rows").fetchall()
     return Table(database, told, {name: kind for name, kind, *_ in described if name not in OWN})
-
-
-def quoted(name: str) -> str:
-    """A name of a column in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def text(value: str) -> str:
-    """A text in SQL."""
-    return "'" + value.replace("'", "''") + "'"
-
-
-def reason(error: duckdb.Error) -> str:
-    """What the database complains about, in one line."""
-    if isinstance(error, duckdb.InterruptException):
-        raise KeyboardInterrupt from error
-    _refuse_full_disk(error)
-    first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
-    if "state machine" in first:
-        return "some of its lines end in CR LF and others in LF"
-    return re.sub(' in file "[^"]*"', "", first) or type(error).__name__
-
-
-def _refuse_full_disk(error: duckdb.Error) -> None:
-    """StorageError where it is the disk below the database that is full."""
-    if any(words in str(error) for words in FULL):
-        folder = tempfile.gettempdir()
-        raise StorageError(
-            f"{folder}: is full; make room, or set TMPDIR to another disk."
-        ) from None
 
 
 def _kind(path: str) -> str:

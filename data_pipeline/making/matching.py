@@ -13,6 +13,7 @@ import duckdb
 import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.making.database import quoted, reason, text
 from data_pipeline.making.listing import (
     ARCHIVES,
     KINDS,
@@ -23,7 +24,7 @@ from data_pipeline.making.listing import (
     scan,
     scan_archive,
 )
-from data_pipeline.making.lists import OWN, Table, quoted, reason, text
+from data_pipeline.making.lists import OWN, Table
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.scoring import dataset_in, tar_name
 from data_pipeline.making.times import Times

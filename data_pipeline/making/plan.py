@@ -17,8 +17,9 @@ import pyarrow
 from pyarrow import parquet
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.making.database import open_database
 from data_pipeline.making.listing import TEXTS, Kind, Place, scan
-from data_pipeline.making.lists import is_list, list_paths, open_database, read_lists
+from data_pipeline.making.lists import is_list, list_paths, read_lists
 from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import TABLE, dataset_in

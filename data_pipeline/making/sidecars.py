@@ -8,8 +8,8 @@ from pathlib import Path
 import duckdb
 
 from data_pipeline.errors import DataError
+from data_pipeline.making.database import reason, text
 from data_pipeline.making.listing import Place
-from data_pipeline.making.lists import reason, text
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import AGAIN, COLUMNS, dataset_in, open_scores, tar_name
 from data_pipeline.shards.account import Tally
