@@ -81,7 +81,7 @@ def pip_options(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 @pytest.mark.skipif(os.geteuid() != 0, reason="building by chroot needs root")
 @pytest.mark.skipif(
     any(shutil.which(name) is None for name in PROGRAMS),

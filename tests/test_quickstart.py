@@ -13,7 +13,7 @@ from t2v.recipe.recipe import load_config
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("method", STORIES)
 def test_quickstart_samples_keep_their_bounds(tmp_path, method):
     workdir = tmp_path / "quickstart"
