@@ -30,6 +30,7 @@ LARGER = {"global_batch_size": 8, "micro_batch_size": 2}
 TAME = {"optimizer": {"eps": 1.0e-2}}  # keeps rounding what it is; see tests/test_engine.py
 
 
+@pytest.mark.slow
 def test_larger_batches_go_on_at_the_same_sample_with_moments_and_averages(dataset, tmp_path):
     """Killed in mid-run and gone on with larger batches is stopped there and gone on so."""
     stopped = config_of(dataset, tmp_path / "stopped")

@@ -295,7 +295,11 @@ save(state, made, 2)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("moment", ["write_slices", "join_index", "wrong_sizes"])
+@pytest.mark.parametrize(
+    "moment",
+    ["join_index", *(pytest.param(one, marks=pytest.mark.slow)
+                     for one in ("write_slices", "wrong_sizes"))],
+)  # fmt: skip
 def test_kill_in_the_middle_of_a_save_leaves_the_previous_valid(tmp_path, moment):
     command = [sys.executable, "-c", KILLED_SAVE, str(tmp_path), moment]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL

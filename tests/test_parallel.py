@@ -55,6 +55,7 @@ def test_ctrl_c_at_any_instant_is_told_once_and_ends_all(seconds):
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_dataset_and_end_with_a_killed_parent(media, datasets, tmp_path):
     out = tmp_path / "out"
     command = [

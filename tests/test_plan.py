@@ -87,6 +87,7 @@ def test_shards_add_up_to_the_model_and_activations_follow_the_micro_batch(t2v_f
     assert averaged.weights == sizes[8].weights
 
 
+@pytest.mark.slow
 def test_recomputation_trades_operations_for_memory():
     without, recomputing = (
         plan(

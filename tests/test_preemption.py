@@ -72,6 +72,7 @@ def test_a_disk_that_does_not_answer_asks_for_nothing(tmp_path, monkeypatch):
     assert not preemption.requested(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_is_a_request_but_under_nohup(tmp_path):
     deaf = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
     with start(tmp_path, "training", preexec_fn=deaf) as process:

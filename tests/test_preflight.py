@@ -333,6 +333,7 @@ def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch):
     assert judgement == Judgement(69, ["n2: did not come within 0.5 s"], ["n2"])
 
 
+@pytest.mark.slow
 def test_a_first_node_that_is_not_there_is_one_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_config(tiny_config(run_dir=str(tmp_path / "run"))))

@@ -53,7 +53,7 @@ def test_four_processes_and_replicas_train_what_one_trains(adamw):
             assert_same_training(found, each)
 
 
-@pytest.mark.parametrize("what", ["blocks", "selective"])
+@pytest.mark.parametrize("what", ["blocks", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputing_changes_no_bit(adamw, what):
     found = train_all([recipe(ADAMW, {"activation_checkpointing": what})], STEPS)[0]
     assert np.array_equal(found.history, adamw.history)

@@ -200,9 +200,8 @@ def test_colours_that_would_be_wrong_are_refused(tags, said, container, codec):
         read_clip(media, "video", (2, 48, 80))
 
 
-@pytest.mark.parametrize(
-    ("curve", "white"), [(16, 0.58), pytest.param(18, 0.75, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("curve", "white"), [(16, 0.58), (18, 0.75)])
 def test_tones_of_hdr_are_mapped_where_it_is_asked_for(curve, white):
     """Greys stay grey and in their order, from black to less than white; hues stay hues."""
     greys = np.linspace(0, 255 * white, 10).round().astype(np.uint8).repeat(8)

@@ -269,6 +269,7 @@ def gentle_model(config: RunConfig):
     return model
 
 
+@pytest.mark.slow
 def test_neither_the_batch_of_tiles_nor_the_company_changes_a_clip():
     base = {"guidance_scale": 2.0, "churn": 4.0, "overlap": "w", "steps": [3, 2, 1]}
     model = gentle_model(three_levels(**base))
