@@ -19,6 +19,7 @@ from data_pipeline.errors import StorageError, UserError
 from data_pipeline.making.database import open_database
 from data_pipeline.making.plan import Plan, open_plan, write_plan
 from data_pipeline.making.presets import Columns
+from t2v.cli import end_in_order
 
 ROWS = [
     {"file": "a.mp4", "caption": 'a "quoted", red\nball', "score": 0.5, "id": "007"},
@@ -185,7 +186,6 @@ def test_bad_rows_are_counted_by_reason_and_the_others_used(folder, name, conten
         ("l.csv", b"file,caption,Caption\na.mp4,x,y\n", "'Caption' is there twice"),
         ("l.csv", b"file,caption\n", "is empty"),
         ("l.csv", b"", "'caption' is missing|is empty"),
-        ("l.csv", b"file,caption\na.mp4,x\r\nc.mp4,y\n", "CR LF and others in LF"),
         ("l.parquet", b"PAR1 not", "l.parquet: .*; correct it"),
         ("l.json", b'[{"file": "a.mp4"', "l.json: .*; correct it"),
         ("l.csv.gz", b"file,caption\n", "cannot be read because"),
@@ -229,6 +229,29 @@ def test_what_json_cannot_hold_is_told_or_null(folder):
     found = plan(write(folder / "l.parquet", rows))
     assert "thumbnail" not in told(found)[0][2]
     assert found.account.examples["column of bytes"] == ["thumbnail"]
+
+
+def test_parquet_of_bytes_that_are_text_is_text(folder):
+    rows = [{name: str(value).encode() for name, value in row.items()} for row in ROWS]
+    rows[0]["blob"], rows[1]["blob"] = "gr\u00fcn".encode(), "gr\u00fcn".encode("latin-1")
+    found = plan(write(folder / "l.parquet", rows), select="id")
+    assert told(found) == told(plan(write(folder / "l.csv", ROWS), select="id"))
+    assert found.account.examples["column of bytes"] == ["blob"]
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"file,caption\na.mp4,x\r\nc.mp4,y\n",
+        b"file,caption\r\na.mp4,x\nc.mp4,y",
+        b'file,caption\na.mp4,"x"\r\n"c.mp4","y"\n',
+    ],
+)
+def test_lines_may_end_in_two_ways(folder, packed, content):
+    path = folder / ("l.csv.gz" if packed is gzip.compress else "l.csv")
+    path.write_bytes(packed(content))
+    assert [item[:2] for item in told(plan(path))] == [("a.mp4", "x"), ("c.mp4", "y")]
 
 
 def test_a_column_of_moments_holds_no_captions(folder):
@@ -304,11 +327,19 @@ def test_a_full_disk_below_the_database_is_told(most):
         "SELECT max(hash(range)) FROM range(1000000000000)",
     ],
 )
-def test_ctrl_c_in_the_midst_of_a_query_is_ctrl_c(way, endless):
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_end_a_query_in_its_midst(number, ends, way, endless):
     def ask() -> None:
         with open_database() as database:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
             getattr(database.sql(endless), way)()
 
-    with pytest.raises(KeyboardInterrupt):
-        ask()
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, end_in_order)
+    try:
+        with pytest.raises(ends):
+            ask()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,8 +20,9 @@ FULL = ("Could not write", "No space left", "failed to offload")
 
 @contextmanager
 def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """An empty database that is gone with the block. Ctrl-C in the midst of a query, which it tells
-    as an error of its own, is a KeyboardInterrupt."""
+    """An empty database that is gone with the block. A signal in the midst of a query, which it
+    tells as an error of its own, does what it does elsewhere; Ctrl-C is a KeyboardInterrupt."""
+    signals: list[int] = []
     with tempfile.TemporaryDirectory(prefix="t2v-lists-") as folder:
         try:
             with (
@@ -34,25 +35,25 @@ def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
                         "temp_directory": f"{folder}/spilled",
                     },
                 ) as database,
-                interrupted_by_signals(database),
+                interrupted_by_signals(database, signals),
             ):
                 database.execute("SET enable_progress_bar = false")
                 yield database
-        except duckdb.InterruptException as error:
-            raise KeyboardInterrupt from error
-        except duckdb.Error as error:
-            _refuse_full_disk(error)
-            raise
-        except RuntimeError as error:
-            if str(error) == INTERRUPTED:
+        except (duckdb.Error, RuntimeError) as error:
+            if isinstance(error, duckdb.InterruptException) or str(error) == INTERRUPTED:
+                for number in signals:
+                    signal.raise_signal(number)
                 raise KeyboardInterrupt from error
+            _refuse_full_disk(error)
             raise
 
 
 @contextmanager
-def interrupted_by_signals(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """End a query at a signal: DuckDB looks for one only now and then, in some queries never, and
-    Python's own handlers wait for its return."""
+def interrupted_by_signals(
+    database: duckdb.DuckDBPyConnection, signals: list[int]
+) -> Iterator[None]:
+    """End a query at a signal, and put it into `signals`: DuckDB looks for one only now and then,
+    in some queries never, and forgets what its handler raised; others wait for its return."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -62,6 +63,7 @@ def interrupted_by_signals(database: duckdb.DuckDBPyConnection) -> Iterator[None
     def listen() -> None:
         while number := heard.recv(1):
             if number[0] in (signal.SIGINT, signal.SIGTERM):
+                signals.append(number[0])
                 database.interrupt()
 
     listener = threading.Thread(target=listen, daemon=True)
@@ -89,15 +91,13 @@ def text(value: str) -> str:
 def reason(error: duckdb.Error) -> str:
     """What the database complains about, in one line."""
     if isinstance(error, duckdb.InterruptException):
-        raise KeyboardInterrupt from error
+        raise error
     _refuse_full_disk(error)
     first = str(error).strip().splitlines()[0].partition("Error: ")[2].rstrip(".")
-    if "state machine" in first:
-        return "some of its lines end in CR LF and others in LF"
     return re.sub(' in file "[^"]*"', "", first) or type(error).__name__
 
 
-def _refuse_full_disk(error: duckdb.Error) -> None:
+def _refuse_full_disk(error: Exception) -> None:
     """StorageError where it is the disk below the database that is full."""
     if any(words in str(error) for words in FULL):
         folder = tempfile.gettempdir()

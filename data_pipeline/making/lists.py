@@ -4,13 +4,15 @@ The database lies on disk in a folder of its own and spills what memory does not
 are never fetched, and once lists are read it opens no other file, whatever a condition says.
 """
 
-import codecs
 import csv
 import gzip
+import io
 import os
+import shutil
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -90,16 +92,12 @@ def read_lists(
         raise ConfigError(f"{paths[0]}: lists of one build must be of one kind, not {kinds}.")
     (kind,) = kinds
     told = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    with tempfile.TemporaryDirectory(prefix="t2v-text-") as folder:
-        files = [
-            _readable(path, Path(folder, str(number)), encoding)
-            for number, path in enumerate(paths)
-        ]
-        read = {**dict.fromkeys(COMMAS, _read_commas), **dict.fromkeys(TABLES, _read_tables)}
-        try:
+    read = {**dict.fromkeys(COMMAS, _read_commas), **dict.fromkeys(TABLES, _read_tables)}
+    try:
+        with _readable(paths, encoding) as files:
             read.get(kind, _read_json)(database, files, told, kind, tally)
-        except duckdb.Error as error:
-            raise DataError(f"{told}: {reason(error)}; correct it.") from None
+    except duckdb.Error as error:
+        raise DataError(f"{told}: {reason(error)}; correct it.") from None
     database.execute("SET enable_external_access = false")
     database.execute("SET lock_configuration = true")
     described = database.execute("DESCRIBE rows").fetchall()
@@ -110,32 +108,53 @@ def _kind(path: str) -> str:
     return PurePosixPath(path.lower().removesuffix(".gz")).suffix
 
 
-def _readable(path: str, beside: Path, encoding: str | None) -> str:
-    """A local file with a list's bytes, under a name that is no pattern; of text in another
-    encoding, a copy in UTF-8."""
+@contextmanager
+def _readable(paths: Sequence[str], encoding: str | None) -> Iterator[list[str]]:
+    """Local files with the bytes of lists, under names that are no patterns; of text in another
+    encoding, or whose lines end in two ways, copies in UTF-8 whose lines end in LF."""
+    with tempfile.TemporaryDirectory(prefix="t2v-text-") as folder:
+        files = [str(Path(folder, str(number))) for number in range(len(paths))]
+        for path, file in zip(paths, files, strict=True):
+            _put_readable(path, Path(file), encoding)
+        yield files
+
+
+def _put_readable(path: str, beside: Path, encoding: str | None) -> None:
     local = storage.local_file(path)
     kind, is_packed = _kind(path), path.lower().endswith(".gz")
     if kind in TABLES:
         beside.symlink_to(local.resolve())
-        return str(beside)
+        return
     try:
         with _open(local, is_packed) as file:
             head = file.read(4)
         mark = head.startswith(BOMS)
-        if not mark and encoding is None and not is_packed:
+        if not (mark or encoding or is_packed or _ends_in_two_ways(local)):
             beside.symlink_to(local.resolve())
-            return str(beside)
+            return
         if mark:
             encoding = "utf-32" if head.startswith(BOMS[:2]) else "utf-16"
-        with _open(local, is_packed) as file, beside.open("w", encoding="utf-8", newline="") as new:
-            reader = codecs.getreader(encoding or "utf-8-sig")(file)
-            while piece := reader.read(1 << 20):
-                new.write(piece)
+        with (
+            io.TextIOWrapper(_open(local, is_packed), encoding=encoding or "utf-8-sig") as text_in,
+            beside.open("w", encoding="utf-8", newline="") as text_out,
+        ):
+            shutil.copyfileobj(text_in, text_out, 1 << 20)
     except LookupError:
         raise ConfigError(f"encoding: value '{encoding}' is wrong; use latin-1, say.") from None
     except (UnicodeError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read because {error}; correct it.") from None
-    return str(beside)
+
+
+def _ends_in_two_ways(path: Path) -> bool:
+    """Whether some lines end in CR LF and others in LF, which the database would take for faults of
+    quoting; line ends within quotes count, too."""
+    ends = dict.fromkeys((b"\r\n", b"\n"), 0)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            piece += file.read(1) if piece.endswith(b"\r") else b""
+            for end in ends:
+                ends[end] += piece.count(end)
+    return 0 < ends[b"\r\n"] < ends[b"\n"]
 
 
 def _open(path: Path, is_packed: bool) -> Any:
@@ -231,10 +250,26 @@ def _read_tables(
     names = [name for name, *_ in described if name != "t2v_file"]
     _refuse_twins(told, names)
     bytes_of = [name for name, kind, *_ in described if "BLOB" in kind]
-    if bytes_of:
-        tally.add("passed_over", "column of bytes", bytes_of)
-    database.execute(f"CREATE TABLE raw AS {_numbered(files)} FROM {source}")
-    _keep(database, [f"raw.{quoted(name)}" for name in names if name not in bytes_of])
+    # Older writers do not mark which of their columns of bytes are text.
+    texts = [n for n, kind, *_ in described if kind == "BLOB" and _is_text(database, source, n)]
+    passed_over = [name for name in bytes_of if name not in texts]
+    if passed_over:
+        tally.add("passed_over", "column of bytes", passed_over)
+    chosen = [name for name in names if name not in passed_over]
+    columns = [f"decode({quoted(n)}) AS {quoted(n)}" if n in texts else quoted(n) for n in chosen]
+    database.execute(
+        f"CREATE TABLE raw AS {_numbered(files)} FROM "
+        f"(SELECT {', '.join([*columns, 't2v_file'])} FROM {source})"
+    )
+    _keep(database, [f"raw.{quoted(name)}" for name in chosen])
+
+
+def _is_text(database: duckdb.DuckDBPyConnection, source: str, name: str) -> bool:
+    """Whether all bytes of a column are characters in UTF-8, none of them NUL."""
+    no_text = f"coalesce(contains(TRY(decode({quoted(name)})), chr(0)), true)"
+    return not database.execute(
+        f"SELECT 1 FROM {source} WHERE {quoted(name)} IS NOT NULL AND {no_text} LIMIT 1"
+    ).fetchall()
 
 
 def _read_json(
