@@ -32,12 +32,16 @@ from t2v.engine.optimizer import (
     start_moments,
 )
 from t2v.engine.place import Place
-from t2v.evaluation.scores import KernelDistance
+from t2v.evaluation.scores import KernelDistance, frechet_distance, moments
+from t2v.evaluation.seam import seam_energies, seam_scores
 from t2v.methods.hpdm.config import HPDMConfig
+from t2v.methods.hpdm.cost import sampling_flops
 from t2v.methods.hpdm.method import HPDMMethod
 from t2v.methods.hpdm.network import HPDM
 from t2v.methods.hpdm.sampling import generate
+from t2v.methods.hpdm.settings import HPDMSamplingConfig, level_tilings
 from t2v.methods.hpdm.tiled_denoiser import shrink
+from t2v.methods.hpdm.tiling import tile_borders
 from t2v.network.conditioning import Condition
 from t2v.train.ema import Ema, half_life, power_function
 from t2v.train.part_weights import PartWeights
@@ -89,7 +93,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "LAMB": {"optimizer": {"name": "lamb", "learning_rate": 0.02}},
     "LAMB with a floor": {"optimizer": {"name": "lamb", "learning_rate": 0.02, "trust_floor": 1.0}},
 }
-MEASURES = ("loss 0", "loss 1", "mismatch", "mmd 0", "mmd 1")
+MEASURES = ("loss 0", "loss 1", "mismatch", "seam", "frechet 1", "mmd 0", "mmd 1", "gflop")
 
 
 def scene(rng: np.random.Generator) -> Clip:
@@ -237,7 +241,25 @@ def sampled_quality(
     for level in range(2):
         pair = (features(known[level]), features(levels[level]))
         found[f"mmd {level}"] = KernelDistance(*pair)()
+    found["frechet 1"] = frechet_distance(*(moments(one) for one in pair))
+    found["seam"] = seam(levels[1], sampling, pyramid)
     return found
+
+
+def seam(clips: torch.Tensor, sampling: HPDMSamplingConfig, pyramid: Pyramid) -> float:
+    """Roughness of the finest clips where their tiles end, over that elsewhere."""
+    borders = tile_borders(level_tilings(sampling, pyramid, pyramid.levels - 1))
+    pictures = ((clips + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).numpy()
+    return seam_scores(np.stack([seam_energies(clip, borders) for clip in pictures]))["seam"]
+
+
+def gflop(method: HPDMMethod) -> float:
+    """Billions of operations that sampling a clip takes."""
+    with torch.device("meta"):
+        network = method.network()
+    config = method.config
+    parts = sampling_flops(network, config.sampling, config.diffusion, method.conditioning)
+    return sum(parts) / 1e9
 
 
 def features(clips: torch.Tensor) -> np.ndarray:
@@ -275,6 +297,7 @@ def main() -> None:
         method = method_with(ROWS[row])
         network = trained(method, ROWS[row], seed)
         found = held_out_losses(method, network, seed) | sampled_quality(method, network, seed)
+        found["gflop"] = gflop(method)
         spent = {"cpu_seconds": round(time.process_time() - started, 1)}
         kept.add({"row": row, "seed": seed} | found | spent)
         print(row, seed, {name: round(value, 4) for name, value in found.items()}, flush=True)

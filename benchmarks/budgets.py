@@ -20,14 +20,13 @@ from benchmarks.ablations import (
     ROOT,
     SAMPLED,
     STEPS,
+    gflop,
     held_out_losses,
     method_with,
     sampled_quality,
     trained,
 )
 from benchmarks.summary import Kept, print_rows
-from t2v.methods.hpdm.cost import sampling_flops
-from t2v.methods.hpdm.method import HPDMMethod
 from t2v.plan.footprint import training_tflop
 
 ALL, BUDGET = 32, [32, 16, 8, 4]
@@ -81,15 +80,6 @@ def limited(network: torch.nn.Module, count: int) -> Any:
     return lambda *inputs, num_latents=None, **more: network(*inputs, num_latents=count, **more)
 
 
-def gflop(method: HPDMMethod) -> float:
-    """Operations of one clip."""
-    with torch.device("meta"):
-        network = method.network()
-    config = method.config
-    parts = sampling_flops(network, config.sampling, config.diffusion, method.conditioning)
-    return sum(parts) / 1e9
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
@@ -112,7 +102,7 @@ def main() -> None:
             kept.add(*({"training": training} | spent | row for row in rows))
             print(training, seed, spent, flush=True)
     names = dict.fromkeys(run["row"] for run in kept.runs)
-    print_rows(kept.runs, names, ("gflop", *MEASURES))
+    print_rows(kept.runs, names, MEASURES)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from data_pipeline.media.codec import CRF, GOP_FRAMES, X264_FRAMES, X264_SAME_BY
 FRAMES, HEIGHT, WIDTH, FPS = 64, 288, 512, 24
 SCENE_FRAMES = 132  # two clips and a rest
 STARTS = {"none": (0,), "length": (0, 64, 128, 192), "scenes": (0, 64, 132, 196)}
-FILMS = {"none": 4, "length": 1, "scenes": 1}
+FILMS = {"none": 8, "length": 4, "scenes": 4}
 X264 = {"crf": str(CRF), "preset": "medium", "x264-params": f"{X264_FRAMES}:{X264_SAME_BYTES}"}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ablations import features
+from benchmarks.ablations import features, seam
 from benchmarks.summary import Kept, print_rows
 from data_pipeline.making.toy import all_toys, toy_clips
 from data_pipeline.making.toy_score import read_toy
@@ -75,7 +75,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "  a third of the steps": SECOND_ORDER | {"steps": [8, 4]},
     "  a quarter of the steps": SECOND_ORDER | {"steps": [6, 3]},
 }
-MEASURES = ("colour", "shape", "direction", "one piece", "mismatch", "frechet", "mmd", "gflops")
+READ = ("colour", "shape", "direction", "one piece")
+MEASURES = (*READ, "mismatch", "seam", "frechet", "mmd", "gflops")
 
 Clips = Callable[[dict[str, Any]], list[Tensor]]
 
@@ -130,7 +131,10 @@ def study(folder: Path, rows: list[str], kept: Kept) -> None:
                 flops = sampling_flops(
                     blank, with_changes(ROWS[row]), config.method.diffusion, config.conditioning
                 )
-            measured = quality(levels, toys, known) | {"gflops": sum(flops) / 1e9}
+            measured = quality(levels, toys, known) | {
+                "seam": seam(levels[-1], with_changes(ROWS[row]), config.method.pyramid),
+                "gflops": sum(flops) / 1e9,
+            }
             kept.add({"seed": seed, "row": row} | measured)
             print(kept.runs[-1], flush=True)
 
