@@ -1,8 +1,8 @@
 """CPU seconds of a training step of the quickstart's base, beside another tree of this project.
 
-`python -m benchmarks.quickstart_step --against TREE` trains the same recipe on the same clips with
-the code of either, in turns, one process of one thread each; what one does to the machine it does
-to both. Seconds are those of the training process itself, all of its threads, between two steps.
+`python -m benchmarks.quickstart_step --against TREE` trains that recipe of TREE on the same clips
+with the code of either, in turns, one process of one thread each; what one does to the machine it
+does to both. Seconds are those of the training process itself, all threads, between two steps.
 """
 
 import argparse
@@ -26,16 +26,23 @@ def main() -> None:
     parser.add_argument("--against", type=Path, required=True, help="a checkout of another commit")
     parser.add_argument("--steps", type=int, default=60, help="counted steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--engine", choices=("single", "fsdp"), default="fsdp")
+    parser.add_argument("--engine", choices=("single", "fsdp"), default="fsdp", help="of both")
+    parser.add_argument("--engine-before", choices=("single", "fsdp"), help="of the other tree")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder))
+        recipe = (options.against / "configs" / "quickstart_base.yaml").resolve()
+        engines = {"now": options.engine, "before": options.engine_before or options.engine}
+        trees = {"now": ROOT, "before": options.against}
+        for name, tree in trees.items():
+            in_tree(tree, "--data", f"{folder}/{name}")
         pairs = []
         for turn in range(options.turns):
-            trees = {"now": ROOT, "before": options.against}
-            order = list(trees) if turn % 2 else list(reversed(trees))
-            seconds = {n: one_turn(trees[n], Path(folder), turn, options) for n in order}
+            seconds = {}
+            for name in list(trees) if turn % 2 else list(reversed(trees)):
+                run_dir, data = f"{folder}/{name}/run-{turn}", f"{folder}/{name}/data"
+                work = (str(recipe), run_dir, data, engines[name], str(options.steps))
+                seconds[name] = float(in_tree(trees[name], "--child", *work).splitlines()[-1])
             pairs.append((seconds["before"], seconds["now"]))
             ratio = seconds["now"] / seconds["before"]
             print(f"turn {turn}: {seconds['before'] * 1e3:.2f} -> {seconds['now'] * 1e3:.2f} ms, "
@@ -43,7 +50,7 @@ def main() -> None:
     ratios = sorted(now / before for before, now in pairs)
     result = {
         "recipe": "quickstart_base",
-        "engine": options.engine,
+        "engine": engines,
         "before": commit(options.against),
         "now": commit(ROOT),
         "cpu": platform.processor() or platform.machine(),
@@ -77,19 +84,16 @@ def make_data(folder: Path) -> None:
                  "--max-tokens=16"])  # fmt: skip
 
 
-def one_turn(tree: Path, folder: Path, turn: int, options: argparse.Namespace) -> float:
-    """Median CPU seconds of a step with the code of a tree."""
-    run_dir = folder / f"run-{turn}-{tree.name}"
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    arguments = [str(run_dir), str(folder / "data"), options.engine, str(options.steps)]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__)), "--child", *arguments],
-        env=environment, cwd=tree, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout.splitlines()[-1])
+def in_tree(tree: Path, *arguments: str) -> str:
+    """What a part of this script prints that runs with the code of a tree."""
+    return subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), *arguments],
+        env=os.environ | {"PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"},
+        cwd=tree, stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
 
 
-def child(run_dir: str, data: str, engine: str, steps: str) -> None:
+def measure(recipe: str, run_dir: str, data: str, engine: str, steps: str) -> None:
     """Train, and print the median of the process's CPU seconds from step to step."""
     from t2v import loop
     from t2v.recipe.recipe import load_config
@@ -97,8 +101,10 @@ def child(run_dir: str, data: str, engine: str, steps: str) -> None:
     overrides = [
         f"run_dir={run_dir}", f"total_steps={WARM_UP + int(steps)}", f"engine.kind={engine}",
         f"data.sources.0.path={data}/videos", f"data.sources.1.path={data}/images",
-        "optimizer.warmup_steps=5", "samples=null",
+        "optimizer.warmup_steps=5",
     ]  # fmt: skip
+    if "samples:" in Path(recipe).read_text():
+        overrides.append("samples=null")
     if engine == "single":
         overrides.append("engine.reshard_after_forward=true")
     ends, fault = [], loop.fault
@@ -109,7 +115,7 @@ def child(run_dir: str, data: str, engine: str, steps: str) -> None:
         return fault(site, step)
 
     loop.fault = noted
-    loop.train(load_config("configs/quickstart_base.yaml", overrides))
+    loop.train(load_config(recipe, overrides))
     ends = ends[WARM_UP:]
     print(statistics.median(b - a for a, b in pairwise(ends)))
 
@@ -121,4 +127,9 @@ def commit(tree: Path) -> str:
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()
+    if sys.argv[1:2] == ["--data"]:
+        make_data(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["--child"]:
+        measure(*sys.argv[2:])
+    else:
+        main()
