@@ -24,8 +24,8 @@ from t2v.attempt.record import append_attempt
 from t2v.attempt.run_folder import StatusFile, timestamp
 from t2v.engine.world import World
 
-LOOK_SECONDS, RECORDER_SECONDS = 0.1, 60.0
-LEAST_SHARE, LEAST_LOOKS = 0.1, 100
+LOOK_SECONDS, RECORDER_SECONDS = 0.2, 60.0
+LEAST_SHARE, LEAST_LOOKS = 0.1, 50
 # Of the chance by which looks differ: with thousands of ranks, some rank is always off by three.
 DEVIATIONS = 5.0
 AGREEING = {World.total.__code__, World.gather.__code__}
