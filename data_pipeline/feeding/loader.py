@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -33,6 +33,7 @@ from data_pipeline.feeding.order import SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.feeding.sources import OpenSource, makers_of, open_sources
 from data_pipeline.orphans import end_with
+from data_pipeline.parallel import held_back
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.stages import stage
@@ -182,7 +183,7 @@ class Loader:
             multiprocessing_context=_worker_context(),
         )
         others = set(multiprocessing.active_children())
-        with _signals_blocked():  # workers inherit it from their first instant
+        with held_back(*QUIET):  # workers inherit it from their first instant
             batches = iter(loader)
         self._workers = [w for w in multiprocessing.active_children() if w not in others]
         try:
@@ -356,16 +357,6 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return context
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold back the signals that tell a run to stop; those that come meanwhile are not lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(environment: dict[str, str], owner: int, _worker: int) -> None:
