@@ -22,7 +22,6 @@ from data_pipeline.shards.dataset import (
     ShardInfo,
     cached_index,
     digest_json,
-    parse_manifest,
     read_manifest,
     shard_infos,
 )
@@ -167,9 +166,8 @@ def fingerprint(info: DerivedInfo[Made]) -> str:
 def open_info(kind: Kind[Made], dataset: Dataset, name: str) -> tuple[str, DerivedInfo[Made]]:
     """(folder, manifest) of a finished set; refuses one made for other data."""
     folder, remedy = kind.place(dataset, name), kind.remedy(dataset, name)
-    path = storage.join(folder, MANIFEST)
-    content = read_manifest(path, f"{dataset.path}: has no {kind.folder} '{name}'", remedy)
-    info = parse_manifest(kind.info, content, path)
+    path, missing = storage.join(folder, MANIFEST), f"{dataset.path}: has no {kind.folder} '{name}'"
+    info = read_manifest(kind.info, path, missing, remedy)
     if info.dataset_fingerprint != dataset.info.fingerprint:
         raise ConfigError(
             f"{path}: dataset_fingerprint: value {info.dataset_fingerprint[:12]} is wrong because "
