@@ -44,6 +44,11 @@ class TarFault(DataError):
 Refuse = Callable[[TarFault], None]
 
 
+def raise_fault(fault: TarFault) -> None:
+    """Refuse at once."""
+    raise fault
+
+
 @dataclass
 class Sample:
     """What a scan of a tar knows of one key."""

@@ -13,7 +13,7 @@ from safetensors.torch import load
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import Former, Row, begin, claim, fill
-from data_pipeline.shards.scan import TarFault, list_members
+from data_pipeline.shards.scan import list_members, raise_fault
 from data_pipeline.shards.tar import list_captions
 from data_pipeline.store import storage
 from data_pipeline.store.hub import digest_files
@@ -90,7 +90,7 @@ def _rows(data: Dataset, shard: int, origin: Origin, provenance: Provenance) -> 
     theirs = storage.join(origin.folder, file) if origin.folder else tar
     places = {
         member[: -len(origin.member) - 1]: (offset, size)
-        for member, offset, size in list_members(theirs, _raise)
+        for member, offset, size in list_members(theirs, raise_fault)
         if member.endswith(f".{origin.member}")
     }
     for key, captions in list_captions(tar, data.info.kind, data.info.captions):
@@ -139,7 +139,3 @@ def _null(origin: Origin) -> Embedding:
     if origin.null:
         return parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
     return TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
-
-
-def _raise(error: TarFault) -> None:
-    raise error
