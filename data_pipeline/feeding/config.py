@@ -87,9 +87,9 @@ class CachedLatents(Strict):
         return 1 + (frames - 1) // by_frames, height // by_height, width // by_width
 
 
-def null_label(conditioning: Conditioning) -> int:
-    """The class that stands for "no class"; 0 where there are none."""
-    return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else 0
+def num_classes(conditioning: Conditioning) -> int | None:
+    """How many classes samples have, if the recipe has any."""
+    return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else None
 
 
 def text_shape(conditioning: Conditioning) -> tuple[int, int] | None:

@@ -3,10 +3,10 @@
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import (
     CachedLatents,
-    ClassConditioning,
     Conditioning,
     DataConfig,
     Source,
+    num_classes,
 )
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import SampleReader
@@ -45,12 +45,11 @@ def held_out_reader(
                 f"{source.dataset.path}, which holds out {orders[number].samples}; lower it, or "
                 "hold out more."
             )
-    has_classes = isinstance(conditioning, ClassConditioning)
     return SampleReader(
         order=order,
         sources=opened,
         pyramid=pyramid,
-        num_classes=conditioning.num_classes if has_classes else None,
+        num_classes=num_classes(conditioning),
         dropout=0.0,
         deadline_seconds=config.decode_deadline_seconds,
     )

@@ -22,11 +22,11 @@ from torch.utils.data import Dataset as TorchDataset
 from data_pipeline.errors import ConfigError, StorageError, UserError
 from data_pipeline.feeding.config import (
     CachedLatents,
-    ClassConditioning,
     Conditioning,
     DataConfig,
     NoConditioning,
-    TextConditioning,
+    num_classes,
+    text_shape,
 )
 from data_pipeline.feeding.mixture import Mixture, Part, told_changes
 from data_pipeline.feeding.order import SourceOrder, held_out_rows
@@ -117,18 +117,15 @@ class Loader:
         self.sources = sources
         self.text_encoder, self.autoencoder = makers_of(sources)
         self.config, self.rank, self.world_size = config, rank, world_size
-        has_classes = isinstance(conditioning, ClassConditioning)
         self._reader = SampleReader(
             order=self.order,
             sources=sources,
             pyramid=pyramid,
-            num_classes=conditioning.num_classes if has_classes else None,
+            num_classes=num_classes(conditioning),
             dropout=0.0 if isinstance(conditioning, NoConditioning) else conditioning.dropout,
             deadline_seconds=config.decode_deadline_seconds,
         )
-        has_text = isinstance(conditioning, TextConditioning)
-        self._text = (conditioning.max_tokens, conditioning.width) if has_text else None
-        self._size = micro_batch_size
+        self._text, self._size = text_shape(conditioning), micro_batch_size
         self._workers: list[BaseProcess] = []
 
     def follow(self, before: Mixture, samples: int) -> list[str]:
