@@ -67,15 +67,6 @@ class Sample:
         return self.txt_captions or Captions()
 
 
-@dataclass(frozen=True)
-class Member:
-    """A plain file in a tar."""
-
-    name: str
-    offset: int
-    content: bytes
-
-
 def parse_metadata(path: str, key: str, content: bytes) -> dict:
     """A sample's json member."""
     try:
@@ -98,15 +89,15 @@ def scan_samples(
     bad: set[str] = set()
     key = ""
     try:
-        for member in _members(path, refuse):
-            key, base, slot, suffix = _slot(member.name, kind)
+        for name, offset, content in _members(path, refuse):
+            key, base, slot, suffix = _slot(name, kind)
             if not slot:
-                tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {member.name}"])
+                tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {name}"])
                 continue
             sample = samples.setdefault(key, Sample(base))
             before = sample.suffixes.get(slot, suffix)
             if before != suffix:
-                tally.add("passed_over", f"second {slot} of a key", [member.name])
+                tally.add("passed_over", f"second {slot} of a key", [name])
                 if before != PREVIEW:
                     continue
                 del sample.places[slot]
@@ -114,17 +105,17 @@ def scan_samples(
                 if slot in sample.places:
                     raise TarFault(path, key, "is there twice", f" ({slot}); write it again.")
                 if slot == "json":
-                    metadata = parse_metadata(path, key, member.content)
+                    metadata = parse_metadata(path, key, content)
                     sample.json_captions = captions_of(metadata, columns)
                 elif slot == "txt":
-                    sample.txt_captions = Captions((decode_text(member.content),))
+                    sample.txt_captions = Captions((decode_text(content),))
             except TarFault as error:
                 refuse(error)
                 bad.add(key)
             except DataError as error:
                 refuse(TarFault(path, key, str(error).split(":")[0], f" ({error})"))
                 bad.add(key)
-            place = member.offset, len(member.content), zlib.crc32(member.content)
+            place = offset, len(content), zlib.crc32(content)
             sample.places[slot], sample.suffixes[slot] = place, suffix
     except TarFault as error:
         refuse(error)
@@ -172,15 +163,15 @@ def list_members(path: str, refuse: Refuse) -> Iterator[tuple[str, int, int]]:
         refuse(error)
 
 
-def _members(path: str, refuse: Refuse) -> Iterator[Member]:
-    """Each plain file; TarFault where nothing after it can be read."""
+def _members(path: str, refuse: Refuse) -> Iterator[tuple[str, int, bytes]]:
+    """(name, offset, content) of each plain file; TarFault where nothing after it can be read."""
     with _opened(path) as stream:
         for member in _plain_members(path, stream, refuse):
             stream.seek(member.offset_data)
             content = stream.read(member.size)
             if len(content) != member.size:
                 raise _cut(path, member.name)
-            yield Member(member.name, member.offset_data, content)
+            yield member.name, member.offset_data, content
 
 
 def _opened(path: str) -> BinaryIO:
