@@ -4,7 +4,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -200,17 +199,21 @@ def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterato
     if mark in PACKED:
         raise TarFault(path, "", "is compressed", f" ({PACKED[mark]}); unpack it first.")
     stream.seek(begin)
-    with _tar_errors(path), tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            try:
-                if _is_plain(path, member):
-                    yield member
-            except TarFault as error:
-                refuse(error)
-        stream.seek(tar.offset)
-        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            lost = f" at byte {tar.offset}, so samples are lost; fetch it again."
-            raise TarFault(path, "", "is damaged or cut", lost)
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                try:
+                    if _is_plain(path, member):
+                        yield member
+                except TarFault as error:
+                    refuse(error)
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                lost = f" at byte {tar.offset}, so samples are lost; fetch it again."
+                raise TarFault(path, "", "is damaged or cut", lost)
+    except tarfile.TarError as error:
+        reason = f" because {error}; fetch it again."
+        raise TarFault(path, "", "is no readable tar", reason) from None
 
 
 def _next_archive(stream: BinaryIO) -> int | None:
@@ -221,16 +224,6 @@ def _next_archive(stream: BinaryIO) -> int | None:
             return at + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         at += len(chunk)
     return None
-
-
-@contextmanager
-def _tar_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except tarfile.TarError as error:
-        raise TarFault(
-            path, "", "is no readable tar", f" because {error}; fetch it again."
-        ) from None
 
 
 def _is_plain(path: str, member: tarfile.TarInfo) -> bool:
