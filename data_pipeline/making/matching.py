@@ -201,20 +201,17 @@ def _caption_columns(table: Table, columns: Columns) -> list[str]:
 
 def _file_of(table: Table, columns: Columns) -> tuple[str, list[str]]:
     """The name of the file as SQL, and the columns that it is made of."""
-    is_template = columns.file is not None and "{" in columns.file
-    parts = re.split(r"[{}]", columns.file or "")
     choices = [columns.file] if columns.file else FILE_COLUMNS
-    names = [next((name for name in choices if name in table.names), choices[0])]
-    if is_template:
-        names = parts[1::2]
+    chosen = next((name for name in choices if name in table.names), choices[0])
+    is_template = columns.file is not None and "{" in columns.file
+    parts = re.split(r"[{}]", chosen) if is_template else ["", chosen, ""]
+    names = parts[1::2]
     for name in names:
         if name not in table.names:
             raise ConfigError(
                 f"{table.path}: column '{name}' is missing; name that of files by --file-column, "
                 f"or give a --preset of {', '.join(PRESETS)}; there are {', '.join(table.names)}."
             )
-    if not is_template:
-        return _as_text(table, names[0]), names
     pieces = [text(p) if n % 2 == 0 else _as_text(table, p) for n, p in enumerate(parts)]
     return " || ".join(pieces), names
 
