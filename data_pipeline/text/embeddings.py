@@ -77,13 +77,13 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     """The embedding set of a name; refuses one made for other data."""
     folder, info = open_info(EMBEDDINGS, dataset, name)
     path = storage.join(folder, NULL)
-    parse_embedding(storage.read_bytes(path), path, info.provenance.width)
+    unpack(storage.read_bytes(path), path, info.provenance.width)
     return EmbeddingSet(folder, info, dataset)
 
 
 @lru_cache(maxsize=64)
 def _read_null(path: str, width: int) -> Embedding:
-    return parse_embedding(storage.read_bytes(path), path, width)
+    return unpack(storage.read_bytes(path), path, width)[0][0]
 
 
 def pack(embeddings: Sequence[Embedding], weights: Sequence[float]) -> bytes:
@@ -109,11 +109,6 @@ def unpack(content: bytes, path: str, width: int) -> tuple[list[Embedding], list
                 f"{path}: an embedding is {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     return embeddings, weights
-
-
-def parse_embedding(content: bytes, path: str, width: int) -> Embedding:
-    """The first embedding in a file."""
-    return unpack(content, path, width)[0][0]
 
 
 def _tensor(number: int) -> str:
