@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, cast
@@ -109,19 +110,12 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> list[BFloat16[Tensor, "tokens width"]]:
         """Embeddings of the captions at their true lengths, equal for equal captions."""
         distinct = list(dict.fromkeys(normalise(caption) for caption in captions))
-        tokens = {
-            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens)[
-                "input_ids"
-            ]
-            for caption in distinct
-        }
-        embeddings = {
-            caption: self._recent[caption] for caption in distinct if caption in self._recent
-        }
-        for group in _batches({c: ids for c, ids in tokens.items() if c not in embeddings}):
+        embeddings = {text: self._recent[text] for text in distinct if text in self._recent}
+        cut = partial(self.tokenizer, truncation=True, max_length=self.max_tokens)
+        tokens = {text: cut(text)["input_ids"] for text in distinct if text not in embeddings}
+        for group in _batches(tokens):
             rows = [tokens[caption] for caption in group]
-            for caption, embedding in zip(group, self._encode_batch(rows), strict=True):
-                embeddings[caption] = embedding
+            embeddings |= zip(group, self._encode_batch(rows), strict=True)
         self._remember(embeddings)
         return [embeddings[normalise(caption)] for caption in captions]
 
