@@ -132,7 +132,8 @@ def _put_readable(path: str, beside: Path, encoding: str | None) -> None:
             beside.symlink_to(local.resolve())
             return
         with (
-            io.TextIOWrapper(_open(local, is_packed), encoding=encoding or "utf-8-sig") as text_in,
+            _open(local, is_packed) as file,
+            io.TextIOWrapper(file, encoding=encoding or "utf-8-sig") as text_in,
             beside.open("w", encoding="utf-8", newline="") as text_out,
         ):
             shutil.copyfileobj(text_in, text_out, 1 << 20)
