@@ -28,6 +28,7 @@ from data_pipeline.store.hub import digest_files, fetch_model
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
+    ComputeDtype,
     EmbeddingSet,
     Provenance,
     open_embeddings,
@@ -72,7 +73,6 @@ class TextEncoder:
         self._recent: dict[str, Tensor] = {}
         disable_progress_bar()
         folder = fetch_encoder(str(encoder))
-        is_local = Path(encoder).is_dir()
         try:
             if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
                 raise ValueError(f"it has neither {' nor '.join(TOKENIZER_FILES[:2])}")
@@ -96,16 +96,8 @@ class TextEncoder:
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.model = cast(torch.nn.Module, model).eval()
         self.width = int(model.config.d_model)
-        self.provenance = Provenance(
-            encoder=Path(encoder).resolve().name if is_local else str(encoder),
-            weights_sha256=digest_files(folder, WEIGHT_FILES),
-            tokenizer_sha256=digest_files(folder, TOKENIZER_FILES),
-            max_tokens=max_tokens,
-            width=self.width,
-            dtype="bfloat16",
-            compute_dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
-            caption_normalisation="single spaces",
-        )
+        compute_dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        self.provenance = provenance_of(encoder, folder, max_tokens, self.width, compute_dtype)
 
     def encode(self, captions: Sequence[str]) -> list[BFloat16[Tensor, "tokens width"]]:
         """Embeddings of the captions at their true lengths, equal for equal captions."""
@@ -236,6 +228,23 @@ def normalise(caption: str) -> str:
 def fetch_encoder(encoder: str) -> Path:
     """The local folder of an encoder, downloaded if it is a hub id."""
     return fetch_model(encoder, ["*.json", "spiece.model", *WEIGHT_FILES], what="encoder")
+
+
+def provenance_of(
+    encoder: str | Path, folder: Path, max_tokens: int, width: int, compute_dtype: ComputeDtype
+) -> Provenance:
+    """What embeddings of an encoder, whose files are in a folder, are a function of."""
+    is_local = Path(encoder).is_dir()
+    return Provenance(
+        encoder=Path(encoder).resolve().name if is_local else str(encoder),
+        weights_sha256=digest_files(folder, WEIGHT_FILES),
+        tokenizer_sha256=digest_files(folder, TOKENIZER_FILES),
+        max_tokens=max_tokens,
+        width=width,
+        dtype="bfloat16",
+        compute_dtype=compute_dtype,
+        caption_normalisation="single spaces",
+    )
 
 
 def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ NULL = "null.safetensors"
 TENSOR = "tokens"
 
 Embedding = BFloat16[Tensor, "tokens width"]
+ComputeDtype = Literal["float32", "bfloat16", "declared"]  # declared: others computed it
 
 
 class Provenance(Strict):
@@ -34,7 +35,7 @@ class Provenance(Strict):
     max_tokens: int = Field(ge=1, description="longer captions are cut, end mark included")
     width: int = Field(ge=1)
     dtype: Literal["bfloat16"]
-    compute_dtype: Literal["float32", "bfloat16", "declared"]  # declared: others computed it
+    compute_dtype: ComputeDtype
     caption_normalisation: Literal["single spaces"]
 
     def same_encoder(self, other: "Provenance") -> bool:

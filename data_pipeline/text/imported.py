@@ -16,13 +16,7 @@ from data_pipeline.shards.derived import Former, Row, begin, claim, fill
 from data_pipeline.shards.scan import list_members, raise_fault
 from data_pipeline.shards.tar import list_captions
 from data_pipeline.store import storage
-from data_pipeline.store.hub import digest_files
-from data_pipeline.text.embed import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    TextEncoder,
-    fetch_encoder,
-)
+from data_pipeline.text.embed import TextEncoder, fetch_encoder, provenance_of
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
@@ -61,18 +55,8 @@ def import_embeddings(
         )
     folder = begin(EMBEDDINGS, data, name, task)
     null = _null(origin)
-    files = fetch_encoder(str(origin.encoder))
-    is_local = Path(origin.encoder).is_dir()
-    provenance = Provenance(
-        encoder=Path(origin.encoder).resolve().name if is_local else str(origin.encoder),
-        weights_sha256=digest_files(files, WEIGHT_FILES),
-        tokenizer_sha256=digest_files(files, TOKENIZER_FILES),
-        max_tokens=origin.max_tokens,
-        width=null.shape[1],
-        dtype="bfloat16",
-        compute_dtype="declared",
-        caption_normalisation="single spaces",
-    )
+    files, width = fetch_encoder(str(origin.encoder)), null.shape[1]
+    provenance = provenance_of(origin.encoder, files, origin.max_tokens, width, "declared")
     claim(EMBEDDINGS, folder, provenance)
     storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
 
