@@ -178,9 +178,8 @@ def embed(
                 content = pack([encoded[text] for text in captions.texts], captions.weights)
             yield key, {"safetensors": content, "txt": captions.origin.encode()}
 
-    if not fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows):
-        return None
-    return open_embeddings(data, name)
+    done = fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows)
+    return open_embeddings(data, name) if done else None
 
 
 def make_tiny_encoder(
