@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -168,6 +167,9 @@ class Loader:
             yield from (micro_batches[start] for start in starts)
             return
         patience = self.config.decode_deadline_seconds * self._size + START_SECONDS
+        # Workers come from a server process that has no threads, locks or devices to inherit.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
         loader = DataLoader(
             micro_batches,
             batch_size=None,
@@ -177,7 +179,7 @@ class Loader:
             prefetch_factor=self.config.prefetch_batches,
             timeout=POLL_SECONDS,
             worker_init_fn=partial(_begin_worker, dict(os.environ), os.getpid()),
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=context,
         )
         others = set(multiprocessing.active_children())
         with held_back(*QUIET):  # workers inherit it from their first instant
@@ -347,13 +349,6 @@ def _fingerprint(
             "conditioning": conditioning.model_dump(),
         }
     )
-
-
-def _worker_context() -> BaseContext:
-    """Workers come from a server process that has no threads, locks or devices to inherit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
 
 
 def _begin_worker(environment: dict[str, str], owner: int, _worker: int) -> None:
