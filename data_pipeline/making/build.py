@@ -2,25 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.listing import Kind
-from data_pipeline.making.lists import LISTS, is_list
-from data_pipeline.making.plan import (
-    Plan,
-    folder_of,
-    list_in,
-    open_plan,
-    version,
-    write_plan,
-    write_rows,
-)
+from data_pipeline.making.plan import Plan, find_material, open_plan
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.samples import (
     Filters,
@@ -32,7 +22,6 @@ from data_pipeline.making.samples import (
     refuse_bad_target,
 )
 from data_pipeline.making.scoring import dataset_in
-from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.media.clips import Cut
 from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
@@ -44,7 +33,6 @@ from data_pipeline.shards.dataset import (
     MANIFEST,
     Dataset,
     commit_dataset,
-    digest_json,
     open_dataset,
 )
 from data_pipeline.shards.tar import write_index, write_tar
@@ -54,17 +42,6 @@ CLAIM, PLAN = "build.json", "plan.parquet"
 BEFORE_INDEX = (".tar", ".rejected.json")  # what is written of a shard before it is one
 LeftOut = dict[Side, dict[str, str]]  # why files and clips are no samples, by name
 REMEDIES = {"has no caption": "write a .txt or .json beside it, or name the column of captions"}
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a dataset is built of: files below a folder, and how they are planned."""
-
-    source: str  # the list, or the folder
-    folder: str
-    version: str  # digest of what there is
-    write: Callable[[BinaryIO], None]  # the plan, to a file
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -223,30 +200,6 @@ def build(
         notes=material.notes | told | (notes or {}),
     )
     return _with_contact_sheet(dataset)
-
-
-def find_material(
-    source: str, columns: Columns, *, root: str | None, kind: Kind | None, split: str | None
-) -> Material:
-    """What a source is; `split` chooses some of UCF-101's."""
-    if is_ucf101(source):
-        items, told = list_ucf101(source, split)
-        write = partial(write_rows, kind="video", items=items)
-        return Material(source, source, digest_json(items), write, told)
-    if split is not None:
-        raise ConfigError(
-            f"split: value '{split}' is wrong because {source} is not UCF-101 with its folders "
-            "UCF-101 and ucfTrainTestlist; leave it out."
-        )
-    if root is not None and not is_list(source):
-        raise ConfigError(f"root: value '{root}' is wrong because {source} is no list; leave it.")
-    if not is_list(source) and not storage.exists(source):
-        raise InputMissing(
-            f"{source}: no such folder or list; give the folder that holds the media, or a list of "
-            f"them ({', '.join(LISTS)})."
-        )
-    write = partial(write_plan, source=source, columns=columns, root=root, kind=kind)
-    return Material(list_in(source) or source, folder_of(source, root), version(source), write)
 
 
 def _write_shard(folder: str, name: str, kind: Kind, group: Iterator[Made], budget: Budget) -> None:
