@@ -1,13 +1,7 @@
 """Samples that training never sees: of other datasets, or held out of its own."""
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.config import (
-    CachedLatents,
-    Conditioning,
-    DataConfig,
-    Source,
-    num_classes,
-)
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig, Source
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.feeding.sources import OpenSource, open_sources, refuse_other_makers
@@ -49,7 +43,7 @@ def held_out_reader(
         order=order,
         sources=opened,
         pyramid=pyramid,
-        num_classes=num_classes(conditioning),
+        num_classes=conditioning.num_classes,
         dropout=0.0,
         deadline_seconds=config.decode_deadline_seconds,
     )

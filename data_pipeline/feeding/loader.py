@@ -19,14 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from data_pipeline.feeding.config import (
-    CachedLatents,
-    Conditioning,
-    DataConfig,
-    NoConditioning,
-    num_classes,
-    text_shape,
-)
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig, text_shape
 from data_pipeline.feeding.mixture import Mixture, Part, told_changes
 from data_pipeline.feeding.order import SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
@@ -120,8 +113,8 @@ class Loader:
             order=self.order,
             sources=sources,
             pyramid=pyramid,
-            num_classes=num_classes(conditioning),
-            dropout=0.0 if isinstance(conditioning, NoConditioning) else conditioning.dropout,
+            num_classes=conditioning.num_classes,
+            dropout=conditioning.dropout,
             deadline_seconds=config.decode_deadline_seconds,
         )
         self._text, self._size = text_shape(conditioning), micro_batch_size
