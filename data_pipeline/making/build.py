@@ -29,12 +29,7 @@ from data_pipeline.shards.account import Side, Tally
 from data_pipeline.shards.captions import COLUMNS, parse_object
 from data_pipeline.shards.contact_sheet import NAME as SHEET
 from data_pipeline.shards.contact_sheet import write_contact_sheet
-from data_pipeline.shards.dataset import (
-    MANIFEST,
-    Dataset,
-    commit_dataset,
-    open_dataset,
-)
+from data_pipeline.shards.dataset import MANIFEST, Dataset, commit_dataset, open_dataset
 from data_pipeline.shards.tar import write_index, write_tar
 from data_pipeline.store import storage
 

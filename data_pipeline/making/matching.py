@@ -14,16 +14,7 @@ import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.making.database import quoted, reason, text
-from data_pipeline.making.listing import (
-    ARCHIVES,
-    KINDS,
-    TEXTS,
-    Found,
-    Kind,
-    kind_of,
-    scan,
-    scan_archive,
-)
+from data_pipeline.making.listing import ARCHIVES, TEXTS, Found, Kind, kind_of, scan, scan_archive
 from data_pipeline.making.lists import OWN, Table
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.scoring import dataset_in, tar_name
@@ -163,7 +154,7 @@ def choose_kind(
             f"{source}: holds videos and images, which make separate datasets; "
             "choose one with --kind video or --kind image."
         )
-    chosen = kind or next((kind for kind in KINDS if kind in found), "video")
+    chosen = kind or next(iter(found), "video")
     others = f"planned WHERE kind != {text(chosen)}"
     _count(database, tally, "not_wanted", "kind || ', by --kind'", others)
     ask(f"DELETE FROM {others}")
