@@ -9,10 +9,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
-from threading import Thread
 from typing import TypeVar
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.orphans import end_with
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,13 +34,15 @@ def map_in_order(
         return
     context = multiprocessing.get_context("forkserver")
     resource_tracker.ensure_running()  # which would make this process hear Ctrl-C again
-    with _deaf():
+    with held_back(signal.SIGINT):
         forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_quietly)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
-            with _deaf():  # what submits may start a worker, which must not be forgotten
+            with held_back(
+                signal.SIGINT
+            ):  # what submits may start a worker, which must not be forgotten
                 waiting.append((item, pool.submit(function, item)))
             if len(waiting) >= AHEAD * workers:
                 yield waiting[0][1].result()
@@ -69,9 +71,10 @@ def refuse_bad_task(task: tuple[int, int]) -> None:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Hear Ctrl-C only behind the block; processes that are started in it until they say so."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Hear signals only behind the block, those that come meanwhile, too; processes that are
+    started in it hear none until they say so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -84,9 +87,5 @@ def _end_quietly() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    assert parent.pid is not None
+    end_with(parent.pid)

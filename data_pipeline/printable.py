@@ -12,8 +12,8 @@ def plain(text: object, *, most: int = MOST_CHARACTERS) -> str:
     literals, such as `\\x1b`."""
     whole = str(text)
     shown = "".join(
-        character if character.isprintable() or character in "\n\t" else _spelled(character)
-        for character in whole[:most]
+        sign if sign.isprintable() or sign in "\n\t" else sign.encode("unicode_escape").decode()
+        for sign in whole[:most]
     )
     if len(whole) <= most:
         return shown
@@ -24,7 +24,3 @@ def say(text: object, *, to: TextIO | None = None, most: int = MOST_CHARACTERS) 
     """Lines of plain text on stdout, or elsewhere; a run outlives whoever listened."""
     with contextlib.suppress(OSError):
         print(plain(text, most=most), file=to or sys.stdout, flush=True)
-
-
-def _spelled(character: str) -> str:
-    return character.encode("unicode_escape").decode()

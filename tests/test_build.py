@@ -15,6 +15,7 @@ import webdataset
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing, UserError
 from data_pipeline.making import build as building
+from data_pipeline.making import plan as planning
 from data_pipeline.making.build import build
 from data_pipeline.making.indexing import index
 from data_pipeline.making.plan import Plan
@@ -351,13 +352,13 @@ def test_no_plan_is_kept_of_a_source_that_changed_meanwhile(few, tmp_path, monke
     if was_killed:
         (tmp_path / "out").mkdir()
         shutil.copy(tmp_path / "whole" / "build.json", tmp_path / "out")
-    film, aside, write_plan = few / "000003.mp4", tmp_path / "aside", building.write_plan
+    film, aside, write_plan = few / "000003.mp4", tmp_path / "aside", planning.write_plan
 
     def lose(*arguments, **options) -> None:
         film.rename(aside)
         write_plan(*arguments, **options)
 
-    monkeypatch.setattr(building, "write_plan", lose)
+    monkeypatch.setattr(planning, "write_plan", lose)
     with pytest.raises(ConfigError, match="changed while it was listed; build again"):
         build(few, tmp_path / "out", **SIZE)
     monkeypatch.undo()

@@ -1,6 +1,6 @@
 """What a recipe says of its data: where samples come from, and what they are conditioned on."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,7 @@ class TextConditioning(Strict):
     width: int = Field(ge=1, description="channels of an embedding token (T5-11B: 1024)")
     max_tokens: int = Field(ge=1, description="longer captions are cut to this many tokens")
     dropout: Share = Field(default=0.1, description="share of captions replaced by the empty one")
+    num_classes: ClassVar[None] = None
 
 
 class ClassConditioning(Strict):
@@ -62,6 +63,8 @@ class NoConditioning(Strict):
     """Unconditional generation."""
 
     kind: Literal["none"]
+    dropout: ClassVar[float] = 0.0
+    num_classes: ClassVar[None] = None
 
 
 Conditioning = Annotated[
@@ -85,11 +88,6 @@ class CachedLatents(Strict):
         """(frames, height, width) of the latents of a clip."""
         (frames, height, width), (by_frames, by_height, by_width) = clip_size, self.stride
         return 1 + (frames - 1) // by_frames, height // by_height, width // by_width
-
-
-def null_label(conditioning: Conditioning) -> int:
-    """The class that stands for "no class"; 0 where there are none."""
-    return conditioning.num_classes if isinstance(conditioning, ClassConditioning) else 0
 
 
 def text_shape(conditioning: Conditioning) -> tuple[int, int] | None:

@@ -1,13 +1,7 @@
 """Samples that training never sees: of other datasets, or held out of its own."""
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.config import (
-    CachedLatents,
-    ClassConditioning,
-    Conditioning,
-    DataConfig,
-    Source,
-)
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig, Source
 from data_pipeline.feeding.order import GlobalOrder, SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.feeding.sources import OpenSource, open_sources, refuse_other_makers
@@ -45,12 +39,11 @@ def held_out_reader(
                 f"{source.dataset.path}, which holds out {orders[number].samples}; lower it, or "
                 "hold out more."
             )
-    has_classes = isinstance(conditioning, ClassConditioning)
     return SampleReader(
         order=order,
         sources=opened,
         pyramid=pyramid,
-        num_classes=conditioning.num_classes if has_classes else None,
+        num_classes=conditioning.num_classes,
         dropout=0.0,
         deadline_seconds=config.decode_deadline_seconds,
     )

@@ -5,10 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,19 +19,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data_pipeline.errors import ConfigError, StorageError, UserError
-from data_pipeline.feeding.config import (
-    CachedLatents,
-    ClassConditioning,
-    Conditioning,
-    DataConfig,
-    NoConditioning,
-    TextConditioning,
-)
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig, text_shape
 from data_pipeline.feeding.mixture import Mixture, Part, told_changes
 from data_pipeline.feeding.order import SourceOrder, held_out_rows
 from data_pipeline.feeding.sample import Sample, SampleReader
 from data_pipeline.feeding.sources import OpenSource, makers_of, open_sources
 from data_pipeline.orphans import end_with
+from data_pipeline.parallel import held_back
 from data_pipeline.pyramid import Pyramid
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.stages import stage
@@ -116,18 +109,15 @@ class Loader:
         self.sources = sources
         self.text_encoder, self.autoencoder = makers_of(sources)
         self.config, self.rank, self.world_size = config, rank, world_size
-        has_classes = isinstance(conditioning, ClassConditioning)
         self._reader = SampleReader(
             order=self.order,
             sources=sources,
             pyramid=pyramid,
-            num_classes=conditioning.num_classes if has_classes else None,
-            dropout=0.0 if isinstance(conditioning, NoConditioning) else conditioning.dropout,
+            num_classes=conditioning.num_classes,
+            dropout=conditioning.dropout,
             deadline_seconds=config.decode_deadline_seconds,
         )
-        has_text = isinstance(conditioning, TextConditioning)
-        self._text = (conditioning.max_tokens, conditioning.width) if has_text else None
-        self._size = micro_batch_size
+        self._text, self._size = text_shape(conditioning), micro_batch_size
         self._workers: list[BaseProcess] = []
 
     def follow(self, before: Mixture, samples: int) -> list[str]:
@@ -170,6 +160,9 @@ class Loader:
             yield from (micro_batches[start] for start in starts)
             return
         patience = self.config.decode_deadline_seconds * self._size + START_SECONDS
+        # Workers come from a server process that has no threads, locks or devices to inherit.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
         loader = DataLoader(
             micro_batches,
             batch_size=None,
@@ -179,10 +172,10 @@ class Loader:
             prefetch_factor=self.config.prefetch_batches,
             timeout=POLL_SECONDS,
             worker_init_fn=partial(_begin_worker, dict(os.environ), os.getpid()),
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=context,
         )
         others = set(multiprocessing.active_children())
-        with _signals_blocked():  # workers inherit it from their first instant
+        with held_back(*QUIET):  # workers inherit it from their first instant
             batches = iter(loader)
         self._workers = [w for w in multiprocessing.active_children() if w not in others]
         try:
@@ -349,23 +342,6 @@ def _fingerprint(
             "conditioning": conditioning.model_dump(),
         }
     )
-
-
-def _worker_context() -> BaseContext:
-    """Workers come from a server process that has no threads, locks or devices to inherit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Hold back the signals that tell a run to stop; those that come meanwhile are not lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(environment: dict[str, str], owner: int, _worker: int) -> None:

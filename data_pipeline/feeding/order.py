@@ -12,7 +12,7 @@ from hashlib import sha256
 from math import gcd
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
 
 MASK = (1 << 64) - 1
 
@@ -106,8 +106,8 @@ class _Epoch:
     def __init__(self, source: SourceOrder, number: int):
         text = f"{source.seed}/{source.fingerprint}/{number}"
         self.key = int.from_bytes(sha256(text.encode()).digest()[:8], "little")
-        turns = np.arange(len(source.shard_sizes), dtype=np.uint64)
-        self.shards = np.argsort(_mix_array(turns + np.uint64(self.key)), kind="stable")
+        shards = range(len(source.shard_sizes))
+        self.shards = np.array(sorted(shards, key=lambda shard: _mix(shard + self.key)))
         self.starts = np.concatenate([[0], np.cumsum(source.shard_sizes[self.shards])])
         self.blocks = np.append(self.starts[: -1 : source.block_shards], self.starts[-1])
 
@@ -174,10 +174,3 @@ def _mix(value: int) -> int:
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
     return value ^ value >> 31
-
-
-def _mix_array(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return values ^ values >> np.uint64(31)

@@ -29,10 +29,7 @@ class Quarantine:
         self.path = Path(path)
         self.max_drop_rate, self.max_drops_in_a_row = max_drop_rate, max_drops_in_a_row
         self._written = self._read_back()
-        self._reasons: dict[int, str] = {}
-        for (n, _), reason in self._written.items():
-            if n < first_sample:
-                self._reasons[n] = reason
+        self._reasons = {n: why for (n, _), why in self._written.items() if n < first_sample}
         self._in_a_row = 0
         self._last = -2
 

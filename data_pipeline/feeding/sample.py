@@ -11,7 +11,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.feeding.order import GlobalOrder, Place, keyed_rng
 from data_pipeline.feeding.sources import OpenSource
 from data_pipeline.pyramid import Offsets, Patches, Pyramid, draw_offsets
-from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.pixels import read_patches
 from data_pipeline.stages import stage
 from data_pipeline.store.deadline import within
@@ -75,7 +74,10 @@ class SampleReader:
             latents = cached.view(torch.uint16).numpy()
             patches = np.zeros((0, *self.pyramid.patch_size, 3), np.uint8)
             fps, original_size = told.fps, (told.original_height, told.original_width)
-            metadata = self._metadata(source.dataset, place)
+            metadata = {}
+            if self.num_classes is not None:  # media stay unread
+                with stage("read"):
+                    metadata, _ = source.dataset.read_told(place.shard, place.row)
         else:
             with stage("read"):
                 record = source.dataset.read(place.shard, place.row)
@@ -114,13 +116,6 @@ class SampleReader:
             text=text,
             label=label,
         )
-
-    def _metadata(self, dataset: Dataset, place: Place) -> dict:
-        """What labels are read from, where media stay unread."""
-        if self.num_classes is None:
-            return {}
-        with stage("read"):
-            return dataset.read_told(place.shard, place.row)[0]
 
 
 def sample_id(sources: Sequence[OpenSource], place: Place) -> str:

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.feeding.config import (
-    CachedLatents,
-    ClassConditioning,
-    Conditioning,
-    DataConfig,
-    TextConditioning,
-)
+from data_pipeline.feeding.config import CachedLatents, Conditioning, DataConfig, TextConditioning
 from data_pipeline.latents.latents import LatentSet, open_latents
 from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.media.codec import reduction
@@ -58,7 +52,7 @@ def open_sources(
                 raise ConfigError(f"{where}: {error}") from None
         if isinstance(conditioning, TextConditioning):
             embeddings = _open_embeddings(dataset, conditioning)
-        if isinstance(conditioning, ClassConditioning):
+        if conditioning.num_classes is not None:
             _refuse_unlabelled(dataset)
         sources.append(OpenSource(dataset, embeddings, cached))
     refuse_other_makers(sources, *makers_of(sources))

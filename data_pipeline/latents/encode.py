@@ -119,9 +119,8 @@ def encode(
                 members = pack_row(encoding.latents(pixels)[0].to(torch.bfloat16), told)
             yield key, members | {"txt": made_of.encode()}
 
-    if not fill(LATENTS, data, folder, encoding.provenance, task=task, rows=rows):
-        return None
-    return open_latents(data, name)
+    done = fill(LATENTS, data, folder, encoding.provenance, task=task, rows=rows)
+    return open_latents(data, name) if done else None
 
 
 def read_normalisation(path: str | Path) -> Normalisation:

@@ -2,24 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.listing import Kind
-from data_pipeline.making.lists import LISTS, is_list
-from data_pipeline.making.plan import (
-    folder_of,
-    list_in,
-    open_plan,
-    version,
-    write_plan,
-    write_rows,
-)
+from data_pipeline.making.plan import Plan, find_material, open_plan
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.samples import (
     Filters,
@@ -31,71 +22,45 @@ from data_pipeline.making.samples import (
     refuse_bad_target,
 )
 from data_pipeline.making.scoring import dataset_in
-from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.media.clips import Cut
 from data_pipeline.parallel import map_in_order, refuse_bad_task
 from data_pipeline.progress import progress
-from data_pipeline.shards.account import Account, Tally
+from data_pipeline.shards.account import Side, Tally
 from data_pipeline.shards.captions import COLUMNS, parse_object
 from data_pipeline.shards.contact_sheet import NAME as SHEET
 from data_pipeline.shards.contact_sheet import write_contact_sheet
-from data_pipeline.shards.dataset import (
-    MANIFEST,
-    Dataset,
-    commit_dataset,
-    digest_json,
-    open_dataset,
-)
+from data_pipeline.shards.dataset import MANIFEST, Dataset, commit_dataset, open_dataset
 from data_pipeline.shards.tar import write_index, write_tar
 from data_pipeline.store import storage
 
 CLAIM, PLAN = "build.json", "plan.parquet"
 BEFORE_INDEX = (".tar", ".rejected.json")  # what is written of a shard before it is one
+LeftOut = dict[Side, dict[str, str]]  # why files and clips are no samples, by name
 REMEDIES = {"has no caption": "write a .txt or .json beside it, or name the column of captions"}
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a dataset is built of: files below a folder, and how they are planned."""
-
-    source: str  # the list, or the folder
-    folder: str
-    version: str  # digest of what there is
-    write: Callable[[BinaryIO], None]  # the plan, to a file
-    notes: dict[str, str] = field(default_factory=dict)
-
-
 @dataclass
-class LeftOut:
-    """The files and clips that are left out of a shard by name, and why: not wanted, or not
-    usable."""
-
-    not_wanted: dict[str, str] = field(default_factory=dict)
-    unusable: dict[str, str] = field(default_factory=dict)
-
-    def count(self, tally: Tally) -> None:
-        """Take them into an account."""
-        for name, why in self.not_wanted.items():
-            tally.add("not_wanted", why, [name])
-        for name, why in self.unusable.items():
-            tally.add("unusable", why, [name])
-
-
-@dataclass(frozen=True)
 class Budget:
-    """How many unusable files, or rows of a list, are accepted."""
+    """How many unusable files, or rows of a list, are accepted, and which were found so far."""
 
     source: str
     folder: str
-    total: int
+    plan: Plan
     max_drop_rate: float
+    found: dict[str, str] = field(default_factory=dict)
 
-    def refuse_excess(self, planned: Account, found: Mapping[str, str]) -> None:
+    def add(self, found: Mapping[str, str]) -> None:
+        """Count those of one more file."""
+        self.found |= found
+        self.refuse_excess(self.found)
+
+    def refuse_excess(self, found: Mapping[str, str]) -> None:
         """DataError, or InputMissing for missing files, if there are too many: told by the last."""
+        planned, total = self.plan.account, self.plan.rows
         count = sum(planned.unusable.values()) + len(found)
-        if count <= self.max_drop_rate * self.total:
+        if count <= self.max_drop_rate * total:
             return
-        more = f" ({count} of {self.total} so far are unusable)" if count > 1 else ""
+        more = f" ({count} of {total} so far are unusable)" if count > 1 else ""
         if found:
             name, why = list(found.items())[-1]
             where = storage.join(self.folder, name)
@@ -148,9 +113,9 @@ def build(
     find = partial(find_material, str(source), columns, root=root, kind=kind, split=split)
     material = find()
     storage.refuse_overlap(str(source), out)
-    settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut}
-    settings |= {"filters": asdict(filters), "shard_samples": shard_samples}
-    settings |= {
+    settings = {"kind": kind, "clip": (frames, height, width), "fps": fps, "cut": cut} | {
+        "filters": asdict(filters),
+        "shard_samples": shard_samples,
         "crop_bars": crop_bars,
         "tone_map": tone_map,
         "columns": asdict(columns),
@@ -178,33 +143,26 @@ def build(
         size, rate = (frames if is_video else 1, height, width), fps if is_video else 0.0
         target = Target(plan.kind, size, rate, cut, filters, crop_bars, tone_map)
         refuse_bad_target(target)
-        budget = Budget(material.source, material.folder, plan.rows, max_drop_rate)
-        budget.refuse_excess(plan.account, {})
+        budget = Budget(material.source, material.folder, plan, max_drop_rate)
+        budget.refuse_excess({})
         names = [f"{number:06d}" for number in range(-(-plan.files // shard_samples))]
         finished = _finished(folder)
         mine = [n for n in range(task[0], len(names), task[1]) if names[n] not in finished]
-        begins = {n: n * shard_samples for n in mine}
-        counts = {n: min(shard_samples, plan.files - begin) for n, begin in begins.items()}
+        begins = [n * shard_samples for n in mine]
         make = partial(
             make_samples,
             source=Source(material.folder, columns, plan.times),
             target=target,
             deadline_seconds=deadline,
         )
-        todo = (item for n in mine for item in plan.items(begins[n], begins[n] + counts[n]))
+        todo = (item for at in begins for item in plan.items(at, at + shard_samples))
         made = progress(
             map_in_order(make, todo, workers),
             f"build {target.kind} shards",
-            total=sum(counts.values()),
+            total=sum(min(shard_samples, plan.files - at) for at in begins),
         )
-        unusable: dict[str, str] = {}
-
-        def refuse_excess(found: dict[str, str]) -> None:
-            unusable.update(found)
-            budget.refuse_excess(plan.account, unusable)
-
-        for n in mine:
-            _write_shard(folder, names[n], target.kind, islice(made, counts[n]), refuse_excess)
+        for n in mine:  # the last one is of fewer files where no more come
+            _write_shard(folder, names[n], target.kind, islice(made, shard_samples), budget)
     except BaseException:
         if is_new and not storage.exists(plan_file):
             names = []  # another task could not go on by settings that cannot be planned
@@ -219,10 +177,12 @@ def build(
     for place in (folder, out)[: 2 if task[1] == 1 else 1]:
         storage.remove_partial(place)
     left_out = _all_left_out(folder, names)
-    budget.refuse_excess(plan.account, left_out.unusable)
+    budget.refuse_excess(left_out["unusable"])
     tally = Tally()
     tally.add_account(plan.account)
-    left_out.count(tally)
+    for side, reasons in left_out.items():
+        for name, why in reasons.items():
+            tally.add(side, why, [name])
     told = {"times": str(plan.times)} if plan.times else {}
     dataset = commit_dataset(
         out,
@@ -237,51 +197,21 @@ def build(
     return _with_contact_sheet(dataset)
 
 
-def find_material(
-    source: str, columns: Columns, *, root: str | None, kind: Kind | None, split: str | None
-) -> Material:
-    """What a source is; `split` chooses some of UCF-101's."""
-    if is_ucf101(source):
-        items, told = list_ucf101(source, split)
-        write = partial(write_rows, kind="video", items=items)
-        return Material(source, source, digest_json(items), write, told)
-    if split is not None:
-        raise ConfigError(
-            f"split: value '{split}' is wrong because {source} is not UCF-101 with its folders "
-            "UCF-101 and ucfTrainTestlist; leave it out."
-        )
-    if root is not None and not is_list(source):
-        raise ConfigError(f"root: value '{root}' is wrong because {source} is no list; leave it.")
-    if not is_list(source) and not storage.exists(source):
-        raise InputMissing(
-            f"{source}: no such folder or list; give the folder that holds the media, or a list of "
-            f"them ({', '.join(LISTS)})."
-        )
-    write = partial(write_plan, source=source, columns=columns, root=root, kind=kind)
-    return Material(list_in(source) or source, folder_of(source, root), version(source), write)
-
-
-def _write_shard(
-    folder: str,
-    name: str,
-    kind: Kind,
-    group: Iterator[Made],
-    refuse_excess: Callable[[dict[str, str]], None],
-) -> None:
-    """One shard of what was made of files; `refuse_excess` counts unusable ones of all shards."""
-    left_out = LeftOut()
+def _write_shard(folder: str, name: str, kind: Kind, group: Iterator[Made], budget: Budget) -> None:
+    """One shard of what was made of files."""
+    left_out: LeftOut = {"not_wanted": {}, "unusable": {}}
 
     def samples() -> Iterator[tuple[str, Members]]:
         for row, made in enumerate(group):
-            left_out.not_wanted |= made.not_wanted
-            left_out.unusable |= made.unusable
+            left_out["not_wanted"] |= made.not_wanted
+            left_out["unusable"] |= made.unusable
             if made.unusable:
-                refuse_excess(made.unusable)
+                budget.add(made.unusable)
             for suffix, members in made.samples:
                 yield f"{name}{row:06d}{suffix}", members
 
     write_tar(storage.join(folder, f"{name}.tar"), samples())
-    text = json.dumps(asdict(left_out), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(left_out, indent=1, ensure_ascii=False) + "\n"
     storage.write_atomic(storage.join(folder, f"{name}.rejected.json"), text.encode())
     write_index(folder, name, kind)
 
@@ -338,9 +268,9 @@ def _finished(folder: str) -> set[str]:
 
 
 def _all_left_out(folder: str, names: Sequence[str]) -> LeftOut:
-    total = LeftOut()
+    total: LeftOut = {"not_wanted": {}, "unusable": {}}
     for name in names:
         part = json.loads(storage.read_bytes(storage.join(folder, f"{name}.rejected.json")))
-        total.not_wanted |= part["not_wanted"]
-        total.unusable |= part["unusable"]
+        for side, reasons in total.items():
+            reasons |= part[side]
     return total

@@ -42,33 +42,27 @@ class Clip:
     range: Range | None = None
 
 
-@dataclass
-class Clips:
-    """The clips of a file, and why others are none, by name."""
-
-    clips: list[Clip] = field(default_factory=list)
-    unusable: dict[str, str] = field(default_factory=dict)
-
-
-def clips_of(item: Item, folder: str, columns: Columns, times: Times | None) -> Clips:
-    """What rows, or else the texts beside a file, say of it."""
-    found = Clips()
+def clips_of(
+    item: Item, folder: str, columns: Columns, times: Times | None
+) -> tuple[list[Clip], dict[str, str]]:
+    """What rows, or else the texts beside a file, say of it; and why others are no clips, by
+    name."""
+    clips: list[Clip] = []
+    unusable: dict[str, str] = {}
     if not item.rows:
-        with _judging(item.file, found):
-            found.clips = list(_from_texts(item, folder, columns))
-        return found
+        with _judging(item.file, unusable):
+            clips = list(_from_texts(item, folder, columns))
+        return clips, unusable
     by_range: dict[Range | None, list[Clip]] = {}
     for row in item.rows:
         name = item.file if len(item.rows) == 1 else f"{item.file} (row {row.number})"
-        with _judging(name, found):
+        with _judging(name, unusable):
             for clip in _from_row(name, row, columns, times):
                 by_range.setdefault(clip.range, []).append(clip)
     # Rows of the same clip are captions of it.
-    found.clips = [
-        replace(same[0], captions=merged([clip.captions for clip in same]))
-        for same in by_range.values()
-    ]
-    return found
+    for same in by_range.values():
+        clips.append(replace(same[0], captions=merged([clip.captions for clip in same])))
+    return clips, unusable
 
 
 def span_of(range_: Range | None, probe: Probe, fps: float) -> Span:
@@ -92,16 +86,16 @@ def span_of(range_: Range | None, probe: Probe, fps: float) -> Span:
 
 
 @contextmanager
-def _judging(name: str, found: Clips) -> Iterator[None]:
+def _judging(name: str, unusable: dict[str, str]) -> Iterator[None]:
     """Whatever is wrong with what is said of a file costs that alone."""
     try:
         yield
     except DataError as error:
-        found.unusable[name] = str(error)
+        unusable[name] = str(error)
     except RecursionError:
-        found.unusable[name] = "is nested too deeply"
+        unusable[name] = "is nested too deeply"
     except ValueError as error:  # a number of thousands of digits
-        found.unusable[name] = f"json is damaged: {error}"
+        unusable[name] = f"json is damaged: {error}"
 
 
 def _from_row(name: str, row: Row, columns: Columns, times: Times | None) -> Iterator[Clip]:

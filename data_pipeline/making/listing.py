@@ -106,18 +106,11 @@ def scan_archive(folder: str, path: str, tally: Tally) -> Iterator[Found]:
 def _is_usable(path: str, tally: Tally) -> bool:
     if any(part.startswith(".") or part == "__MACOSX" for part in path.split("/")):
         tally.add("passed_over", "hidden file", [path])
-    elif not _is_text(path):
-        tally.add("passed_over", "name is no UTF-8", [ascii(path)])
-    else:
-        return True
-    return False
-
-
-def _is_text(path: str) -> bool:
-    """Whether a name can be written down; one of a disk may be any bytes."""
+        return False
     try:
         path.encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # a name on a disk may be any bytes
+        tally.add("passed_over", "name is no UTF-8", [ascii(path)])
         return False
     return True
 

@@ -23,7 +23,7 @@ import duckdb
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.database import quoted, reason, text
 from data_pipeline.shards.account import Tally
-from data_pipeline.shards.captions import BOMS
+from data_pipeline.shards.captions import encoding_by_mark
 from data_pipeline.store import storage
 
 COMMAS, LINES, ARRAYS, TABLES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
@@ -127,15 +127,13 @@ def _put_readable(path: str, beside: Path, encoding: str | None) -> None:
         return
     try:
         with _open(local, is_packed) as file:
-            head = file.read(4)
-        mark = head.startswith(BOMS)
-        if not (mark or encoding or is_packed or _ends_in_two_ways(local)):
+            encoding = encoding_by_mark(file.read(4)) or encoding
+        if not (encoding or is_packed or _ends_in_two_ways(local)):
             beside.symlink_to(local.resolve())
             return
-        if mark:
-            encoding = "utf-32" if head.startswith(BOMS[:2]) else "utf-16"
         with (
-            io.TextIOWrapper(_open(local, is_packed), encoding=encoding or "utf-8-sig") as text_in,
+            _open(local, is_packed) as file,
+            io.TextIOWrapper(file, encoding=encoding or "utf-8-sig") as text_in,
             beside.open("w", encoding="utf-8", newline="") as text_out,
         ):
             shutil.copyfileobj(text_in, text_out, 1 << 20)

@@ -14,16 +14,7 @@ import pyarrow
 
 from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.making.database import quoted, reason, text
-from data_pipeline.making.listing import (
-    ARCHIVES,
-    KINDS,
-    TEXTS,
-    Found,
-    Kind,
-    kind_of,
-    scan,
-    scan_archive,
-)
+from data_pipeline.making.listing import ARCHIVES, TEXTS, Found, Kind, kind_of, scan, scan_archive
 from data_pipeline.making.lists import OWN, Table
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.making.scoring import dataset_in, tar_name
@@ -163,7 +154,7 @@ def choose_kind(
             f"{source}: holds videos and images, which make separate datasets; "
             "choose one with --kind video or --kind image."
         )
-    chosen = kind or next((kind for kind in KINDS if kind in found), "video")
+    chosen = kind or next(iter(found), "video")
     others = f"planned WHERE kind != {text(chosen)}"
     _count(database, tally, "not_wanted", "kind || ', by --kind'", others)
     ask(f"DELETE FROM {others}")
@@ -201,20 +192,17 @@ def _caption_columns(table: Table, columns: Columns) -> list[str]:
 
 def _file_of(table: Table, columns: Columns) -> tuple[str, list[str]]:
     """The name of the file as SQL, and the columns that it is made of."""
-    is_template = columns.file is not None and "{" in columns.file
-    parts = re.split(r"[{}]", columns.file or "")
     choices = [columns.file] if columns.file else FILE_COLUMNS
-    names = [next((name for name in choices if name in table.names), choices[0])]
-    if is_template:
-        names = parts[1::2]
+    chosen = next((name for name in choices if name in table.names), choices[0])
+    is_template = columns.file is not None and "{" in columns.file
+    parts = re.split(r"[{}]", chosen) if is_template else ["", chosen, ""]
+    names = parts[1::2]
     for name in names:
         if name not in table.names:
             raise ConfigError(
                 f"{table.path}: column '{name}' is missing; name that of files by --file-column, "
                 f"or give a --preset of {', '.join(PRESETS)}; there are {', '.join(table.names)}."
             )
-    if not is_template:
-        return _as_text(table, names[0]), names
     pieces = [text(p) if n % 2 == 0 else _as_text(table, p) for n, p in enumerate(parts)]
     return " || ".join(pieces), names
 

@@ -7,8 +7,9 @@ time: neither the making nor the reading holds all rows in memory.
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,15 +17,16 @@ import duckdb
 import pyarrow
 from pyarrow import parquet
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, InputMissing
 from data_pipeline.making.database import open_database
 from data_pipeline.making.listing import TEXTS, Kind, Place, scan
-from data_pipeline.making.lists import is_list, list_paths, read_lists
+from data_pipeline.making.lists import LISTS, is_list, list_paths, read_lists
 from data_pipeline.making.matching import choose_kind, note_files, plan_folder, plan_lists
 from data_pipeline.making.presets import Columns
 from data_pipeline.making.scoring import TABLE, dataset_in
 from data_pipeline.making.sidecars import MEDIA, write_beside
 from data_pipeline.making.times import Times, find_times, without_own
+from data_pipeline.making.ucf101 import is_ucf101, list_ucf101
 from data_pipeline.shards.account import Account, Tally
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.store import storage
@@ -37,6 +39,17 @@ SCHEMA = pyarrow.schema(
     {"number": pyarrow.int64(), "row": pyarrow.int64()}  # of the file, and of the list
     | dict.fromkeys(TEXT_COLUMNS, pyarrow.string())
 )
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a dataset is built of: files below a folder, and how they are planned."""
+
+    source: str  # the list, or the folder
+    folder: str
+    version: str  # digest of what there is
+    write: Callable[[BinaryIO], None]  # the plan, to a file
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,30 @@ class Plan:
                 )
                 items.append(Item(line["file"], place or Place(line["file"]), rows, *beside))
         return items
+
+
+def find_material(
+    source: str, columns: Columns, *, root: str | None, kind: Kind | None, split: str | None
+) -> Material:
+    """What a source is; `split` chooses some of UCF-101's."""
+    if is_ucf101(source):
+        items, told = list_ucf101(source, split)
+        write = partial(write_rows, kind="video", items=items)
+        return Material(source, source, digest_json(items), write, told)
+    if split is not None:
+        raise ConfigError(
+            f"split: value '{split}' is wrong because {source} is not UCF-101 with its folders "
+            "UCF-101 and ucfTrainTestlist; leave it out."
+        )
+    if root is not None and not is_list(source):
+        raise ConfigError(f"root: value '{root}' is wrong because {source} is no list; leave it.")
+    if not is_list(source) and not storage.exists(source):
+        raise InputMissing(
+            f"{source}: no such folder or list; give the folder that holds the media, or a list of "
+            f"them ({', '.join(LISTS)})."
+        )
+    write = partial(write_plan, source=source, columns=columns, root=root, kind=kind)
+    return Material(list_in(source) or source, folder_of(source, root), version(source), write)
 
 
 def folder_of(source: str, root: str | None) -> str:

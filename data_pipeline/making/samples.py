@@ -96,11 +96,11 @@ class Made:
 
 def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds: float) -> Made:
     """The samples of one file; of a damaged one, those before the damage."""
-    found = clips_of(item, source.folder, source.columns, source.times)
-    made = Made(unusable=found.unusable)
-    if not found.clips:
+    clips, unusable = clips_of(item, source.folder, source.columns, source.times)
+    made = Made(unusable=unusable)
+    if not clips:
         return made
-    is_timed = any(clip.range for clip in found.clips)
+    is_timed = any(clip.range for clip in clips)
     known: Probe | None = None
     try:
         media = item.place.read(source.folder)
@@ -108,10 +108,10 @@ def make_samples(item: Item, *, source: Source, target: Target, deadline_seconds
         if is_timed or target.filters != Filters():
             known = probe(media, target.kind, bars)
     except DataError as error:
-        made.lose(error, [clip.name for clip in found.clips])
+        made.lose(error, [clip.name for clip in clips])
         return made
     wanted: list[tuple[Clip, Span]] = []
-    for clip in found.clips:
+    for clip in clips:
         try:
             span = span_of(clip.range, known, target.fps or known.fps) if known else WHOLE
             if known:

@@ -6,7 +6,7 @@ table is written last, with the near-duplicates of all shards.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -41,6 +41,8 @@ PART = pyarrow.schema(
 AGAIN = "delete it and `t2v data score` again"
 WHOLE = PART.append(pyarrow.field("duplicate_of", pyarrow.string()))
 
+Place = tuple[str, np.void]  # a tar, and what of it
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -67,17 +69,6 @@ class Scores:
         except (pyarrow.ArrowException, OSError) as error:
             why = str(error).splitlines()[0]
             raise DataError(f"{self.path}: is damaged because {why}; {AGAIN}.") from None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the media of a sample lie."""
-
-    tar: str
-    member: np.void
-
-    def __str__(self) -> str:
-        return f"{self.tar}, byte {self.member['offset']}"
 
 
 def score(
@@ -110,7 +101,10 @@ def score(
     places = (place for n in mine for place in _places(data, n))
     total = sum(shards[n].samples for n in mine)
     measure = partial(_measure, kind=data.info.kind, deadline_seconds=deadline)
-    made = progress(map_in_order(measure, places, workers), "score clips", total=total)
+    measured = map_in_order(
+        measure, places, workers, named=lambda p: f"{p[0]}, byte {p[1]['offset']}"
+    )
+    made = progress(measured, "score clips", total=total)
     for n in mine:
         _write_part(data, n, folder, list(islice(made, shards[n].samples)))
     if not all(_finished(folder, shard) for shard in shards):
@@ -187,20 +181,17 @@ def _settings() -> dict:
     return {"version": VERSION, "opencv": cv2.__version__, "duplicate_bits": MOST_BITS}
 
 
-def _provenance(data: Dataset) -> dict:
-    return _settings() | {"dataset_fingerprint": data.info.fingerprint}
-
-
 def _places(data: Dataset, shard: int) -> Iterator[Place]:
+    """Where the media of a shard's samples lie."""
     tar = storage.join(data.shard_folder, f"{data.info.shards[shard].name}.tar")
     # Copies, which can be sent between processes.
-    return (Place(tar, row["media"].copy()) for row in data.index(shard))
+    return ((tar, row["media"].copy()) for row in data.index(shard))
 
 
 def _measure(place: Place, *, kind: str, deadline_seconds: float) -> Measures | str:
     """The measures of a clip, or why it has none."""
     try:
-        return measure_media(read_member(place.tar, place.member), kind, deadline_seconds)
+        return measure_media(read_member(*place), kind, deadline_seconds)
     except DataError as error:
         return str(error)
 
@@ -220,8 +211,8 @@ def _write_part(data: Dataset, shard: int, folder: str, found: list[Measures | s
             row |= {f"crop_{side}": size for side, size in asdict(one.bars).items()}
             row |= {name: getattr(one, name) for name in (*NUMBERS, "hash")}
         rows.append(row)
-    schema = _with(PART, {"index_sha256": info.index_sha256})
-    _write(storage.join(folder, f"{info.name}.parquet"), schema, [rows])
+    told = {"index_sha256": info.index_sha256}
+    _write(storage.join(folder, f"{info.name}.parquet"), PART, told, [rows])
 
 
 def _write_whole(data: Dataset, folder: str, path: str) -> None:
@@ -239,7 +230,8 @@ def _write_whole(data: Dataset, folder: str, path: str) -> None:
             rows = enumerate(_read(folder, shard).to_pylist(), start=int(begin))
             yield [row | {"duplicate_of": names.get(like.get(n, -1))} for n, row in rows]
 
-    _write(path, _with(WHOLE, _provenance(data)), groups())
+    told = _settings() | {"dataset_fingerprint": data.info.fingerprint}
+    _write(path, WHOLE, told, groups())
 
 
 def _like(data: Dataset, folder: str) -> dict[int, int]:
@@ -260,17 +252,14 @@ def _read(folder: str, shard: ShardInfo) -> pyarrow.Table:
     return parquet.read_table(storage.local_file(storage.join(folder, f"{shard.name}.parquet")))
 
 
-def _write(path: str, schema: pyarrow.Schema, groups) -> None:
+def _write(path: str, schema: pyarrow.Schema, told: dict, groups: Iterable[list[dict]]) -> None:
+    schema = schema.with_metadata({TOLD: json.dumps(told, sort_keys=True).encode()})
     with (
         storage.open_atomic(path) as file,
         parquet.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for rows in groups:
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-
-
-def _with(schema: pyarrow.Schema, told: dict) -> pyarrow.Schema:
-    return schema.with_metadata({TOLD: json.dumps(told, sort_keys=True).encode()})
 
 
 def _told(path: str) -> dict | None:

@@ -4,22 +4,19 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.making.scoring import COLUMNS, NUMBERS, SIDES, open_scores
 from data_pipeline.making.verify import KINDS
 from data_pipeline.media.clips import probe
 from data_pipeline.progress import progress
-from data_pipeline.shards.account import Account
-from data_pipeline.shards.contact_sheet import contact_sheet, sheet_of
+from data_pipeline.shards.contact_sheet import SAMPLES, sheet_of
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import open_info
 from data_pipeline.shards.tar import open_index
@@ -35,9 +32,7 @@ BAR = (560, 14)  # width of the longest bar, height of each, in pixels
 class Stats:
     """A dataset in numbers; those per sample are of the samples that were read."""
 
-    path: str
-    kind: str
-    fingerprint: str
+    data: Dataset
     samples: int
     shards: int
     media_bytes: int
@@ -48,8 +43,6 @@ class Stats:
     fps: list[float]
     caption_words: list[int]
     resolutions: dict[str, int]  # width x height before building, most frequent first
-    account: Account
-    notes: dict[str, str]
     derived: dict[str, str]  # what embeddings and latents there are, by kind and name
     scores: dict[str, list]  # by column, of all clips that have any
 
@@ -60,9 +53,9 @@ class Stats:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much) for a table."""
-        words = self.caption_words
+        words, info = self.caption_words, self.data.info
         rows = [
-            ("kind", self.kind),
+            ("kind", info.kind),
             ("samples", f"{self.samples:,} in {self.shards:,} shards"),
             ("media", f"{self.media_bytes / 1e9:,.3f} GB, "
                       f"{self.media_bytes / self.samples / 1e3:,.1f} kB per sample"),
@@ -70,17 +63,17 @@ class Stats:
                          f"{self.read:,} read are empty"),
             ("caption words", _spread(words)),
         ]  # fmt: skip
-        if self.kind == "video":
+        if info.kind == "video":
             rows += [("duration", f"{self.hours:,.3f} hours; seconds: {_spread(self.seconds)}"),
                      ("frame rate", _spread(self.fps))]  # fmt: skip
         top = ", ".join(f"{size} ({count})" for size, count in list(self.resolutions.items())[:5])
         rows.append(("resolution", f"{len(self.resolutions)} sizes: {top}"))
-        rows += [(f"{side}: {why}", f"{count:,}") for side, why, count, _ in self.account.rows()]
+        rows += [(f"{side}: {why}", f"{count:,}") for side, why, count, _ in info.account.rows()]
         rows += list(self.derived.items())
         rows += self._score_rows()
         if self.unreadable:
             rows.append(("unreadable", f"{self.unreadable} of {self.read}: run `t2v data verify`"))
-        return rows + [(f"note: {name}", text) for name, text in self.notes.items()]
+        return rows + [(f"note: {name}", text) for name, text in info.notes.items()]
 
     def _score_rows(self) -> list[tuple[str, str]]:
         rows = [(f"score: {name}", _spread(self.scores[name])) for name in NUMBERS if self.scores]
@@ -111,9 +104,7 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
             fps.append(rate)
             seconds.append(length)
     return Stats(
-        path=data.path,
-        kind=info.kind,
-        fingerprint=info.fingerprint,
+        data=data,
         samples=info.samples,
         shards=len(info.shards),
         media_bytes=media_bytes,
@@ -124,8 +115,6 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
         fps=fps,
         caption_words=words,
         resolutions=dict(sizes.most_common()),
-        account=info.account,
-        notes=info.notes,
         derived=dict(_derived(data)),
         scores=_scores(data),
     )
@@ -133,44 +122,43 @@ def measure(path: str | Path, *, count: int = 10_000, seed: int = 0) -> Stats:
 
 def write_page(stats: Stats, out: str | Path | None = None) -> str:
     """One self-contained page with tables, histograms and pictures; its path."""
-    path = str(out or storage.join(stats.path, PAGE))
+    data, info = stats.data, stats.data.info
+    path = str(out or storage.join(data.path, PAGE))
     table = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
         for name, value in stats.rows()
     )
     charts = [("words per caption", _histogram(stats.caption_words))]
-    if stats.kind == "video":
+    if info.kind == "video":
         charts += [("seconds", _histogram(stats.seconds)),
                    ("frames per second", _histogram(stats.fps))]  # fmt: skip
     charts.append(("width x height", list(stats.resolutions.items())[:BINS]))
     charts += [(name, _histogram(stats.scores[name])) for name in (*NUMBERS, *SIDES)
                if stats.scores.get(name)]  # fmt: skip
-    data = open_dataset(stats.path)
-    pictures = _pictures(lambda: contact_sheet(data, count=24, seed=0))
     body = "".join(f"<h2>{name}</h2>{_bars(values)}" for name, values in charts)
     for name in NUMBERS if stats.scores else ():
         found = open_scores(data)
         ends = data.places(found.ends(name, AT_AN_END)) if found else []
         if ends:
-            shown = _pictures(partial(sheet_of, data, ends))
-            body += f"<h2>from the lowest {name} to the highest</h2>{shown}"
+            body += f"<h2>from the lowest {name} to the highest</h2>{_pictures(data, ends)}"
     page = (
         f'<!doctype html><meta charset="utf-8">{html_page.GENERATOR}'
-        f"<title>{html.escape(Path(stats.path).name)}</title>"
+        f"<title>{html.escape(Path(data.path).name)}</title>"
         "<style>body{font:14px sans-serif;margin:2em;max-width:60em}th{text-align:left;"
         "padding-right:2em}text{font:11px sans-serif}</style>"
-        f"<h1>{html.escape(stats.path)}</h1><p>fingerprint {stats.fingerprint}</p>"
-        f"<table>{table}</table><h2>random samples</h2>{pictures}{body}"
+        f"<h1>{html.escape(data.path)}</h1><p>fingerprint {info.fingerprint}</p>"
+        f"<table>{table}</table><h2>random samples</h2>"
+        f"{_pictures(data, data.draw(SAMPLES, seed=0))}{body}"
     )
     html_page.write_page(path, page)
     return path
 
 
-def _pictures(make: Callable[[], Image.Image]) -> str:
-    """A picture as a part of a page, or why there is none."""
+def _pictures(data: Dataset, places: Sequence[tuple[int, int]]) -> str:
+    """Samples on a picture as a part of a page, or why there is none."""
     buffer = io.BytesIO()
     try:
-        make().save(buffer, "JPEG", quality=85)
+        sheet_of(data, places).save(buffer, "JPEG", quality=85)
     except DataError as error:
         return html.escape(f"no pictures: a sample {error}; run t2v data verify.")
     encoded = base64.b64encode(buffer.getvalue()).decode()

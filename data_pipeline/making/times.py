@@ -112,13 +112,13 @@ def ranges_of(values: Sequence[object], times: Times) -> tuple[list[Range], bool
         for pair in pairs:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise DataError(f"time is none: {times.columns[0]} {pair!r} is no (start, end)")
-        return [_range(pair[0], pair[1], times) for pair in pairs], listed
+        return [_range(pair, times) for pair in pairs], listed
     if isinstance(parsed[0], list):
         lists = [value if isinstance(value, list) else [value] for value in parsed]
         if len({len(value) for value in lists}) != 1:
             raise DataError(f"time is none: {', '.join(times.columns)} are not equally long")
-        return [_range_of(row, times) for row in zip(*lists, strict=True)], True
-    return [_range_of(parsed, times)], False
+        return [_range(row, times) for row in zip(*lists, strict=True)], True
+    return [_range(parsed, times)], False
 
 
 def literal(value: object) -> object:
@@ -156,16 +156,12 @@ def _as_list(value: object) -> object:
     return [_as_list(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _range_of(values: Sequence[object], times: Times) -> Range:
-    start = values[0]
-    if times.duration:
-        begin = parse_time(start, times.unit)
-        return _range(start, begin + parse_time(values[1], times.unit), times)
-    return _range(start, values[1] if len(values) > 1 else None, times)
-
-
-def _range(start: object, end: object, times: Times) -> Range:
+def _range(values: Sequence[object], times: Times) -> Range:
+    """A range of its start alone, or with its end or duration."""
+    start, end = values[0], values[1] if len(values) > 1 else None
     begin = parse_time(start, times.unit)
+    if times.duration:
+        end = begin + parse_time(end, times.unit)
     stop = None if end is None else parse_time(end, times.unit)
     if stop is not None and stop <= begin:
         raise DataError(f"time is none: the end {end!r} is not behind the start {start!r}")

@@ -13,6 +13,8 @@ BRIGHT = 90  # of 255: the object is what is brighter
 WHOLE = 0.8  # share of the object's pixels that one connected part must hold
 TEMPLATE = 24
 
+Mask = Bool[np.ndarray, "height width"]
+
 
 @dataclass(frozen=True)
 class ToyReading:
@@ -31,10 +33,11 @@ def read_toy(clip: Clip) -> ToyReading:
     seen = [frame for frame in range(len(clip)) if bright[frame].sum() >= 3]
     if not seen:
         return ToyReading(None, None, None, 0.0)
-    whole = sum(_largest_share(bright[frame]) >= WHOLE for frame in seen)
+    parts = {frame: _largest(bright[frame]) for frame in seen}
+    whole = sum(part.sum() / bright[frame].sum() >= WHOLE for frame, part in parts.items())
     return ToyReading(
         color=_color(clip[bright]),
-        shape=_vote([_shape(bright[frame]) for frame in seen]),
+        shape=_vote([_shape(part) for part in parts.values()]),
         direction=_direction(bright, seen),
         whole_frames=whole / len(clip),
     )
@@ -55,28 +58,24 @@ def _direction(bright: Bool[np.ndarray, "frames height width"], seen: list[int])
     return max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], path)))
 
 
-def _largest_share(mask: Bool[np.ndarray, "height width"]) -> float:
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    return float(np.bincount(labels.ravel())[1:].max() / mask.sum()) if count else 0.0
-
-
-def _shape(mask: Bool[np.ndarray, "height width"]) -> str:
-    """The template that overlaps most with the object, its bounding box stretched onto theirs."""
+def _largest(mask: Mask) -> Mask:
+    """The largest connected part of an object."""
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-    largest = labels == np.bincount(labels.ravel())[1:].argmax() + 1
-    box = largest[ndimage.find_objects(largest.astype(int))[0]]
-    rows = (np.arange(TEMPLATE) + 0.5) / TEMPLATE
-    stretched = box[np.ix_((rows * box.shape[0]).astype(int), (rows * box.shape[1]).astype(int))]
+    return labels == np.bincount(labels.ravel())[1:].argmax() + 1
+
+
+def _shape(largest: Mask) -> str:
+    """The template that overlaps most with the object, its bounding box stretched onto theirs."""
+    stretched, grid = _stretched(largest), np.linspace(-1.2, 1.2, 8 * TEMPLATE)
     overlap = {}
     for shape in SHAPES:
-        template = _template(shape)
+        template = _stretched(shape_mask(shape, grid[:, None], grid[None, :]) < 0)
         overlap[shape] = (stretched & template).sum() / (stretched | template).sum()
     return max(overlap, key=overlap.__getitem__)
 
 
-def _template(shape: str) -> Bool[np.ndarray, "template template"]:
-    grid = np.linspace(-1.2, 1.2, 8 * TEMPLATE)
-    mask = shape_mask(shape, grid[:, None], grid[None, :]) < 0
+def _stretched(mask: Mask) -> Bool[np.ndarray, "template template"]:
+    """What is in the bounding box of a mask, at one size."""
     box = mask[ndimage.find_objects(mask.astype(int))[0]]
     rows = (np.arange(TEMPLATE) + 0.5) / TEMPLATE
     return box[np.ix_((rows * box.shape[0]).astype(int), (rows * box.shape[1]).astype(int))]

@@ -25,17 +25,12 @@ Video = tuple[str, dict, dict]  # path below the folder, captions and metadata b
 
 
 def list_ucf101(folder: str, split: str | None) -> tuple[list[Video], dict[str, str]]:
-    """The videos of a split, and notes; ConfigError where none is chosen, for a test set must stay
-    one."""
+    """The videos of a split in its list's order, captioned by the words of their class and labelled
+    from 0, and notes; `all`: every video that the lists of the first split name. ConfigError where
+    no split is chosen, for a test set must stay one."""
     if split not in SPLITS:
         wrong = "--split: missing" if split is None else f"split: value '{split}' is wrong"
         raise ConfigError(f"{wrong} because {folder} is UCF-101; give one of {', '.join(SPLITS)}.")
-    return ucf101_items(folder, split), {"split": split}
-
-
-def ucf101_items(folder: str, split: str) -> list[Video]:
-    """The videos of a split in its list's order, captioned by the words of their class and
-    labelled from 0; `all`: every video that the lists of the first split name."""
     labels = read_classes(storage.join(folder, LISTS, CLASSES))
     files = [f"{part}01" for part in PARTS] if split == "all" else [split]
     items: list[Video] = []
@@ -73,7 +68,7 @@ def ucf101_items(folder: str, split: str) -> list[Video]:
             items.append((f"{VIDEOS}/{video}", caption, metadata))
     if not items:
         raise InputMissing(f"{folder}: split {split} names no video; take the authors' lists.")
-    return items
+    return items, {"split": split}
 
 
 def class_words(name: str) -> str:

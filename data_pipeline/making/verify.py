@@ -37,6 +37,7 @@ from data_pipeline.shards.derived import (
     Kind,
     members_of,
     open_info,
+    sound_members,
     text_of,
 )
 from data_pipeline.shards.derived import fingerprint as set_fingerprint
@@ -318,19 +319,13 @@ def _leave_sound_rows(folder: str, name: str, faults: Sequence[Fault]) -> None:
         storage.remove(path)
         return
     rows, bad = open_index(folder, name), {fault.row for fault in own}
-    sound = [number not in bad and _reads(tar, row) for number, row in enumerate(rows)]
+    sound = [
+        number not in bad and sound_members(tar, row) is not None for number, row in enumerate(rows)
+    ]
     if all(sound):
         storage.remove(path)
     else:
         save_index(folder, name, rows[sound])
-
-
-def _reads(tar: str, row: np.void) -> bool:
-    try:
-        members_of(tar, row)
-    except UserError:
-        return False
-    return True
 
 
 def _rewrite(tar: str, info: DatasetInfo, bad_rows: set[int]) -> None:

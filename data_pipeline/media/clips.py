@@ -22,12 +22,12 @@ from data_pipeline.media.image import open_image
 from data_pipeline.media.orientation import Orientation, Picture, orientation_of
 from data_pipeline.media.picture import fitted_picture, picture_of, shown_size
 from data_pipeline.media.scenes import mark_scenes
+from data_pipeline.media.timeline import Timeline
 from data_pipeline.media.tones import to_sdr
 from data_pipeline.pyramid import Clip, repeat_still
 
 Size = tuple[int, int, int]
 Cut = Literal["none", "length", "scenes"]
-Look = tuple[av.VideoFrame, Orientation, float]
 NO_BARS = Bars()
 
 
@@ -144,29 +144,18 @@ def read_clips(
     line = video.timeline
     if fps and line.fps < 0.98 * fps:
         raise NotWanted(f"has fewer than {fps:g} frames per second: {line.fps:.4g}")
-    view = _View(video, bars, size[1:], tone_map)
     step = 1 / (fps or line.fps)
-    cuttings = [_Cutting(span, size[0], step, cut == "none", view) for span in spans]
+    cuttings = [_Cutting(span, size[0], step, cut == "none", line) for span in spans]
     wanted = [(cutting.span.start, cutting.end_seconds) for cutting in cuttings]
     shots = read_shots(video, wanted, deadline_seconds)
     if cut == "scenes":
         shots = mark_scenes(shots, line.fps)
     for shot in shots:
-        shown = _Shown(shot, view)
+        shown = _Shown(shot, video, bars, size[1:], tone_map)
         for number, cutting in enumerate(cuttings):
             yield from ((number, found) for found in cutting.see(shown))
     for number, cutting in enumerate(cuttings):
         yield from ((number, found) for found in cutting.finish())
-
-
-@dataclass(frozen=True)
-class _View:
-    """How the frames of a video become pictures."""
-
-    video: Video
-    bars: Bars
-    size: tuple[int, int]
-    tone_map: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,17 +163,28 @@ class _Shown:
     """A shot, and its picture once anything asks for it."""
 
     shot: Shot
-    view: _View
+    video: Video
+    bars: Bars
+    size: tuple[int, int]
+    tone_map: bool
 
     @cached_property
-    def look(self) -> Look:
-        upright = orientation_of(self.shot.frame, self.view.video.look)
-        frame = to_sdr(self.shot.frame) if self.view.tone_map else self.shot.frame
-        return _without(self.view.bars, frame, upright, self.view.video.aspect)
+    def look(self) -> tuple[av.VideoFrame, Orientation, float]:
+        """The frame, how it is turned upright, and the aspect of its pixels; upright where it has
+        bars, and without them."""
+        frame, aspect = self.shot.frame, self.video.aspect
+        upright = orientation_of(frame, self.video.look)
+        if self.tone_map:
+            frame = to_sdr(frame)
+        if self.bars == NO_BARS:
+            return frame, upright, aspect
+        picture = self.bars.cut(picture_of(frame, upright))
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        return frame, Orientation(), _shown_aspect(upright, aspect)
 
     @cached_property
     def picture(self) -> Picture:
-        return fitted_picture(*self.look, self.view.size)
+        return fitted_picture(*self.look, self.size)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -199,14 +199,13 @@ class _Cutting:
     frames: int
     step: float  # between frames of a clip, in seconds
     is_single: bool
-    view: _View
+    line: Timeline
     taken: list[Picture] = field(default_factory=list)
     last: _Shown | None = None
     clips: int = 0
     is_done: bool = False
 
     def __post_init__(self) -> None:
-        self.line = self.view.video.timeline
         self.start = self.span.start
         self.slack = 0.25 / self.line.fps  # absorbs rounded time stamps
 
@@ -265,16 +264,6 @@ class _Cutting:
                 self.is_done = self.is_single
                 sides, rates = shown.sides, (1 / self.step, self.line.fps)
                 yield Media(clip, rates[0], *sides, rates[1], start)
-
-
-def _without(bars: Bars, frame: av.VideoFrame, upright: Orientation, aspect: float) -> Look:
-    """A frame, how it is turned upright, and the aspect of its pixels; upright where it has bars,
-    and without them."""
-    if bars == NO_BARS:
-        return frame, upright, aspect
-    picture = bars.cut(picture_of(frame, upright))
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    return frame, Orientation(), _shown_aspect(upright, aspect)
 
 
 def _shown_aspect(upright: Orientation, aspect: float) -> float:

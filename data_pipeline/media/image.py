@@ -32,7 +32,10 @@ def open_image(media: bytes) -> Image.Image:
                 depth = str(image.tile[0][3]) if image.tile else ""
                 image.load()
                 colour, alpha = _split(_upright(image), STRETCHED.get(depth, 1))
-                return _over_white(_in_srgb(colour, image.info.get("icc_profile")), alpha)
+                colour = _in_srgb(colour, image.info.get("icc_profile"))
+                if alpha is None:
+                    return colour
+                return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
     except UnidentifiedImageError:
         raise DataError("cannot be decoded (not JPEG, PNG or WebP)") from None
     except (*BROKEN, Image.DecompressionBombError) as error:
@@ -79,9 +82,3 @@ def _in_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, *BROKEN):
             pass
     return colour.convert("RGB")
-
-
-def _over_white(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    if alpha is None:
-        return colour
-    return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)

@@ -46,7 +46,8 @@ def measure_media(media: bytes, kind: str, deadline_seconds: float = math.inf) -
         picture = np.array(open_image(media).convert("L"))
         seen = _Seen([0] * LOOKS)
         seen.see_full(picture)
-        seen.see_small(_small_picture(picture))
+        height, width = _small_size(*picture.shape)
+        seen.see_small(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA))
         return seen.measures()
     video = open_video(media)
     count = len(video.timeline.times)
@@ -148,11 +149,6 @@ def _flow() -> cv2.DISOpticalFlow:
 def _small_size(height: int, width: int) -> tuple[int, int]:
     scale = LONGER_SIDE / max(height, width)
     return max(LEAST_SIDE, round(height * scale)), max(LEAST_SIDE, round(width * scale))
-
-
-def _small_picture(picture: Grey) -> Grey:
-    height, width = _small_size(*picture.shape)
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def _rounded(value: float) -> float:

@@ -34,7 +34,7 @@ def shown_size(frame: av.VideoFrame, upright: Orientation, aspect: float) -> tup
 def picture_of(frame: av.VideoFrame, upright: Orientation) -> Picture:
     """A frame as it is shown, pixel by pixel."""
     refuse_strange_colours(frame)
-    return np.ascontiguousarray(upright.turn(_rgb(over_white(frame))))
+    return np.ascontiguousarray(upright.turn(_pixels(over_white(frame), "rgb24")))
 
 
 def fitted_picture(
@@ -63,16 +63,12 @@ def over_white(frame: av.VideoFrame) -> av.VideoFrame:
     kind = frame.format
     if not (kind.has_palette or any(component.is_alpha for component in kind.components)):
         return frame
-    pixels = frame.reformat(format="rgba", threads=1).to_ndarray()
-    if pixels[..., 3].min() == 255:
-        return frame
-    return av.VideoFrame.from_ndarray(blend_white(pixels), format="rgb24")
-
-
-def blend_white(pixels: UInt8[np.ndarray, "height width 4"]) -> Picture:
-    """Colours over white, by their alpha."""
+    pixels = _pixels(frame, "rgba")
     alpha = pixels[..., 3:].astype(np.uint32)
-    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if alpha.min() == 255:
+        return frame
+    blended = (pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return av.VideoFrame.from_ndarray(blended.astype(np.uint8), format="rgb24")
 
 
 def refuse_strange_colours(frame: av.VideoFrame) -> None:
@@ -87,5 +83,5 @@ def refuse_strange_colours(frame: av.VideoFrame) -> None:
         raise NotWanted(f"has a strange colour matrix: number {int(frame.colorspace)}")
 
 
-def _rgb(frame: av.VideoFrame) -> Picture:
-    return frame.reformat(format="rgb24", threads=1).to_ndarray()
+def _pixels(frame: av.VideoFrame, layout: str) -> UInt8[np.ndarray, "height width channels"]:
+    return frame.reformat(format=layout, threads=1).to_ndarray()

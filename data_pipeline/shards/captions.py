@@ -11,7 +11,8 @@ from data_pipeline.errors import DataError
 COLUMNS: dict[str, float] = {"caption": 1.0}  # where captions are, unless it is said otherwise
 SEVERAL = ("captions", "caption_weights")  # members of ours, of a clip with several captions
 KINDS: dict[type, str] = {dict: "a mapping", list: "a list", bool: "a truth value", int: "a number"}
-BOMS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BOMS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # which begin as those of UTF-16
+        "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,15 @@ def _weighted(weights: Mapping[str, float]) -> Captions:
     return Captions(tuple(weights), tuple(weight / total for weight in weights.values()))
 
 
+def encoding_by_mark(content: bytes) -> str | None:
+    """What a byte order mark says of a text, if it has one of UTF-32 or UTF-16."""
+    return next((name for name, marks in BOMS.items() if content.startswith(marks)), None)
+
+
 def decode_text(content: bytes) -> str:
     """The text of a file: UTF-8, or what a byte order mark says; DataError for anything else."""
     try:
-        if content.startswith(BOMS[:2]):
-            text = content.decode("utf-32")
-        elif content.startswith(BOMS[2:]):
-            text = content.decode("utf-16")
-        else:
-            text = content.decode("utf-8-sig")
+        text = content.decode(encoding_by_mark(content) or "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"is no UTF-8 text: byte {error.start} is {content[error.start]:#04x}; convert it"

@@ -11,21 +11,17 @@ from data_pipeline.shards.dataset import Dataset
 from data_pipeline.store import storage
 
 NAME = "contact_sheet.png"
-COLUMNS = 6
+SAMPLES, COLUMNS = 24, 6
 CELL = (180, 320)  # height and width of a picture
 LINES, LINE_HEIGHT, LINE_CHARACTERS = 3, 12, 52
 
 
-def write_contact_sheet(dataset: Dataset, *, count: int = 24, seed: int = 0) -> None:
-    """`contact_sheet.png` beside `dataset.json`; equal datasets give equal bytes."""
+def write_contact_sheet(dataset: Dataset) -> None:
+    """`contact_sheet.png` of random samples beside `dataset.json`; equal datasets give equal
+    bytes."""
     buffer = io.BytesIO()
-    contact_sheet(dataset, count=count, seed=seed).save(buffer, "PNG")
+    sheet_of(dataset, dataset.draw(SAMPLES, seed=0)).save(buffer, "PNG")
     storage.write_atomic(storage.join(dataset.path, NAME), buffer.getvalue())
-
-
-def contact_sheet(dataset: Dataset, *, count: int, seed: int) -> Image.Image:
-    """A grid of random samples' first frames, each above its caption."""
-    return sheet_of(dataset, dataset.draw(count, seed=seed))
 
 
 def sheet_of(dataset: Dataset, chosen: Sequence[tuple[int, int]]) -> Image.Image:

@@ -120,11 +120,9 @@ def proven_index(folder: str, name: str, sha256: str) -> np.ndarray:
 
 def open_dataset(path: str | Path) -> Dataset:
     """The dataset in a folder; refuses what is unfinished."""
-    path = str(path)
-    content = read_manifest(
-        storage.join(path, MANIFEST), f"{path}: is no dataset", "`t2v data build` or `index`"
-    )
-    return Dataset(path, parse_manifest(DatasetInfo, content, storage.join(path, MANIFEST)))
+    path, remedy = str(path), "`t2v data build` or `index`"
+    manifest = storage.join(path, MANIFEST)
+    return Dataset(path, read_manifest(DatasetInfo, manifest, f"{path}: is no dataset", remedy))
 
 
 def commit_dataset(
@@ -186,8 +184,8 @@ def shard_infos(folder: str, names: Sequence[str]) -> list[ShardInfo]:
     ]
 
 
-def read_manifest(path: str, missing: str, remedy: str) -> dict:
-    """A manifest's plain data; `missing` and `remedy` say what its absence means."""
+def read_manifest(model: type[Manifest], path: str, missing: str, remedy: str) -> Manifest:
+    """A manifest as its model; `missing` and `remedy` say what its absence means."""
     if not storage.exists(path):
         raise InputMissing(f"{missing} because there is no {path}; make it with {remedy}.")
     try:
@@ -200,11 +198,6 @@ def read_manifest(path: str, missing: str, remedy: str) -> dict:
         raise ConfigError(
             f"{path}: format {content.get('format')!r} is not {FORMAT}; make it with this version."
         )
-    return content
-
-
-def parse_manifest(model: type[Manifest], content: dict, path: str) -> Manifest:
-    """A manifest's plain data as its model."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

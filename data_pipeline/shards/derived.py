@@ -22,7 +22,6 @@ from data_pipeline.shards.dataset import (
     ShardInfo,
     cached_index,
     digest_json,
-    parse_manifest,
     read_manifest,
     shard_infos,
 )
@@ -88,12 +87,7 @@ class Former:
     def read(self, origin: int) -> Members | None:
         """The members of a row; None where there is none, or it is damaged or half replaced."""
         row = self._rows.get(origin)
-        if row is None:
-            return None
-        try:
-            return members_of(self.tar, row)
-        except UserError:
-            return None
+        return None if row is None else sound_members(self.tar, row)
 
 
 def begin(kind: Kind[Made], data: Dataset, name: str, task: tuple[int, int]) -> str:
@@ -167,9 +161,8 @@ def fingerprint(info: DerivedInfo[Made]) -> str:
 def open_info(kind: Kind[Made], dataset: Dataset, name: str) -> tuple[str, DerivedInfo[Made]]:
     """(folder, manifest) of a finished set; refuses one made for other data."""
     folder, remedy = kind.place(dataset, name), kind.remedy(dataset, name)
-    path = storage.join(folder, MANIFEST)
-    content = read_manifest(path, f"{dataset.path}: has no {kind.folder} '{name}'", remedy)
-    info = parse_manifest(kind.info, content, path)
+    path, missing = storage.join(folder, MANIFEST), f"{dataset.path}: has no {kind.folder} '{name}'"
+    info = read_manifest(kind.info, path, missing, remedy)
     if info.dataset_fingerprint != dataset.info.fingerprint:
         raise ConfigError(
             f"{path}: dataset_fingerprint: value {info.dataset_fingerprint[:12]} is wrong because "
@@ -202,6 +195,14 @@ def text_of(model: Strict) -> str:
 def members_of(path: str, row: np.void) -> Members:
     """The members of a row of a set's tar, checked."""
     return {slot: read_member(path, row[slot]) for slot in ("media", "json") if row[slot]["size"]}
+
+
+def sound_members(path: str, row: np.void) -> Members | None:
+    """The members of a row, or None where they are damaged or cannot be read."""
+    try:
+        return members_of(path, row)
+    except UserError:
+        return None
 
 
 def _finished(kind: Kind[Made], data: Dataset, shard: int, folder: str) -> bool:

@@ -4,7 +4,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -44,6 +43,11 @@ class TarFault(DataError):
 Refuse = Callable[[TarFault], None]
 
 
+def raise_fault(fault: TarFault) -> None:
+    """Refuse at once."""
+    raise fault
+
+
 @dataclass
 class Sample:
     """What a scan of a tar knows of one key."""
@@ -60,15 +64,6 @@ class Sample:
         if self.json_captions and self.json_captions.first:
             return self.json_captions
         return self.txt_captions or Captions()
-
-
-@dataclass(frozen=True)
-class Member:
-    """A plain file in a tar."""
-
-    name: str
-    offset: int
-    content: bytes
 
 
 def parse_metadata(path: str, key: str, content: bytes) -> dict:
@@ -93,15 +88,15 @@ def scan_samples(
     bad: set[str] = set()
     key = ""
     try:
-        for member in _members(path, refuse):
-            key, base, slot, suffix = _slot(member.name, kind)
+        for name, offset, content in _members(path, refuse):
+            key, base, slot, suffix = _slot(name, kind)
             if not slot:
-                tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {member.name}"])
+                tally.add("passed_over", suffix, [f"{PurePosixPath(path).name}: {name}"])
                 continue
             sample = samples.setdefault(key, Sample(base))
             before = sample.suffixes.get(slot, suffix)
             if before != suffix:
-                tally.add("passed_over", f"second {slot} of a key", [member.name])
+                tally.add("passed_over", f"second {slot} of a key", [name])
                 if before != PREVIEW:
                     continue
                 del sample.places[slot]
@@ -109,17 +104,17 @@ def scan_samples(
                 if slot in sample.places:
                     raise TarFault(path, key, "is there twice", f" ({slot}); write it again.")
                 if slot == "json":
-                    metadata = parse_metadata(path, key, member.content)
+                    metadata = parse_metadata(path, key, content)
                     sample.json_captions = captions_of(metadata, columns)
                 elif slot == "txt":
-                    sample.txt_captions = Captions((decode_text(member.content),))
+                    sample.txt_captions = Captions((decode_text(content),))
             except TarFault as error:
                 refuse(error)
                 bad.add(key)
             except DataError as error:
                 refuse(TarFault(path, key, str(error).split(":")[0], f" ({error})"))
                 bad.add(key)
-            place = member.offset, len(member.content), zlib.crc32(member.content)
+            place = offset, len(content), zlib.crc32(content)
             sample.places[slot], sample.suffixes[slot] = place, suffix
     except TarFault as error:
         refuse(error)
@@ -167,15 +162,15 @@ def list_members(path: str, refuse: Refuse) -> Iterator[tuple[str, int, int]]:
         refuse(error)
 
 
-def _members(path: str, refuse: Refuse) -> Iterator[Member]:
-    """Each plain file; TarFault where nothing after it can be read."""
+def _members(path: str, refuse: Refuse) -> Iterator[tuple[str, int, bytes]]:
+    """(name, offset, content) of each plain file; TarFault where nothing after it can be read."""
     with _opened(path) as stream:
         for member in _plain_members(path, stream, refuse):
             stream.seek(member.offset_data)
             content = stream.read(member.size)
             if len(content) != member.size:
                 raise _cut(path, member.name)
-            yield Member(member.name, member.offset_data, content)
+            yield member.name, member.offset_data, content
 
 
 def _opened(path: str) -> BinaryIO:
@@ -204,17 +199,21 @@ def _archive(path: str, stream: BinaryIO, begin: int, refuse: Refuse) -> Iterato
     if mark in PACKED:
         raise TarFault(path, "", "is compressed", f" ({PACKED[mark]}); unpack it first.")
     stream.seek(begin)
-    with _tar_errors(path), tarfile.open(fileobj=stream, mode="r:") as tar:
-        for member in tar:
-            try:
-                if _is_plain(path, member):
-                    yield member
-            except TarFault as error:
-                refuse(error)
-        stream.seek(tar.offset)
-        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            lost = f" at byte {tar.offset}, so samples are lost; fetch it again."
-            raise TarFault(path, "", "is damaged or cut", lost)
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                try:
+                    if _is_plain(path, member):
+                        yield member
+                except TarFault as error:
+                    refuse(error)
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                lost = f" at byte {tar.offset}, so samples are lost; fetch it again."
+                raise TarFault(path, "", "is damaged or cut", lost)
+    except tarfile.TarError as error:
+        reason = f" because {error}; fetch it again."
+        raise TarFault(path, "", "is no readable tar", reason) from None
 
 
 def _next_archive(stream: BinaryIO) -> int | None:
@@ -225,16 +224,6 @@ def _next_archive(stream: BinaryIO) -> int | None:
             return at + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         at += len(chunk)
     return None
-
-
-@contextmanager
-def _tar_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except tarfile.TarError as error:
-        raise TarFault(
-            path, "", "is no readable tar", f" because {error}; fetch it again."
-        ) from None
 
 
 def _is_plain(path: str, member: tarfile.TarInfo) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import COLUMNS, Captions, captions_of, decode_text
-from data_pipeline.shards.scan import Sample, TarFault, parse_metadata, scan_samples
+from data_pipeline.shards.scan import Sample, TarFault, parse_metadata, raise_fault, scan_samples
 from data_pipeline.store import storage
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4")])
@@ -84,7 +84,7 @@ def save_index(folder: str, name: str, rows: np.ndarray) -> None:
 
 def index_tar(path: str, kind: str, columns: Mapping[str, float] = COLUMNS) -> np.ndarray:
     """The index rows of a tar of `kind` media; DataError at its first fault."""
-    return _rows(scan_samples(path, kind, columns, _raise, Tally()))
+    return _rows(scan_samples(path, kind, columns, raise_fault, Tally()))
 
 
 def examine_tar(path: str, kind: str, columns: Mapping[str, float] = COLUMNS) -> "Contents":
@@ -103,7 +103,7 @@ def list_captions(
     path: str, kind: str, columns: Mapping[str, float] = COLUMNS
 ) -> list[tuple[str, Captions]]:
     """(key, captions) of a tar's samples, row by row."""
-    samples = scan_samples(path, kind, columns, _raise, Tally())
+    samples = scan_samples(path, kind, columns, raise_fault, Tally())
     return [(key, sample.captions) for key, sample in samples.items()]
 
 
@@ -180,10 +180,6 @@ class Contents:
     def is_cut(self) -> bool:
         """Whether something is wrong with the tar itself, so that samples may be lost."""
         return any(not fault.name for fault in self.faults)
-
-
-def _raise(error: TarFault) -> None:
-    raise error
 
 
 def _rows(samples: dict[str, Sample]) -> np.ndarray:

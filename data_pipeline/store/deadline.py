@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from data_pipeline.errors import DataError
 
@@ -14,27 +15,15 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
 
     Late work is abandoned: its thread ends with the process, which the loader kills.
     """
-    task = _Task(work)
-    thread = threading.Thread(target=task.run, daemon=True, name="decode")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise DataError(f"is stuck in decoding, for more than {seconds:g} seconds")
-    if task.error is not None:
-        raise task.error
-    return task.results[0]
+    outcome: Future[Result] = Future()
 
-
-class _Task(Generic[Result]):
-    """Work of another thread, and what came of it."""
-
-    def __init__(self, work: Callable[[], Result]):
-        self.work = work
-        self.results: list[Result] = []
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self.results.append(self.work())
+            outcome.set_result(work())
         except BaseException as error:  # raised again by the thread that waits
-            self.error = error
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="decode").start()
+    if not wait([outcome], seconds).done:
+        raise DataError(f"is stuck in decoding, for more than {seconds:g} seconds")
+    return outcome.result()

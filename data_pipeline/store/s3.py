@@ -64,8 +64,7 @@ class ObjectStore:
 
     def version(self, path: str) -> Version:
         """Which version of an object there is."""
-        bucket, key = split(path)
-        head = self.requests.answer(path, lambda client: client.head_object(Bucket=bucket, Key=key))
+        head = self.requests.answer(path, lambda client: client.head_object(**_place(path)))
         return Version(head["ETag"], head["ContentLength"])
 
     def read(
@@ -91,33 +90,26 @@ class ObjectStore:
 
     def write(self, path: str, file: BinaryIO) -> None:
         """Put a file's content; readers see the old object or the whole new one."""
-        bucket, key = split(path)
-        transfer = TransferConfig(use_threads=False)
 
         def put(client: Any) -> None:
             file.seek(0)
-            client.upload_fileobj(_Unclosed(file), bucket, key, Config=transfer)
+            transfer = TransferConfig(use_threads=False)
+            client.upload_fileobj(_Unclosed(file), Config=transfer, **_place(path))
 
         self.requests.answer(path, put)
 
     def create(self, path: str, content: bytes) -> bool:
         """Put an object that must not be there yet; False where it is."""
-        bucket, key = split(path)
+        request = {"Body": content, "IfNoneMatch": "*"} | _place(path)
         try:
-            self.requests.answer(
-                path,
-                lambda client: client.put_object(
-                    Bucket=bucket, Key=key, Body=content, IfNoneMatch="*"
-                ),
-            )
+            self.requests.answer(path, lambda client: client.put_object(**request))
         except ObjectChanged:
             return False
         return True
 
     def remove(self, path: str) -> None:
         """Delete an object; it may be gone already."""
-        bucket, key = split(path)
-        self.requests.answer(path, lambda client: client.delete_object(Bucket=bucket, Key=key))
+        self.requests.answer(path, lambda client: client.delete_object(**_place(path)))
 
     def exists(self, path: str) -> bool:
         """Whether there is an object at a path, or any below it."""
@@ -136,7 +128,7 @@ class ObjectStore:
 
     def list_below(self, folder: str) -> Iterator[tuple[str, int]]:
         """(key from there, bytes) of every object below a folder, a thousand to a request."""
-        skipped = len(_prefix(folder)[1])
+        skipped = len(_prefix(folder))
         for page in self._pages(folder, Delimiter=""):
             for entry in page.get("Contents", []):
                 if (name := entry["Key"][skipped:]) and not name.endswith("/"):
@@ -157,7 +149,7 @@ class ObjectStore:
             yield page
 
     def _list(self, folder: str, **options: Any) -> dict:
-        bucket, prefix = _prefix(folder)
+        bucket, prefix = _place(folder)["Bucket"], _prefix(folder)
         request = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"} | options
         return self.requests.answer(folder, lambda client: client.list_objects_v2(**request))
 
@@ -173,14 +165,13 @@ class Requests:
     def stream(self, path: str, version: Version | None, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` to `end`, over as many requests as it takes; no version: all of
         the one that the first answer is of."""
-        bucket, key = split(path)
         attempts = _Attempts(self, path, self._deadline(end - start))
         while version is None or start < end:
-            arrived, wanted = 0, {}
+            arrived, wanted = 0, _place(path)
             if version:
-                wanted = {"Range": f"bytes={start}-{end - 1}", "IfMatch": version.etag}
+                wanted |= {"Range": f"bytes={start}-{end - 1}", "IfMatch": version.etag}
             try:
-                response = self._connected().get_object(Bucket=bucket, Key=key, **wanted)
+                response = self._connected().get_object(**wanted)
                 if version is None:
                     version = Version(response["ETag"], response["ContentLength"])
                     end, attempts.deadline = version.size, self._deadline(version.size)
@@ -310,13 +301,13 @@ class _Unclosed:
         """Leave it open: the next attempt reads it again."""
 
 
-def _prefix(folder: str) -> tuple[str, str]:
-    """Bucket, and what keys in a folder begin with."""
-    bucket, key = split(folder)
-    return bucket, f"{key.rstrip('/')}/" if key else ""
+def _prefix(folder: str) -> str:
+    """What keys in a folder begin with."""
+    key = _place(folder)["Key"]
+    return f"{key.rstrip('/')}/" if key else ""
 
 
-def split(path: str) -> tuple[str, str]:
-    """Bucket and key."""
+def _place(path: str) -> dict[str, str]:
+    """Bucket and key, as requests take them."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
-    return bucket, key
+    return {"Bucket": bucket, "Key": key}

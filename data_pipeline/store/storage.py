@@ -150,12 +150,8 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`; fewer only where the file ends."""
     if is_remote(path):
         return remote().read(path, offset, length)
-    with _storage_errors(path):
-        descriptor = os.open(_local(path), os.O_RDONLY)
-        try:
-            return os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
+    with _storage_errors(path), _local(path).open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), length, offset)
 
 
 def local_file(path: str) -> Path:

@@ -28,10 +28,11 @@ class Estimate:
     hours: float
 
     def __str__(self) -> str:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
         return (
             f"{self.captions} captions ({self.distinct} distinct) of {self.tokens_per_caption:.1f} "
             f"tokens, encoder of {self.parameters / 1e6:,.1f} M parameters: "
-            f"{self.bytes / 1e9:,.3f} GB, {self.hours:,.3f} hours on one {_device()}."
+            f"{self.bytes / 1e9:,.3f} GB, {self.hours:,.3f} hours on one {device}."
         )
 
 
@@ -89,7 +90,3 @@ def check(dataset: str | Path, reader: TextEncoder, *, name: str, count: int, se
                 "embed again."
             )
     return len(places)
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"

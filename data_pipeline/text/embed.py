@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, cast
@@ -27,6 +28,7 @@ from data_pipeline.store.hub import digest_files, fetch_model
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
+    ComputeDtype,
     EmbeddingSet,
     Provenance,
     open_embeddings,
@@ -71,7 +73,6 @@ class TextEncoder:
         self._recent: dict[str, Tensor] = {}
         disable_progress_bar()
         folder = fetch_encoder(str(encoder))
-        is_local = Path(encoder).is_dir()
         try:
             if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
                 raise ValueError(f"it has neither {' nor '.join(TOKENIZER_FILES[:2])}")
@@ -95,33 +96,18 @@ class TextEncoder:
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.model = cast(torch.nn.Module, model).eval()
         self.width = int(model.config.d_model)
-        self.provenance = Provenance(
-            encoder=Path(encoder).resolve().name if is_local else str(encoder),
-            weights_sha256=digest_files(folder, WEIGHT_FILES),
-            tokenizer_sha256=digest_files(folder, TOKENIZER_FILES),
-            max_tokens=max_tokens,
-            width=self.width,
-            dtype="bfloat16",
-            compute_dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
-            caption_normalisation="single spaces",
-        )
+        compute_dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        self.provenance = provenance_of(encoder, folder, max_tokens, self.width, compute_dtype)
 
     def encode(self, captions: Sequence[str]) -> list[BFloat16[Tensor, "tokens width"]]:
         """Embeddings of the captions at their true lengths, equal for equal captions."""
         distinct = list(dict.fromkeys(normalise(caption) for caption in captions))
-        tokens = {
-            caption: self.tokenizer(caption, truncation=True, max_length=self.max_tokens)[
-                "input_ids"
-            ]
-            for caption in distinct
-        }
-        embeddings = {
-            caption: self._recent[caption] for caption in distinct if caption in self._recent
-        }
-        for group in _batches({c: ids for c, ids in tokens.items() if c not in embeddings}):
+        embeddings = {text: self._recent[text] for text in distinct if text in self._recent}
+        cut = partial(self.tokenizer, truncation=True, max_length=self.max_tokens)
+        tokens = {text: cut(text)["input_ids"] for text in distinct if text not in embeddings}
+        for group in _batches(tokens):
             rows = [tokens[caption] for caption in group]
-            for caption, embedding in zip(group, self._encode_batch(rows), strict=True):
-                embeddings[caption] = embedding
+            embeddings |= zip(group, self._encode_batch(rows), strict=True)
         self._remember(embeddings)
         return [embeddings[normalise(caption)] for caption in captions]
 
@@ -192,9 +178,8 @@ def embed(
                 content = pack([encoded[text] for text in captions.texts], captions.weights)
             yield key, {"safetensors": content, "txt": captions.origin.encode()}
 
-    if not fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows):
-        return None
-    return open_embeddings(data, name)
+    done = fill(EMBEDDINGS, data, folder, reader.provenance, task=task, rows=rows)
+    return open_embeddings(data, name) if done else None
 
 
 def make_tiny_encoder(
@@ -242,6 +227,23 @@ def normalise(caption: str) -> str:
 def fetch_encoder(encoder: str) -> Path:
     """The local folder of an encoder, downloaded if it is a hub id."""
     return fetch_model(encoder, ["*.json", "spiece.model", *WEIGHT_FILES], what="encoder")
+
+
+def provenance_of(
+    encoder: str | Path, folder: Path, max_tokens: int, width: int, compute_dtype: ComputeDtype
+) -> Provenance:
+    """What embeddings of an encoder, whose files are in a folder, are a function of."""
+    is_local = Path(encoder).is_dir()
+    return Provenance(
+        encoder=Path(encoder).resolve().name if is_local else str(encoder),
+        weights_sha256=digest_files(folder, WEIGHT_FILES),
+        tokenizer_sha256=digest_files(folder, TOKENIZER_FILES),
+        max_tokens=max_tokens,
+        width=width,
+        dtype="bfloat16",
+        compute_dtype=compute_dtype,
+        caption_normalisation="single spaces",
+    )
 
 
 def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ NULL = "null.safetensors"
 TENSOR = "tokens"
 
 Embedding = BFloat16[Tensor, "tokens width"]
+ComputeDtype = Literal["float32", "bfloat16", "declared"]  # declared: others computed it
 
 
 class Provenance(Strict):
@@ -34,7 +35,7 @@ class Provenance(Strict):
     max_tokens: int = Field(ge=1, description="longer captions are cut, end mark included")
     width: int = Field(ge=1)
     dtype: Literal["bfloat16"]
-    compute_dtype: Literal["float32", "bfloat16", "declared"]  # declared: others computed it
+    compute_dtype: ComputeDtype
     caption_normalisation: Literal["single spaces"]
 
     def same_encoder(self, other: "Provenance") -> bool:
@@ -77,13 +78,13 @@ def open_embeddings(dataset: Dataset, name: str) -> EmbeddingSet:
     """The embedding set of a name; refuses one made for other data."""
     folder, info = open_info(EMBEDDINGS, dataset, name)
     path = storage.join(folder, NULL)
-    parse_embedding(storage.read_bytes(path), path, info.provenance.width)
+    unpack(storage.read_bytes(path), path, info.provenance.width)
     return EmbeddingSet(folder, info, dataset)
 
 
 @lru_cache(maxsize=64)
 def _read_null(path: str, width: int) -> Embedding:
-    return parse_embedding(storage.read_bytes(path), path, width)
+    return unpack(storage.read_bytes(path), path, width)[0][0]
 
 
 def pack(embeddings: Sequence[Embedding], weights: Sequence[float]) -> bytes:
@@ -109,11 +110,6 @@ def unpack(content: bytes, path: str, width: int) -> tuple[list[Embedding], list
                 f"{path}: an embedding is {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     return embeddings, weights
-
-
-def parse_embedding(content: bytes, path: str, width: int) -> Embedding:
-    """The first embedding in a file."""
-    return unpack(content, path, width)[0][0]
 
 
 def _tensor(number: int) -> str:

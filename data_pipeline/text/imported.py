@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,10 @@ from safetensors.torch import load
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.dataset import Dataset, open_dataset
 from data_pipeline.shards.derived import Former, Row, begin, claim, fill
-from data_pipeline.shards.scan import TarFault, list_members
+from data_pipeline.shards.scan import list_members, raise_fault
 from data_pipeline.shards.tar import list_captions
 from data_pipeline.store import storage
-from data_pipeline.store.hub import digest_files
-from data_pipeline.text.embed import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    TextEncoder,
-    fetch_encoder,
-)
+from data_pipeline.text.embed import TextEncoder, fetch_encoder, provenance_of
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
@@ -60,37 +55,28 @@ def import_embeddings(
             f"{', '.join(TYPES)}; name the end of a member behind its key, such as t5.npy."
         )
     folder = begin(EMBEDDINGS, data, name, task)
-    null = _null(origin)
-    files = fetch_encoder(str(origin.encoder))
-    is_local = Path(origin.encoder).is_dir()
-    provenance = Provenance(
-        encoder=Path(origin.encoder).resolve().name if is_local else str(origin.encoder),
-        weights_sha256=digest_files(files, WEIGHT_FILES),
-        tokenizer_sha256=digest_files(files, TOKENIZER_FILES),
-        max_tokens=origin.max_tokens,
-        width=null.shape[1],
-        dtype="bfloat16",
-        compute_dtype="declared",
-        caption_normalisation="single spaces",
-    )
+    if origin.null:
+        null = parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
+    else:
+        null = TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
+    files, width = fetch_encoder(str(origin.encoder)), null.shape[1]
+    provenance = provenance_of(origin.encoder, files, origin.max_tokens, width, "declared")
     claim(EMBEDDINGS, folder, provenance)
     storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
-
-    def rows(shard: int, _: Former) -> Iterator[Row]:
-        return _rows(data, shard, origin, provenance)
-
-    if not fill(EMBEDDINGS, data, folder, provenance, task=task, rows=rows):
-        return None
-    return open_embeddings(data, name)
+    rows = partial(_rows, data, origin, provenance)
+    done = fill(EMBEDDINGS, data, folder, provenance, task=task, rows=rows)
+    return open_embeddings(data, name) if done else None
 
 
-def _rows(data: Dataset, shard: int, origin: Origin, provenance: Provenance) -> Iterator[Row]:
+def _rows(
+    data: Dataset, origin: Origin, provenance: Provenance, shard: int, _: Former
+) -> Iterator[Row]:
     file = f"{data.info.shards[shard].name}.tar"
     tar = storage.join(data.shard_folder, file)
     theirs = storage.join(origin.folder, file) if origin.folder else tar
     places = {
         member[: -len(origin.member) - 1]: (offset, size)
-        for member, offset, size in list_members(theirs, _raise)
+        for member, offset, size in list_members(theirs, raise_fault)
         if member.endswith(f".{origin.member}")
     }
     for key, captions in list_captions(tar, data.info.kind, data.info.captions):
@@ -133,13 +119,3 @@ def parse_array(content: bytes, where: str, name: str) -> Embedding:
     if not len(used) or not tokens.isfinite().all():
         raise DataError(f"{where} holds zeros only, or values that are not finite; correct it.")
     return tokens[: int(used[-1]) + 1].to(torch.bfloat16).contiguous()
-
-
-def _null(origin: Origin) -> Embedding:
-    if origin.null:
-        return parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
-    return TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
-
-
-def _raise(error: TarFault) -> None:
-    raise error
