@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,6 @@ Values = Float[np.ndarray, "clips dims"]
 # Of CLIP's image preprocessing (Radford et al. 2021, their released code).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Measure(Protocol):
-    """Numbers of each clip; `identity` is all they follow from besides the clip."""
-
-    @property
-    def identity(self) -> dict[str, Any]: ...
-
-    def of(self, shown: Sequence[Shown]) -> Values: ...
 
 
 @dataclass(frozen=True)
@@ -178,6 +169,10 @@ class Seams:
 
     def of(self, shown: Sequence[Shown]) -> Values:
         return np.stack([seam_energies(clip.clip, self.borders) for clip in shown])
+
+
+# Numbers of each clip; `identity` is all they follow from besides the clip.
+Measure = VideoFeatures | ClassProbabilities | TextAgreement | Seams
 
 
 def load_i3d(spec: I3D, shape: tuple[int, int, int], device: torch.device) -> VideoFeatures:
