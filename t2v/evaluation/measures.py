@@ -3,11 +3,11 @@
 Networks are TorchScript files, which hold no pickle, or a transformers folder of safetensors.
 """
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +218,13 @@ def file_digest(path: Path, expected: str | None, field: str) -> str:
     if not path.is_file():
         raise InputMissing(f"{path}: no such file; give the path where {field.split('.')[0]} lies.")
     with path.open("rb") as file:
-        digest = sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if expected not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected not in (None, digest):
         raise ConfigError(
-            f"{field}: is wrong because {path} has {digest.hexdigest()}; give the file that the "
-            "protocol was made with."
+            f"{field}: is wrong because {path} has {digest}; give the file that the protocol was "
+            "made with."
         )
-    return digest.hexdigest()
+    return digest
 
 
 def to_tensor(shown: Sequence[Shown]) -> UInt8[Tensor, "clips 3 frames height width"]:
