@@ -7,6 +7,7 @@ not answer, is the one.
 
 import faulthandler
 import os
+import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -24,7 +25,6 @@ from t2v.attempt.failure import (
     Failure,
     all_stacks,
     first_failure,
-    hostname,
     peak_memory_gib,
     wait_until,
     waits_for_others,
@@ -207,7 +207,7 @@ def position_of(watchdog: Watchdog, collectives: Mapping[str, tuple[int, int, in
     others = "".join(f"\nThread {name}:\n{stack}" for name, stack in stacks.items())
     return Position(
         rank=watchdog.rank,
-        host=hostname(),
+        host=socket.gethostname(),
         section=watchdog.section,
         step=watchdog.step,
         entered=watchdog.entered,
@@ -224,7 +224,7 @@ def failure_here(watchdog: Watchdog, exit_code: int, reason: str, stack: str, at
     """A failure of this rank, where the watchdog knows training to be."""
     return Failure(
         rank=watchdog.rank,
-        host=hostname(),
+        host=socket.gethostname(),
         exit_code=exit_code,
         reason=reason,
         section=watchdog.section,

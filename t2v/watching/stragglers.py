@@ -8,18 +8,20 @@ tells how long collectives took, and every so many steps ranks compare. No step 
 import contextlib
 import math
 import random
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
 from data_pipeline.printable import say
 from t2v.attempt.collectives import collective_seconds
-from t2v.attempt.failure import hostname, is_waiting
+from t2v.attempt.failure import is_waiting
 from t2v.attempt.record import append_attempt
 from t2v.attempt.run_folder import StatusFile, timestamp
 from t2v.engine.world import World
@@ -57,7 +59,7 @@ class Waits:
         """Since the last time that all began anew."""
         host = self.waiting / max(self.looks, 1)
         device = self.device_seconds / self.device_span if self.device_span else 0.0
-        return Waited(min(host + device, 1.0), self.looks, hostname())
+        return Waited(min(host + device, 1.0), self.looks, socket.gethostname())
 
     def begin_anew(self) -> None:
         self.looks = self.waiting = 0
@@ -87,12 +89,7 @@ class Waits:
 
 def agrees(frame: FrameType) -> bool:
     """Whether a host waits for other hosts; that it launches collectives is its own work."""
-    innermost: FrameType | None = frame
-    while innermost is not None:
-        if innermost.f_code in AGREEING:
-            return True
-        innermost = innermost.f_back
-    return False
+    return any(call.f_code in AGREEING for call, _ in walk_stack(frame))
 
 
 def late_ranks(waited: Sequence[float], looks: int) -> dict[int, float]:
