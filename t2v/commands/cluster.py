@@ -74,7 +74,6 @@ def preflight(options: argparse.Namespace) -> int:
     from cluster.bad_nodes import node_name, note_bad_nodes
     from cluster.judgement import own_exit_code
     from cluster.rendezvous import Meeting
-    from cluster.torchrun import Place
     from t2v.recipe.recipe import accumulation_steps, load_config
 
     config = load_config(options.config, options.overrides)
@@ -88,7 +87,7 @@ def preflight(options: argparse.Namespace) -> int:
         report, judgement = flight.check_alone(config, ranks=ranks, promise=promise)
         reports = [report]
     else:
-        place = Place(
+        meeting = Meeting(
             nnodes=options.nnodes,
             nproc_per_node=ranks,
             rdzv_endpoint=options.rdzv_endpoint,
@@ -96,7 +95,6 @@ def preflight(options: argparse.Namespace) -> int:
             node_rank=options.node_rank,
             rendezvous_timeout_seconds=options.timeout_seconds,
         )
-        meeting = Meeting(place, options.timeout_seconds)
         recipe = (options.config, *options.overrides)
         reports, judgement = flight.check_together(config, meeting, recipe=recipe, promise=promise)
     speaks = options.node_rank == judgement.judge
