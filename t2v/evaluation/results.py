@@ -1,6 +1,7 @@
 """Results: written, read again, shown side by side, and never compared across protocols."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,7 @@ BETTER = {
 
 def score(estimate: Estimate, **facts: Any) -> dict[str, Any]:
     """A score as it stands in result.json."""
-    return {
-        "value": estimate.value,
-        "standard_error": estimate.standard_error,
-        "low": estimate.low,
-        "high": estimate.high,
-        **facts,
-    }
+    return asdict(estimate) | facts
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
