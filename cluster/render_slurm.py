@@ -81,8 +81,14 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         directives["exclusive"] = None
     launch, alone = f"{folder}/launch/{job.snapshot}", _alone(profile)
     excluded = _quote("".join(f"{name}," for name in profile.exclude)) if profile.exclude else ""
+    on_end = f" --on-end {_quote(profile.on_end)}" if profile.on_end else ""
+    says = [
+        f"Run {job.name} on {job.nodes} nodes of {job.ranks_per_node} ranks, as `t2v launch` wrote "
+        "it; see docs/cluster.md.",
+        f"Ranks have {job.grace.seconds} s to save and end: {job.grace.reason}.",
+    ]
     lines = [
-        *_head(directives, _says(job)),
+        *_head(directives, says),
         *_environment(profile),
         "",
         f"run_dir={_quote(str(folder))}",
@@ -136,7 +142,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={job.grace.seconds} \\',
         f"""  "${{container[@]}}" bash -c {_quote(NODE_SHELL)} node \\""",
         f"  --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} "
-        f"--gpus {profile.gpus_per_node}{_on_end(profile)} \\",
+        f"--gpus {profile.gpus_per_node}{on_end} \\",
         '  --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt" \\',
         f'  --run-dir "$run_dir" --grace-seconds {job.grace.seconds} -- "$launch/config.yaml"',
         "",
@@ -246,10 +252,6 @@ def _head_node(profile: SlurmProfile) -> list[str]:
     ]
 
 
-def _on_end(profile: SlurmProfile) -> str:
-    return f" --on-end {_quote(profile.on_end)}" if profile.on_end else ""
-
-
 def _setup(setup: list[str]) -> list[str]:
     """The lines of a site, each of which ends the job where it fails."""
     lines = ["set_up() {", f"  {SETUP_FAILED}", "}"] if setup else []
@@ -304,14 +306,6 @@ def _container(profile: SlurmProfile) -> list[str]:
                 f"--container-workdir={profile.workdir}",
             ]
     return []
-
-
-def _says(job: TrainingJob) -> list[str]:
-    return [
-        f"Run {job.name} on {job.nodes} nodes of {job.ranks_per_node} ranks, as `t2v launch` wrote "
-        "it; see docs/cluster.md.",
-        f"Ranks have {job.grace.seconds} s to save and end: {job.grace.reason}.",
-    ]
 
 
 def _time(minutes: int) -> str:
