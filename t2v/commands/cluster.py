@@ -22,6 +22,7 @@ def node(options: argparse.Namespace) -> int:
     refuse_strange_rank(options)
     if options.gpus:
         os.environ["T2V_GPUS"] = str(options.gpus)
+    alone = f"{socket.gethostname()}-{os.getpid()}"
     return run_node(
         NodeJob(
             run_dir=Path(options.run_dir),
@@ -31,7 +32,8 @@ def node(options: argparse.Namespace) -> int:
             nnodes=options.nnodes,
             nproc_per_node=options.nproc_per_node,
             rdzv_endpoint=options.rdzv_endpoint,
-            rdzv_id=options.rdzv_id or own_rdzv_id(options.nnodes),
+            # Nodes that meet must agree on a name for this attempt, a node alone takes its own.
+            rdzv_id=options.rdzv_id or ("t2v" if options.nnodes > 1 else alone),
             node_rank=options.node_rank,
             grace_seconds=options.grace_seconds,
             rendezvous_timeout_seconds=options.rendezvous_timeout_seconds,
@@ -50,11 +52,6 @@ def add_promise(verb: argparse.ArgumentParser) -> None:
 def promise_of(options: argparse.Namespace) -> Promise:
     """What the site promised of each node."""
     return Promise(options.gpus, options.gpu_model, options.gpu_memory_gib, options.gpu_driver)
-
-
-def own_rdzv_id(nnodes: int) -> str:
-    """A name for this attempt: nodes that meet must agree on one, a node alone takes its own."""
-    return "t2v" if nnodes > 1 else f"{socket.gethostname()}-{os.getpid()}"
 
 
 def refuse_strange_rank(options: argparse.Namespace) -> None:
