@@ -47,8 +47,7 @@ class Waits:
 
     def __init__(self, world: World) -> None:
         self.is_cpu = world.device.type == "cpu"
-        self.looks = self.waiting = 0
-        self.device_seconds = self.device_span = 0.0
+        self.begin_anew()
         self.cost_seconds = 0.0  # of computing, of this thread itself
         self._last_ns = time.time_ns()
         self._stop = threading.Event()
@@ -123,8 +122,7 @@ class Stragglers:
 
     def __init__(self, run_dir: Path, world: World, status: StatusFile | None, every: int) -> None:
         self.run_dir, self.world, self.status, self.every = run_dir, world, status, every
-        self.is_on = every > 0 and world.world_size > 1
-        self.waits = Waits(world) if self.is_on else None
+        self.waits = Waits(world) if every > 0 and world.world_size > 1 else None
         self.steps = 0
         self.named: int | None = None
 
