@@ -1,11 +1,10 @@
 """Checked jobs handed to their scheduler: one, or a chain in which each waits for another."""
 
-import contextlib
 import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -36,8 +35,14 @@ def submit(launches: Sequence[Launch]) -> list[str]:
     before: tuple[Launch, str] | None = None
     for launch in launches:
         if isinstance(launch.profile, SlurmProfile):
-            with _told_of(taken):
+            try:
                 job, told = _submit_slurm(launch, launch.profile, before, taken)
+            except (ConfigError, InputMissing) as refusal:
+                if not taken:
+                    raise
+                # Those wait and run all the same.
+                remedy = f"Taken before: `scancel {' '.join(taken)}` ends them."
+                raise type(refusal)(f"{refusal} {remedy}") from None
         else:
             if before:
                 wait_for(before[0])
@@ -49,19 +54,6 @@ def submit(launches: Sequence[Launch]) -> list[str]:
             print(plain("\n".join(say)), flush=True)
             say = []
     return say
-
-
-@contextlib.contextmanager
-def _told_of(taken: list[str]) -> Iterator[None]:
-    """A refusal also names the jobs that SLURM has taken before it, which wait and run all the
-    same."""
-    try:
-        yield
-    except (ConfigError, InputMissing) as refusal:
-        if taken:
-            jobs = " ".join(taken)
-            raise type(refusal)(f"{refusal} Taken before: `scancel {jobs}` ends them.") from None
-        raise
 
 
 def _submit_slurm(
