@@ -73,6 +73,10 @@ class RealClips:
         """The set of that clip alone: little to send to another process."""
         return replace(self, places=[self.places[number]])
 
+    def rule(self, view: View) -> FrameRule:
+        """Which frames of a clip are seen."""
+        return view.real_window
+
     def id(self, number: int, level: int | None) -> str:
         """What a clip and its caption follow from."""
         shard, row = self.places[number]
@@ -85,7 +89,7 @@ class RealClips:
         clip = _decoded(record.media, where)
         clip = bring_to(clip, view, where)
         rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
-        clip = window(clip, view, view.real_window, rng)
+        clip = window(clip, view, self.rule(view), rng)
         return Shown(coded(clip, codec, self.fps), record.caption)
 
 
@@ -107,6 +111,9 @@ class GeneratedClips:
     def only(self, number: int) -> "GeneratedClips":
         return replace(self, records=[self.records[number]])
 
+    def rule(self, view: View) -> FrameRule:
+        return view.generated_window
+
     def id(self, number: int, level: int | None) -> str:
         entry = self._entry(number, level)
         digest = entry.get("sha256") or sha256(self._media(entry)).hexdigest()
@@ -119,7 +126,7 @@ class GeneratedClips:
             raise DataError(f"{where}: is not the file that {SUMMARY} tells of; sample it again.")
         clip = bring_to(_decoded(media, where), view, where)
         rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
-        clip = window(clip, view, view.generated_window, rng)
+        clip = window(clip, view, self.rule(view), rng)
         shows = self.records[number].get("prompt")
         return Shown(coded(clip, codec, self.fps), shows if isinstance(shows, str) else None)
 

@@ -83,7 +83,7 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
             values = {
                 name: {
                     view.name: collect(
-                        Task(clips, view, rule(view), protocol.codec, measures[view.name]),
+                        Task(clips, view, protocol.codec, measures[view.name]),
                         job.cache,
                         world,
                         workers=job.workers,
@@ -91,14 +91,7 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
                     )
                     for view in protocol.views
                 }
-                for name, clips, rule in (
-                    ("real", real, lambda view: f"{view.real_window} {protocol.real.seed}"),
-                    (
-                        "generated",
-                        generated,
-                        lambda view: f"{view.generated_window} {protocol.generated.seed}",
-                    ),
-                )
+                for name, clips in (("real", real), ("generated", generated))
             }
         world.on_first(lambda: write_result(protocol, real, generated, measures, values, job.out))
     return job.out

@@ -101,16 +101,12 @@ def compare(paths: list[Path]) -> str:
 
 def differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted name, value here, value there) of all that differs."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return [
             found
             for key in sorted(a.keys() | b.keys())
             for found in differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [
-            found
-            for number, (one, other) in enumerate(zip(a, b, strict=True))
-            for found in differences(one, other, f"{name}.{number}")
         ]
     return [] if a == b else [(name, a, b)]
