@@ -212,8 +212,11 @@ def read_slices(folder: Path, slices: dict[str, Slice], index: TensorIndex | Non
             assert kind_of(entry) == wanted.kind, name
             for piece, low, high in _overlaps(entry, wanted):
                 if piece.rank not in files:
-                    path = folder / file_of(piece.rank)
-                    files[piece.rank] = exits.enter_context(_opened(path))
+                    try:
+                        opened = FileIO(folder / file_of(piece.rank))
+                    except OSError as failure:
+                        raise storage_error(failure) from None
+                    files[piece.rank] = exits.enter_context(opened)
                 start = piece.start_byte + (low - piece.offset) * wanted.part.itemsize
                 target = wanted.part.reshape(-1)[low - wanted.place.offset :][: high - low]
                 _read_into(files[piece.rank], start, target)
@@ -261,16 +264,6 @@ def _overlaps(entry: Entry, wanted: Slice) -> Iterator[tuple[Piece, int, int]]:
         low, high = max(first, piece.offset), min(last, piece.offset + piece.count)
         if low < high:
             yield piece, low, high
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
-    try:
-        file = FileIO(path)
-    except OSError as failure:
-        raise storage_error(failure) from None
-    with file:
-        yield file
 
 
 def _read_into(file: FileIO, start: int, target: Tensor) -> None:
