@@ -161,7 +161,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "esac",
         'exit "$((rc ? rc : 1))"',
     ]
-    return _text(lines)
+    return "\n".join([*lines, ""])
 
 
 def array_script(job: DataJob, profile: SlurmProfile) -> str:
@@ -194,7 +194,7 @@ def array_script(job: DataJob, profile: SlurmProfile) -> str:
         f'exec "${{step[@]}}" "${{container[@]}}" bash -c {_quote(inner)} data \\',
         f"  {_join(job.arguments)}",
     ]
-    return _text(lines)
+    return "\n".join([*lines, ""])
 
 
 def _head(directives: dict[str, str | None], says: list[str]) -> list[str]:
@@ -330,7 +330,3 @@ def _join(arguments: list[str] | tuple[str, ...]) -> str:
     for argument in arguments:
         _quote(argument)
     return join(arguments)
-
-
-def _text(lines: list[str]) -> str:
-    return "\n".join(lines) + "\n"

@@ -99,14 +99,9 @@ def all_stacks() -> dict[str, str]:
     }
 
 
-def waits_for_others() -> bool:
-    """Whether any thread of this process is waiting for another rank: in a collective, or, where
-    these are launched and not waited for, for its device."""
-    return any(map(is_waiting, sys._current_frames().values()))
-
-
 def is_waiting(frame: FrameType) -> bool:
-    """Whether a thread, by its innermost frame, waits for another rank or for its device."""
+    """Whether a thread, by its innermost frame, waits for another rank: in a collective, or, where
+    these are launched and not waited for, for its device."""
     calls = (call.f_code for call, _ in islice(traceback.walk_stack(frame), 6))
     return any("torch/distributed/" in code.co_filename or code in WAITS for code in calls)
 

@@ -8,6 +8,7 @@ not answer, is the one.
 import faulthandler
 import os
 import socket
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -25,9 +26,9 @@ from t2v.attempt.failure import (
     Failure,
     all_stacks,
     first_failure,
+    is_waiting,
     peak_memory_gib,
     wait_until,
-    waits_for_others,
 )
 from t2v.attempt.trace import given_trace
 
@@ -212,7 +213,7 @@ def position_of(watchdog: Watchdog, collectives: Mapping[str, tuple[int, int, in
         step=watchdog.step,
         entered=watchdog.entered,
         seconds=time.monotonic() - watchdog.since,
-        waits=waits_for_others(),
+        waits=any(map(is_waiting, sys._current_frames().values())),
         collectives=dict(collectives),
         memory_gib=peak_memory_gib(),
         samples=watchdog.samples,

@@ -47,9 +47,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from t2v.sampling.generate import Means
 
     if options.export:
-        print(
-            plain(f"{options.out}: {export_vbench(Path(options.target), Path(options.out))} clips.")
-        )
+        clips = export_vbench(Path(options.target), Path(options.out))
+        print(plain(f"{options.out}: {clips} clips."))
         return 0
     cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
     job = Job(
