@@ -43,11 +43,6 @@ class Apptainer(Strict):
             raise ValueError(f"{image!r} may be another image tomorrow; end it with @sha256:...")
         return image
 
-    @property
-    def mounted(self) -> dict[str, bool]:
-        """Folders inside that are the site's, and whether they are read-only."""
-        return _mounted(self.binds)
-
 
 class Pyxis(Strict):
     """Run inside an image by SLURM's pyxis plugin (enroot)."""
@@ -59,11 +54,6 @@ class Pyxis(Strict):
         "that knows digests: older ones take the name before the @ for a user's",
     )
     mounts: Printable = Field(default=[], description="what is mounted, as pyxis writes it")
-
-    @property
-    def mounted(self) -> dict[str, bool]:
-        """Folders inside that are the site's, and whether they are read-only."""
-        return _mounted(self.mounts)
 
 
 class Mount(Strict):
@@ -109,9 +99,10 @@ def refuse_hiding(mounts: list[Mount]) -> None:
             )
 
 
-def _mounted(given: list[str]) -> dict[str, bool]:
-    """The folders of `SRC[:DST[:FLAGS]],...`, and whether they are read-only."""
-    found = {}
+def mounted(container: Apptainer | Pyxis) -> dict[str, bool]:
+    """Folders inside that are the site's, of `SRC[:DST[:FLAGS]],...`, and whether they are
+    read-only."""
+    found, given = {}, container.binds if isinstance(container, Apptainer) else container.mounts
     for mount in ",".join(given).split(","):
         source, destination, flags, *_ = [*mount.split(":"), "", ""]
         if source.startswith("/"):  # else one more flag of the mount before

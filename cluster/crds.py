@@ -84,7 +84,6 @@ def _definition(name: str, oldest: str, call: Callable[[list[str]], str]) -> Obj
 
 
 def _schema(definition: Object, version: str) -> Object | None:
-    for each in definition.get("spec", {}).get("versions", []):
-        if each.get("name") == version:
-            return each.get("schema", {}).get("openAPIV3Schema")
-    return None
+    versions = definition.get("spec", {}).get("versions", [])
+    found = next((each for each in versions if each.get("name") == version), {})
+    return found.get("schema", {}).get("openAPIV3Schema")

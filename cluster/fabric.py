@@ -68,18 +68,12 @@ def measure(world: World, *, ranks_per_node: int, deadline: timedelta) -> dict[s
 
     What is summed is checked: a fabric that returns wrong sums is worse than a slow one.
     """
-    values = torch.ones(_bytes(world.device) // 4, device=world.device)
     if world.world_size == 1:
         return {}
+    size = GPU_BYTES if world.device.type == "cuda" else CPU_BYTES
+    values = torch.ones(size // 4, device=world.device)
     rates = {"all": _all_reduce(values, world.world_size, None)}
-    return rates | _pairs(values, world, ranks_per_node, deadline)
-
-
-def _pairs(
-    values: Tensor, world: World, ranks_per_node: int, deadline: timedelta
-) -> dict[str, float]:
-    rates, nodes = {}, world.world_size // ranks_per_node
-    for pairs in pairings(nodes):
+    for pairs in pairings(world.world_size // ranks_per_node):
         groups = {
             pair: dist.new_group(
                 [node * ranks_per_node + local for node in pair for local in range(ranks_per_node)],
@@ -109,10 +103,6 @@ def _all_reduce(values: Tensor, members: int, group: Any) -> float:
             raise ArithmeticError(f"{wrong:.0f} sums of {members} ones are wrong")
     best = min(seconds[1:])
     return 2 * (members - 1) / members * values.numel() * 4 / best
-
-
-def _bytes(device: torch.device) -> int:
-    return GPU_BYTES if device.type == "cuda" else CPU_BYTES
 
 
 if __name__ == "__main__":

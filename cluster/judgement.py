@@ -38,14 +38,11 @@ def judge(reports: list[NodeReport]) -> Judgement:
     problems: list[str] = []
     bad: dict[str, None] = {}
     code = 0
-    names = dict.fromkeys(check.name for report in reports for check in failed(report.checks))
-    for name in names:
-        failing = [
-            (report.node, check)
-            for report in reports
-            for check in failed(report.checks)
-            if check.name == name
-        ]
+    found: dict[str, list[tuple[str, Check]]] = {}
+    for report in reports:
+        for check in failed(report.checks):
+            found.setdefault(check.name, []).append((report.node, check))
+    for name, failing in found.items():
         is_alone = len(reports) == 1
         theirs = len({node for node, _ in failing}) < len(reports)
         theirs = theirs or any(is_alone and check.is_of_node for _, check in failing)

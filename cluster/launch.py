@@ -47,7 +47,12 @@ def prepare_run(
 ) -> Launch:
     """The job of a recipe; ConfigError for one that cannot run on these nodes."""
     profile, config = load_profile(profile_path), load_config(config_path, overrides)
-    nodes = _nodes(nodes, profile, profile_path)
+    nodes = profile.nodes if nodes is None else nodes
+    if not 1 <= nodes <= profile.nodes:
+        raise ConfigError(
+            f"--nodes: {nodes} is wrong because {profile_path} allows 1 to {profile.nodes}; choose "
+            "one of these."
+        )
     refuse_secrets_in(config_path, config.model_dump(mode="json"))
     forecast = _forecast(config, profile, nodes, profile_path)
     job = training_job(config, profile, forecast, nodes=nodes, code=code_version())
@@ -55,13 +60,13 @@ def prepare_run(
     return Launch(job, profile, render(job, profile), forecast)
 
 
-def prepare_evaluation(protocol: str, run: Launch, profile_path: str) -> Launch:
+def prepare_evaluation(protocol: str, run: Launch) -> Launch:
     """The job that judges a run by a protocol, on the GPUs of one node."""
-    profile, training = load_profile(profile_path), run.job
+    profile, training = run.profile, run.job
     assert isinstance(training, TrainingJob)
     load_protocol(protocol, [])  # whatever is wrong is told now
     folder = run_folder(training.run_dir, profile)
-    ranks = profile.ranks_per_node
+    ranks = f"--nproc-per-node={profile.ranks_per_node}"
     job = DataJob(
         name=f"{training.name[:30]}-evaluate",
         arguments=(
@@ -74,10 +79,7 @@ def prepare_evaluation(protocol: str, run: Launch, profile_path: str) -> Launch:
         memory_gib=profile.memory_gib,
         gpus=profile.gpus_per_node,
         record=_record(profile, code_version()) | {"protocol": protocol},
-        program=(
-            *("torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "t2v.cli"),
-            "evaluate",
-        ),
+        program=("torchrun", "--standalone", ranks, "-m", "t2v.cli", "evaluate"),
     )
     return Launch(job, profile, render(job, profile))
 
@@ -91,7 +93,7 @@ def prepare_chain(
     for stage in then:
         kind, colon, protocol = stage.partition(":")
         if colon and kind == "evaluate":
-            chain.append(prepare_evaluation(protocol, run, profile_path))
+            chain.append(prepare_evaluation(protocol, run))
             continue
         recipe, *overrides = shlex.split(stage) or [""]
         before = run.job
@@ -218,16 +220,6 @@ def code_version() -> str:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
     described = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
     return f"{package} ({described.stdout.strip()})" if described.returncode == 0 else package
-
-
-def _nodes(asked: int | None, profile: Profile, origin: str) -> int:
-    nodes = profile.nodes if asked is None else asked
-    if not 1 <= nodes <= profile.nodes:
-        raise ConfigError(
-            f"--nodes: {nodes} is wrong because {origin} allows 1 to {profile.nodes}; choose one "
-            "of these."
-        )
-    return nodes
 
 
 def _forecast(config: RunConfig, profile: Profile, nodes: int, origin: str) -> Plan:

@@ -1,8 +1,8 @@
 """Rules that a rendered job must keep and that no schema states; `t2v launch` asks them itself."""
 
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from cluster.job import GOODBYE_SECONDS
@@ -49,13 +49,11 @@ def faults(objects: list[Object], *, rdma_resource: str | None = None) -> list[s
     for described in objects:
         metadata = described.get("metadata", {})
         where = f"{described.get('kind')}/{metadata.get('name')}"
-        rules: list[Callable[[Object], Iterator[str]]] = [_metadata, _words, _quantities, _secrets]
-        for rule in rules:
-            found += [f"{where}: {fault}" for fault in rule(described)]
-    for where, job, labels in _indexed_jobs(objects):
-        for rule in (_gang, partial(_restricted, rdma_resource), _patience, _image):
-            found += [f"{where}: {fault}" for fault in rule(job)]
-        found += [f"{where}: {fault}" for fault in _meeting_point(job, labels, objects)]
+        rules = (_metadata, _words, _quantities, _secrets)
+        found += [f"{where}: {fault}" for rule in rules for fault in rule(described)]
+    for where, job, owner in _indexed_jobs(objects):
+        told = chain(_gang(job), _restricted(job, rdma_resource), _patience(job), _image(job))
+        found += [f"{where}: {fault}" for fault in chain(told, _meeting_point(job, owner, objects))]
     return found
 
 
@@ -128,7 +126,7 @@ def _gang(job: Object) -> Iterator[str]:
         yield f"resources: {gpus} GPUs for {ranks} ranks"
 
 
-def _restricted(rdma_resource: str | None, job: Object) -> Iterator[str]:
+def _restricted(job: Object, rdma_resource: str | None) -> Iterator[str]:
     """The restricted Pod Security Standard, and a root file system that cannot be written to;
     RDMA alone adds a capability.
 

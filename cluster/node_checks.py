@@ -55,18 +55,17 @@ def check_limits() -> Check:
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     core, _ = resource.getrlimit(resource.RLIMIT_CORE)
     has_rdma = any(Path("/sys/class/infiniband").glob("*"))
-    problems, warnings = [], []
+    problems = []
     if files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES:
         problems.append(f"{files} open files are less than {LEAST_OPEN_FILES} (ulimit -n)")
     if has_rdma and locked != resource.RLIM_INFINITY and locked < LEAST_LOCKED_BYTES:
         problems.append(f"{locked / GIB:.2f} GiB may be locked for RDMA (ulimit -l); unlimited is")
-    if core == resource.RLIM_INFINITY or core > GIB:
-        warnings.append("a crash may write all memory to the disk (ulimit -c 0 prevents it)")
     if problems:
         found = "; ".join(problems)
         return Check("limits", "failed", found, ConfigError.exit_code, is_of_node=True)
-    if warnings:
-        return Check("limits", "warning", "; ".join(warnings))
+    if core == resource.RLIM_INFINITY or core > GIB:
+        found = "a crash may write all memory to the disk (ulimit -c 0 prevents it)"
+        return Check("limits", "warning", found)
     return Check("limits", "ok", f"{files} open files")
 
 

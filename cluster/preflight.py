@@ -64,7 +64,7 @@ def check_together(
 
     `recipe` is the file and the overrides, for the ranks that try the fabric.
     """
-    ranks = meeting.place.nproc_per_node
+    ranks = meeting.nproc_per_node
     own = OwnChecks(lambda: check_node(config, ranks=ranks, promise=promise))
     if meeting.node_rank:
         return [], _take_part(meeting, own, recipe)
@@ -93,7 +93,7 @@ class OwnChecks:
 
 def phase_seconds(meeting: Meeting) -> float:
     """How long the checks, or the fabric's trial, may take."""
-    return min(meeting.timeout_seconds, CHECK_SECONDS)
+    return min(meeting.rendezvous_timeout_seconds, CHECK_SECONDS)
 
 
 def _judge_all(
@@ -104,8 +104,8 @@ def _judge_all(
     everyone, seconds = range(meeting.nnodes), phase_seconds(meeting)
     reports: list[NodeReport] = []
     judgement = Judgement(0, [], [])
-    absent = await_keys(store, "name", everyone, meeting.timeout_seconds)
-    silence = f"did not come within {meeting.timeout_seconds:g} s"
+    absent = await_keys(store, "name", everyone, meeting.rendezvous_timeout_seconds)
+    silence = f"did not come within {meeting.rendezvous_timeout_seconds:g} s"
     if not absent:
         silence = GONE
         store.set("go", "1")
@@ -153,7 +153,7 @@ def _take_part(meeting: Meeting, own: OwnChecks, recipe: Sequence[str]) -> Judge
 
     working = threading.Thread(target=work, daemon=True)
     working.start()
-    latest = time.monotonic() + meeting.timeout_seconds + STARTING_SECONDS
+    latest = time.monotonic() + meeting.rendezvous_timeout_seconds + STARTING_SECONDS
     while working.is_alive():
         working.join(POLL_SECONDS)
         if seats and seats[0].pulse.silent([0]):
@@ -171,7 +171,7 @@ def _take_part(meeting: Meeting, own: OwnChecks, recipe: Sequence[str]) -> Judge
 def _follow(seat: Seat, own: OwnChecks, recipe: Sequence[str]) -> Judgement:
     """What the first node asks of another one, and makes of it."""
     meeting, store = seat.meeting, seat.store
-    if _await_key(store, "go", meeting.timeout_seconds + CHECK_SECONDS):
+    if _await_key(store, "go", meeting.rendezvous_timeout_seconds + CHECK_SECONDS):
         _tell_of_itself(seat, own)
         if _await_key(store, "try", 2 * CHECK_SECONDS):
             pulse = seat.pulse
@@ -207,8 +207,7 @@ def _tell_of_itself(seat: Seat, own: OwnChecks) -> None:
 
 
 def _tell_of_fabric(seat: Seat, recipe: Sequence[str], is_over: Callable[[], bool]) -> None:
-    place = seat.meeting.place
-    place = replace(place, rdzv_endpoint=next_port(place.rdzv_endpoint))
+    place = replace(seat.meeting, rdzv_endpoint=next_port(seat.meeting.rdzv_endpoint))
     found = try_fabric(place, recipe, phase_seconds(seat.meeting), is_over)
     seat.store.set(f"fabric/{place.node_rank}", json.dumps(found))
 

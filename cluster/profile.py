@@ -5,7 +5,7 @@ from pathlib import Path
 from cluster.kubernetes_profile import KubernetesProfile
 from cluster.secrets import is_secret, names_secret, secrets_in
 from cluster.slurm_profile import SlurmProfile
-from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.errors import ConfigError
 from t2v.recipe.reading import parse, read_mapping
 
 Profile = SlurmProfile | KubernetesProfile
@@ -14,10 +14,8 @@ KINDS = {"slurm": SlurmProfile, "kubernetes": KubernetesProfile}
 
 def load_profile(path: str | Path) -> Profile:
     """The profile of a cluster; errors say all that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputMissing(f"{path}: no such profile; `ls configs/cluster` shows those we ship.")
-    return parse_profile(read_mapping(path), str(path))
+    missing = "no such profile; `ls configs/cluster` shows those we ship."
+    return parse_profile(read_mapping(Path(path), missing=missing), str(Path(path)))
 
 
 def parse_profile(content: dict, origin: str) -> Profile:

@@ -58,20 +58,18 @@ def training_objects(job: TrainingJob, profile: KubernetesProfile) -> list[Objec
     suffix = "" if profile.flavour == "job" else POD_SUFFIX
     name = object_name(job.name, room=len(f"-{GROUP}-0-{job.nodes - 1}{suffix}"))
     recipe = _config_map(name, job, profile)
+    is_bare = profile.flavour == "job"
+    host = f"{name}-0.{name}" if is_bare else f"{name}-{GROUP}-0-0.{name}"
+    restart = None if is_bare else RESTART
+    pod = _training_pod(job, profile, name, recipe, host=host, restart=restart)
     match profile.flavour:
         case "jobset":
-            host = f"{name}-{GROUP}-0-0.{name}"
-            pod = _training_pod(job, profile, name, recipe, host=host, restart=RESTART)
             jobset = _workload("jobset.x-k8s.io/v1alpha2", "JobSet", name, profile)
-            jobset["spec"] = _suspended(profile) | _gang(_indexed(pod, job.nodes), profile)
+            jobset["spec"] = _suspended(profile) | _gang(_gang_job(pod, job.nodes), profile)
             return [recipe, jobset]
         case "trainjob":
-            host = f"{name}-{GROUP}-0-0.{name}"
-            pod = _training_pod(job, profile, name, recipe, host=host, restart=RESTART)
             return [recipe, *_train_job(name, job, profile, pod)]
         case "job":
-            host = f"{name}-0.{name}"
-            pod = _training_pod(job, profile, name, recipe, host=host, restart=None)
             return [recipe, _service(name, profile), _indexed_job(name, job, profile, pod)]
 
 
@@ -91,17 +89,14 @@ def data_objects(job: DataJob, profile: KubernetesProfile) -> list[Object]:
     )
     pod = pod_template(profile, name, container, record, shared_memory_gib=1, grace_seconds=60)
     indexed = _workload("batch/v1", "Job", name, profile)
-    indexed["spec"] = _suspended(profile) | {
-        "completionMode": "Indexed",
-        "completions": job.tasks,
-        "parallelism": job.at_once,
-        "backoffLimitPerIndex": 3,
-        "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [_on_codes("FailJob", DATA_FATAL_CODES), _on_disruption("Ignore")]
-        },
-        "template": pod,
-    }
+    indexed["spec"] = _suspended(profile) | _indexed(
+        pod,
+        job.tasks,
+        job.at_once,
+        [_on_codes("FailJob", DATA_FATAL_CODES), _on_disruption("Ignore")],
+        backoffLimitPerIndex=3,
+        podReplacementPolicy="Failed",
+    )
     return [record, indexed]
 
 
@@ -168,24 +163,25 @@ def _gang(indexed: Object, profile: KubernetesProfile) -> Object:
     }
 
 
-def _indexed(pod: Object, nodes: int) -> Object:
-    """The Job template of a gang: the first failed pod fails it, for the JobSet to restart."""
+def _indexed(
+    pod: Object, completions: int, parallelism: int, on_failures: list[Object], **more: int | str
+) -> Object:
+    """The spec of a Job whose pods are numbered."""
     return {
-        "spec": {
-            "completionMode": "Indexed",
-            "completions": nodes,
-            "parallelism": nodes,
-            "backoffLimit": 0,
-            "podFailurePolicy": {
-                "rules": [
-                    _on_codes("FailJob", FATAL_CODES),
-                    _on_codes("FailJob", [PREEMPTED]),
-                    _on_disruption("FailJob"),
-                ]
-            },
-            "template": pod,
-        }
+        "completionMode": "Indexed",
+        "completions": completions,
+        "parallelism": parallelism,
+        **more,
+        "podFailurePolicy": {"rules": on_failures},
+        "template": pod,
     }
+
+
+def _gang_job(pod: Object, nodes: int) -> Object:
+    """The Job template of a gang: the first failed pod fails it, for the JobSet to restart."""
+    codes = [_on_codes("FailJob", FATAL_CODES), _on_codes("FailJob", [PREEMPTED])]
+    rules = [*codes, _on_disruption("FailJob")]
+    return {"spec": _indexed(pod, nodes, nodes, rules, backoffLimit=0)}
 
 
 def _train_job(
@@ -195,7 +191,7 @@ def _train_job(
     container = pod["spec"]["containers"][0]
     what = {key: container.pop(key) for key in ("image", "command", "args", "env")}
     resources = container.pop("resources")
-    indexed = _indexed(pod, job.nodes)
+    indexed = _gang_job(pod, job.nodes)
     indexed["metadata"] = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     spec = {
         "mlPolicy": {"numNodes": job.nodes, "torch": {}},
@@ -227,21 +223,15 @@ def _train_job(
 def _indexed_job(name: str, job: TrainingJob, profile: KubernetesProfile, pod: Object) -> Object:
     """A bare Job: when one pod fails the others follow, and all are made anew and meet again."""
     indexed = _workload("batch/v1", "Job", name, profile)
-    indexed["spec"] = _suspended(profile) | {
-        "completionMode": "Indexed",
-        "completions": job.nodes,
-        "parallelism": job.nodes,
-        "backoffLimit": job.nodes * profile.restart_limit,
-        "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [
-                _on_codes("FailJob", FATAL_CODES),
-                _on_codes("Ignore", [PREEMPTED]),
-                _on_disruption("Ignore"),
-            ]
-        },
-        "template": pod,
-    }
+    codes = [_on_codes("FailJob", FATAL_CODES), _on_codes("Ignore", [PREEMPTED])]
+    indexed["spec"] = _suspended(profile) | _indexed(
+        pod,
+        job.nodes,
+        job.nodes,
+        [*codes, _on_disruption("Ignore")],
+        backoffLimit=job.nodes * profile.restart_limit,
+        podReplacementPolicy="Failed",
+    )
     return indexed
 
 

@@ -81,8 +81,14 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         directives["exclusive"] = None
     launch, alone = f"{folder}/launch/{job.snapshot}", _alone(profile)
     excluded = _quote("".join(f"{name}," for name in profile.exclude)) if profile.exclude else ""
+    on_end = f" --on-end {_quote(profile.on_end)}" if profile.on_end else ""
+    says = [
+        f"Run {job.name} on {job.nodes} nodes of {job.ranks_per_node} ranks, as `t2v launch` wrote "
+        "it; see docs/cluster.md.",
+        f"Ranks have {job.grace.seconds} s to save and end: {job.grace.reason}.",
+    ]
     lines = [
-        *_head(directives, _says(job)),
+        *_head(directives, says),
         *_environment(profile),
         "",
         f"run_dir={_quote(str(folder))}",
@@ -136,7 +142,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         f'follow "${{step[@]}}" --kill-on-bad-exit=0 --wait={job.grace.seconds} \\',
         f"""  "${{container[@]}}" bash -c {_quote(NODE_SHELL)} node \\""",
         f"  --nnodes {job.nodes} --nproc-per-node {job.ranks_per_node} "
-        f"--gpus {profile.gpus_per_node}{_on_end(profile)} \\",
+        f"--gpus {profile.gpus_per_node}{on_end} \\",
         '  --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt" \\',
         f'  --run-dir "$run_dir" --grace-seconds {job.grace.seconds} -- "$launch/config.yaml"',
         "",
@@ -155,7 +161,7 @@ def training_script(job: TrainingJob, profile: SlurmProfile) -> str:
         "esac",
         'exit "$((rc ? rc : 1))"',
     ]
-    return _text(lines)
+    return "\n".join([*lines, ""])
 
 
 def array_script(job: DataJob, profile: SlurmProfile) -> str:
@@ -188,7 +194,7 @@ def array_script(job: DataJob, profile: SlurmProfile) -> str:
         f'exec "${{step[@]}}" "${{container[@]}}" bash -c {_quote(inner)} data \\',
         f"  {_join(job.arguments)}",
     ]
-    return _text(lines)
+    return "\n".join([*lines, ""])
 
 
 def _head(directives: dict[str, str | None], says: list[str]) -> list[str]:
@@ -244,10 +250,6 @@ def _head_node(profile: SlurmProfile) -> list[str]:
         "head=${head%%/*}",
         f'[ -n "$head" ] || {{ echo {_quote(problem)} >&2; exit 78; }}',
     ]
-
-
-def _on_end(profile: SlurmProfile) -> str:
-    return f" --on-end {_quote(profile.on_end)}" if profile.on_end else ""
 
 
 def _setup(setup: list[str]) -> list[str]:
@@ -306,14 +308,6 @@ def _container(profile: SlurmProfile) -> list[str]:
     return []
 
 
-def _says(job: TrainingJob) -> list[str]:
-    return [
-        f"Run {job.name} on {job.nodes} nodes of {job.ranks_per_node} ranks, as `t2v launch` wrote "
-        "it; see docs/cluster.md.",
-        f"Ranks have {job.grace.seconds} s to save and end: {job.grace.reason}.",
-    ]
-
-
 def _time(minutes: int) -> str:
     days, rest = divmod(minutes, 24 * 60)
     return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00"
@@ -336,7 +330,3 @@ def _join(arguments: list[str] | tuple[str, ...]) -> str:
     for argument in arguments:
         _quote(argument)
     return join(arguments)
-
-
-def _text(lines: list[str]) -> str:
-    return "\n".join(lines) + "\n"

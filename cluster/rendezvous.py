@@ -23,25 +23,13 @@ CONNECT_SECONDS = 5.0
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 30.0
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """The nodes of a job, and who of them this one is."""
-
-    place: Place  # where they meet, a port of its own
-    timeout_seconds: float = 120.0
-
-    @property
-    def nnodes(self) -> int:
-        return self.place.nnodes
-
-    @property
-    def node_rank(self) -> int:
-        return self.place.node_rank
+class Meeting(Place):
+    """The nodes of a job before it begins, at a port of their own, and who of them this one is."""
 
     @property
     def silent_seconds(self) -> float:
         """Without a sign of life, a node hangs or has died."""
-        return min(self.timeout_seconds, SILENT_SECONDS)
+        return min(self.rendezvous_timeout_seconds, SILENT_SECONDS)
 
     @property
     def names(self) -> dict[int, str]:
@@ -52,14 +40,14 @@ class Meeting:
 
 def meet(meeting: Meeting, *, is_host: bool) -> dist.Store:
     """The store that the first node keeps."""
-    host, port = split_endpoint(meeting.place.rdzv_endpoint)
+    host, port = split_endpoint(meeting.rdzv_endpoint)
     try:
         store = dist.TCPStore(
             host,
             port,
             is_master=is_host,
             wait_for_workers=False,
-            timeout=timedelta(seconds=meeting.timeout_seconds),
+            timeout=timedelta(seconds=meeting.rendezvous_timeout_seconds),
         )
     except (dist.DistError, RuntimeError) as failure:
         raise StorageError(
@@ -147,7 +135,7 @@ def seated(meeting: Meeting, name: str) -> Iterator[Seat]:
     """Come to the meeting under a name, with a door of the very interface that ranks will use."""
     store = meet(meeting, is_host=meeting.node_rank == 0)
     named = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    address = address_of(named or own_interface(meeting.place))
+    address = address_of(named or own_interface(meeting))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     door = socket.create_server((address, 0), family=family, backlog=128)
     with door, Pulse(meeting) as pulse:
@@ -180,7 +168,7 @@ def agreed_clock(store: dist.Store, meeting: Meeting) -> float:
     """This node's time when the first node called, to the 20 ms of a poll."""
     if meeting.node_rank == 0:
         store.set("call/0", "now")
-    deadline = time.monotonic() + meeting.timeout_seconds
+    deadline = time.monotonic() + meeting.rendezvous_timeout_seconds
     while not store.check(["call/0"]) and time.monotonic() < deadline:
         time.sleep(0.02)
     return time.time()

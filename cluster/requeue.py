@@ -21,8 +21,5 @@ def decide(ending: dict[str, Any], failures: int) -> Decision:
     code = ending["exit_code"]
     if ending["state"] == "done":
         return "done"
-    if code == PREEMPTED:
-        return "requeue"
-    if code in HOPELESS or failures >= FAILURES_IN_A_ROW:
-        return "stop"
-    return "requeue"
+    is_hopeless = code in HOPELESS or failures >= FAILURES_IN_A_ROW
+    return "stop" if is_hopeless and code != PREEMPTED else "requeue"

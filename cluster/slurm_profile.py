@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.containers import Apptainer, Pyxis, refuse_unmounted
+from cluster.containers import Apptainer, Pyxis, mounted, refuse_unmounted
 from cluster.names import (
     DIRECTIVE_VALUE,
     ENVIRONMENT_NAME,
@@ -183,5 +183,5 @@ class SlurmProfile(Site):
     @model_validator(mode="after")
     def _refuse_a_workdir_outside_the_container(self) -> "SlurmProfile":
         if self.container:
-            refuse_unmounted(self.workdir, self.container.mounted)
+            refuse_unmounted(self.workdir, mounted(self.container))
         return self

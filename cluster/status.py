@@ -1,7 +1,6 @@
 """How a run is, from its shared folder alone; and what a scheduler should do with it now."""
 
 import json
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from t2v.attempt.record import (
     read_attempts,
     unfinished,
 )
+from t2v.watching.side_job import committed_steps
 
 STALE_SECONDS = 120.0
 # One of these is in every run folder, whoever began it.
@@ -34,7 +34,6 @@ SECONDS_AND_RATES = (
     "ended",
 )
 TEXTS = ("state", "reason", "host", "updated", "node", "name")
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -186,40 +185,26 @@ def last_ending(status: dict, nodes: Iterable[NodeRecord]) -> dict[str, Any]:
 
 
 def failures(attempts: list[dict], checkpoint: Saved | None) -> int:
-    """The newest failures in a row: of attempts without progress, or of starts that failed alike
-    before any owned the run."""
-    starts = failed_starts(attempts)
-    return max(len(starts), failures_without_progress(attempts, checkpoint))
-
-
-def failures_without_progress(attempts: list[dict], checkpoint: Saved | None) -> int:
-    """The newest attempts in a row that failed, or ended without a word, since the newest
-    checkpoint."""
+    """The newest failures in a row: of attempts that failed, or ended without a word, since the
+    newest checkpoint, or of starts that failed alike before any owned the run."""
     starts = [line for line in attempts if line["event"] == "start"]
-    if not starts:
-        return 0
-    told = [*attempts, *map(killed_line, unfinished(attempts))]
     failed = failures_in_a_row(
-        told,
-        fingerprint=starts[-1].get("config_fingerprint", ""),
+        [*attempts, *map(killed_line, unfinished(attempts))],
+        fingerprint=starts[-1].get("config_fingerprint", "") if starts else "",
         progress=checkpoint.attempt if checkpoint else 0,
     )
-    return len(failed)
+    return max(len(failed_starts(attempts)), len(failed))
 
 
 def last_checkpoint(run_dir: Path) -> Saved | None:
     """The newest checkpoint; its manifest is written last."""
-    found = []
     folder = run_dir / "checkpoints"
-    for path in folder.iterdir() if folder.is_dir() else []:
-        match, manifest = STEP_FOLDER.fullmatch(path.name), path / "manifest.json"
-        if match and manifest.exists():
-            found.append((int(match[1]), manifest))
-    if not found:
+    steps = committed_steps(folder, "manifest.json")
+    if not steps:
         return None
-    step, manifest = max(found)
+    manifest = folder / f"step-{steps[-1]:08d}" / "manifest.json"
     attempt = read_mapping(manifest).get("attempt")
-    return Saved(step, manifest.stat().st_mtime, attempt if isinstance(attempt, int) else 0)
+    return Saved(steps[-1], manifest.stat().st_mtime, attempt if isinstance(attempt, int) else 0)
 
 
 def last_nodes(run_dir: Path) -> list[NodeRecord]:

@@ -1,12 +1,10 @@
 """Checked jobs handed to their scheduler: one, or a chain in which each waits for another."""
 
-import contextlib
 import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -26,21 +24,9 @@ SUBMIT_SECONDS = 120
 WATCH_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """A job that the scheduler has taken, and how to watch, stop and resume it."""
-
-    id: str
-    say: list[str]
-
-
-def submit(launch: Launch) -> list[str]:
-    """Hand a job to the scheduler; returns how to watch, stop and resume it."""
-    return submit_chain([launch])
-
-
-def submit_chain(launches: Sequence[Launch]) -> list[str]:
-    """Hand jobs to the scheduler, each to begin once the one before has ended well.
+def submit(launches: Sequence[Launch]) -> list[str]:
+    """Hand jobs to the scheduler, each to begin once the one before has ended well; returns how to
+    watch, stop and resume them.
 
     SLURM keeps the order itself. Kubernetes has none: this waits for each, and may be run again.
     """
@@ -49,14 +35,20 @@ def submit_chain(launches: Sequence[Launch]) -> list[str]:
     before: tuple[Launch, str] | None = None
     for launch in launches:
         if isinstance(launch.profile, SlurmProfile):
-            with _told_of(taken):
-                done = _submit_slurm(launch, launch.profile, before, taken)
+            try:
+                job, told = _submit_slurm(launch, launch.profile, before, taken)
+            except (ConfigError, InputMissing) as refusal:
+                if not taken:
+                    raise
+                # Those wait and run all the same.
+                remedy = f"Taken before: `scancel {' '.join(taken)}` ends them."
+                raise type(refusal)(f"{refusal} {remedy}") from None
         else:
             if before:
                 wait_for(before[0])
-            done = _submit_kubernetes(launch, launch.profile, goes_on=len(launches) > 1)
-        before = (launch, done.id)
-        say += done.say
+            job, told = _submit_kubernetes(launch, launch.profile, goes_on=len(launches) > 1)
+        before = (launch, job)
+        say += told
         if isinstance(launch.profile, KubernetesProfile) and launch is not launches[-1]:
             say.append("waiting for it: what follows is created then; run this again if stopped.")
             print(plain("\n".join(say)), flush=True)
@@ -64,23 +56,11 @@ def submit_chain(launches: Sequence[Launch]) -> list[str]:
     return say
 
 
-@contextlib.contextmanager
-def _told_of(taken: list[str]) -> Iterator[None]:
-    """A refusal also names the jobs that SLURM has taken before it, which wait and run all the
-    same."""
-    try:
-        yield
-    except (ConfigError, InputMissing) as refusal:
-        if taken:
-            jobs = " ".join(taken)
-            raise type(refusal)(f"{refusal} Taken before: `scancel {jobs}` ends them.") from None
-        raise
-
-
 def _submit_slurm(
     launch: Launch, profile: SlurmProfile, before: tuple[Launch, str] | None, taken: list[str]
-) -> Submitted:
-    """`taken` gets the number of each job as SLURM takes it."""
+) -> tuple[str, list[str]]:
+    """(number, how to watch, stop and resume it) of a job; `taken` gets that of each as SLURM takes
+    it."""
     if not Path(profile.workdir).is_dir():
         raise InputMissing(
             f"workdir: {profile.workdir} is not on this machine; run this where the shared disk "
@@ -107,7 +87,7 @@ def _submit_slurm(
             f"stop:    scancel {number}",
             "resume:  the same command again; what is done is not done twice.",
         ]
-        return Submitted(number, lines)
+        return number, lines
     ahead: list[str] = []
     for _ in range(profile.jobs_ahead):
         after = f"--dependency=afterany:{taken[-1]}"
@@ -130,7 +110,7 @@ def _submit_slurm(
             f"restart: {save}   (saves and ends; the next one goes on)",
             f"stop:    scancel {' '.join(ahead)} && {save}   (saves and ends)",
         ]
-    return Submitted(taken[-1], lines)
+    return taken[-1], lines
 
 
 def refuse_second_job(run: Path, name: str) -> None:
@@ -154,7 +134,10 @@ def _sbatch(words: list[str]) -> str:
     return _call(["sbatch", "--parsable", *words]).strip().splitlines()[-1].partition(";")[0]
 
 
-def _submit_kubernetes(launch: Launch, profile: KubernetesProfile, *, goes_on: bool) -> Submitted:
+def _submit_kubernetes(
+    launch: Launch, profile: KubernetesProfile, *, goes_on: bool
+) -> tuple[str, list[str]]:
+    """(name, how to watch, stop and resume it) of a job."""
     refuse_old(list(yaml.safe_load_all(launch.files[OBJECTS])), profile, _call)
     # create, not apply: a finished job of the same name would be left as it is, without a word.
     *support, workload = launch.files[OBJECTS].split("\n---\n")
@@ -184,9 +167,7 @@ def _submit_kubernetes(launch: Launch, profile: KubernetesProfile, *, goes_on: b
         run = run_folder(launch.job.run_dir, profile)
         lines.insert(2, f"status:  {at} exec POD -- t2v status {run}")
         lines[-1] += "   (its pods save before they end)"
-    return Submitted(
-        name, [*lines, f"resume:  {at} delete {kind} {name}; then the same command again."]
-    )
+    return name, [*lines, f"resume:  {at} delete {kind} {name}; then the same command again."]
 
 
 def wait_for(launch: Launch) -> None:

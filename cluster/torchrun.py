@@ -4,6 +4,7 @@ Nodes meet at the first one, which keeps rank 0; each is told which of its inter
 others, for what a host calls itself may be an address that nobody else reaches.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -105,10 +106,8 @@ def begin_launcher() -> None:
 
 def end_group(launcher: subprocess.Popen, number: signal.Signals) -> None:
     """Signal a launcher and all that it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(launcher.pid, number)
-    except ProcessLookupError:
-        return
 
 
 def root_cause(log: str) -> tuple[int, int] | None:

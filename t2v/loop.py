@@ -15,7 +15,6 @@ from torch import Tensor
 from data_pipeline.errors import NumericError
 from data_pipeline.feeding.held_out import held_out_reader
 from data_pipeline.feeding.loader import Batch, Loader
-from data_pipeline.feeding.sample import SampleReader
 from data_pipeline.printable import say
 from data_pipeline.store import storage
 from t2v.attempt import preemption
@@ -249,34 +248,27 @@ def open_engine(config: RunConfig, method: Method, world: World) -> Engine:
 def open_loader(config: RunConfig, world: World) -> Loader:
     """This rank's share of the global order."""
     accumulation_steps(config, world.world_size)
-    loaders = []
-
-    def open_one() -> None:
-        loaders.append(
-            Loader(
-                config.data,
-                config.method.view,
-                config.conditioning,
-                seed=config.seed,
-                global_batch_size=config.global_batch_size,
-                micro_batch_size=config.micro_batch_size,
-                rank=world.rank,
-                world_size=world.world_size,
-                latents=config.method.cached_latents,
-            )
+    return world.together(
+        lambda: Loader(
+            config.data,
+            config.method.view,
+            config.conditioning,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            latents=config.method.cached_latents,
         )
-
-    world.on_all(open_one)
-    return loaders[0]
+    )
 
 
 def open_held_out(config: RunConfig, method: Method, loader: Loader, world: World) -> HeldOut:
     """The held-out samples of a recipe, if it measures any."""
     settings, reader = config.held_out, None
-
-    def open_one() -> SampleReader:
-        assert settings is not None
-        return held_out_reader(
+    if settings is not None:
+        open_one = partial(
+            held_out_reader,
             config.data,
             settings.sources,
             config.method.view,
@@ -287,9 +279,7 @@ def open_held_out(config: RunConfig, method: Method, loader: Loader, world: Worl
             latents=config.method.cached_latents,
             autoencoder=loader.autoencoder,
         )
-
-    if settings is not None:
-        [reader, *_] = world.on_all(open_one)
+        reader = world.together(open_one)
     return HeldOut(
         settings,
         method,

@@ -21,6 +21,7 @@ from data_pipeline.media.codec import decode_clip
 from data_pipeline.store import storage
 from data_pipeline.terminal import Terminal
 from data_pipeline.text.embed import embed, make_tiny_encoder
+from t2v.attempt.files import read_mapping
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.recipe.recipe import RunConfig, load_config
 from t2v.watching.page import write_report
@@ -146,7 +147,7 @@ def train(workdir: Path, recipe: str, *overrides: str, preempt_at: int | None = 
     with log.open("ab") as output:
         job = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         follow(job, run_dir, config.total_steps, preempt_at)
-    state = read_status(run_dir).get("state")
+    state = read_mapping(run_dir / "status.json").get("state")
     wanted = "preempted" if preempt_at else "done"
     if state != wanted:
         raise UserError(f"{log}: {recipe} ended as '{state}', not '{wanted}'; the log says why.")
@@ -182,19 +183,11 @@ def follow(job: subprocess.Popen, run_dir: Path, total_steps: int, preempt_at: i
     with console.status("starting") as status:
         while job.poll() is None:
             time.sleep(0.5)
-            step = read_status(run_dir).get("step", 0)
+            step = read_mapping(run_dir / "status.json").get("step", 0)
             status.update(f"step {step} of {total_steps}")
             if preempt_at and not asked and step >= preempt_at:
                 (run_dir / "PREEMPT").touch()
                 asked = True
-
-
-def read_status(run_dir: Path) -> dict:
-    """A run's status.json, empty before there is one."""
-    try:
-        return json.loads((run_dir / "status.json").read_text())
-    except FileNotFoundError:
-        return {}
 
 
 def sample(workdir: Path, recipe: str, toys: list[Toy]) -> Path:

@@ -15,7 +15,8 @@ from data_pipeline.pyramid import level_clip
 from t2v.cli import main
 from t2v.evaluation.clips import bring_to, open_generated, open_real, window
 from t2v.evaluation.conditions import request_for
-from t2v.evaluation.protocol import View, dump_protocol, load_protocol, parse_protocol
+from t2v.evaluation.protocol import Protocol, View, dump_protocol, load_protocol
+from t2v.recipe.reading import parse
 from t2v.recipe.recipe import load_config
 from tests.distributed import run_distributed
 from tests.frame_network import SIDE, write_frame_network
@@ -179,9 +180,9 @@ def test_real_and_generated_clips_come_to_a_view_alike():
 
 
 def test_a_run_shows_what_real_clips_show_as_often(home):
-    dataset = open_real(parse_protocol(rules(home), "p"), "p").dataset
+    dataset = open_real(parse(Protocol, rules(home), "p"), "p").dataset
     few, many = (
-        parse_protocol(rules(home, generated={"clips": clips, "seed": 3}), "p")
+        parse(Protocol, rules(home, generated={"clips": clips, "seed": 3}), "p")
         for clips in (20, 3000)
     )
     classes = tiny_config().conditioning
@@ -199,7 +200,7 @@ def test_a_run_shows_what_real_clips_show_as_often(home):
 def test_fewer_real_clips_are_the_first_of_more(home):
     def places(count: int) -> list[tuple[int, int]]:
         content = rules(home, real={"dataset": str(home / "real"), "clips": count, "seed": 4})
-        return open_real(parse_protocol(content, "p"), "p").places
+        return open_real(parse(Protocol, content, "p"), "p").places
 
     assert places(10) == places(30)[:10]
     assert len(set(places(CLIPS))) == CLIPS
@@ -262,8 +263,8 @@ def test_a_run_is_sampled_and_judged_at_each_level(home, run, tmp_path):
     assert set(result["views"]["fine"]["seam"]["axes"]) == {"frames", "height", "width"}
     assert (result["generated"]["step"], result["generated"]["clips"]) == (1, 4)
     # Each view looks at its own level's file.
-    clips = open_generated(samples, parse_protocol(content, "p"))
-    coarse = parse_protocol(content, "p").views[0]
+    clips = open_generated(samples, parse(Protocol, content, "p"))
+    coarse = parse(Protocol, content, "p").views[0]
     file = samples / records[0]["levels"]["0"]["file"]
     assert np.array_equal(clips.read(0, coarse, "as_stored").clip, decode_clip(file.read_bytes()))
     # A second evaluation finds the clips there, and says the same.

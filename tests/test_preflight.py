@@ -38,7 +38,6 @@ from cluster.node_checks import (
 )
 from cluster.preflight import check_alone, check_together
 from cluster.rendezvous import Meeting
-from cluster.torchrun import Place
 from data_pipeline.errors import InputMissing
 from data_pipeline.feeding.config import NoConditioning
 from t2v.cli import main
@@ -326,8 +325,7 @@ def test_a_node_that_does_not_come_is_named(dataset, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = Place(nnodes=2, node_rank=0, rdzv_endpoint=f"localhost:{port}")
-    meeting = Meeting(place, timeout_seconds=0.5)
+    meeting = Meeting(nnodes=2, rdzv_endpoint=f"localhost:{port}", rendezvous_timeout_seconds=0.5)
     reports, judgement = check_together(config_of(dataset, tmp_path / "run"), meeting, recipe=())
     assert reports == []
     assert judgement == Judgement(69, ["n2: did not come within 0.5 s"], ["n2"])

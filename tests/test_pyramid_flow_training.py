@@ -14,7 +14,7 @@ from t2v.methods.pyramid_flow.flow import clock, stage_ends
 from t2v.methods.pyramid_flow.history import history_pieces
 from t2v.methods.pyramid_flow.network import Group
 from t2v.methods.pyramid_flow.objective import Lesson, errors, training_turn
-from t2v.methods.pyramid_flow.sampling import Denoiser, generate
+from t2v.methods.pyramid_flow.sampling import generate, guided
 from t2v.recipe.recipe import RunConfig, method_of
 from tests.tiny import class_condition
 from tests.tiny_flow import FULL, TEXT, flow_config, noise_batch, noise_group, stirred_network
@@ -281,14 +281,14 @@ def test_guidance_leads_away_from_the_null_condition(first, later):
     """Where the velocity is the label, 1 for the prompt and 3 for null, scale w makes 3 - 2 w."""
     config = flow_config(sampling={"first_guidance_scale": first, "guidance_scale": later})
     network = Oracle(lambda group: group.condition.label.expand_as(group.pieces[-1]).float())
-    denoiser = Denoiser(
-        network, config.method, class_condition([1]), class_condition([3]), Team(), lambda _: None
-    )
+    asked = network, config.method, class_condition([1]), class_condition([3])
     for unit in range(4):
         frames = torch.zeros(1, 3, config.method.units.start(unit), 16, 24)
         scale = later if unit or first is None else first
         network.calls.clear()
-        velocity = denoiser.velocity(frames, unit)(torch.zeros(1, 1, 1, 1, 1), 2, 0.5)
+        velocity = guided(*asked, frames, unit, Team(), lambda _: None)(
+            torch.zeros(1, 1, 1, 1, 1), 2, 0.5
+        )
         assert velocity.item() == pytest.approx(3 - 2 * scale)
         assert len(network.calls) == (1 if scale == 1 else 2)
     assert method_of(config).is_guided == (later != 1 or first not in (None, 1.0))

@@ -2,12 +2,12 @@
 
 import contextlib
 import resource
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -99,23 +99,11 @@ def all_stacks() -> dict[str, str]:
     }
 
 
-def waits_for_others() -> bool:
-    """Whether any thread of this process is waiting for another rank: in a collective, or, where
-    these are launched and not waited for, for its device."""
-    frames = sys._current_frames()
-    return any(is_waiting(frame) for frame in frames.values())
-
-
 def is_waiting(frame: FrameType) -> bool:
-    """Whether a thread, by its innermost frame, waits for another rank or for its device."""
-    innermost: FrameType | None = frame
-    for _ in range(6):
-        if innermost is None:
-            return False
-        if "torch/distributed/" in innermost.f_code.co_filename or innermost.f_code in WAITS:
-            return True
-        innermost = innermost.f_back
-    return False
+    """Whether a thread, by its innermost frame, waits for another rank: in a collective, or, where
+    these are launched and not waited for, for its device."""
+    calls = (call.f_code for call, _ in islice(traceback.walk_stack(frame), 6))
+    return any("torch/distributed/" in code.co_filename or code in WAITS for code in calls)
 
 
 def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -> str:
@@ -176,11 +164,6 @@ def advice(failure: Failure) -> str:
 def peak_memory_gib() -> float:
     """Most memory this process has held on its host."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def hostname() -> str:
-    """This machine."""
-    return socket.gethostname()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

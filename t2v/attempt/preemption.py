@@ -58,15 +58,13 @@ class _Ear:
                 first = first or now
             if self.launcher is not None and os.getppid() != self.launcher:
                 self.heard = True
-            if self.something_to_save or not (self.heard or self._sees_flag()):
+            # `exists` is false where a disk does not answer.
+            if self.something_to_save or not (self.heard or any(map(os.path.exists, self.flags))):
                 since = None
             elif since is None:
                 since = now
             elif now - since > NOTICE_SECONDS:
                 self._leave()
-
-    def _sees_flag(self) -> bool:
-        return any(map(os.path.exists, self.flags))  # false where a disk does not answer
 
     def _leave(self) -> None:
         """End at once; what was committed stands."""

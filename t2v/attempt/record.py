@@ -92,11 +92,10 @@ def failed_starts(lines: Lines) -> Lines:
     found: Lines = []
     for line in reversed(lines):
         is_start = line["event"] == "end" and line["attempt"] not in started
-        code, alike = line.get("exit_code"), [found[0].get("exit_code")] if found else []
-        of_job = not found or line.get("job_id") == found[0].get("job_id")
+        code = line.get("exit_code")
         if not is_start or line.get("state") != "failed" or code in (LOCKED, INTERRUPTED):
             break
-        if not of_job or (alike and code not in alike):
+        if found and any(line.get(n) != found[0].get(n) for n in ("job_id", "exit_code")):
             break
         found.insert(0, line)
     return found

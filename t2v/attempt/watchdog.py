@@ -7,6 +7,8 @@ not answer, is the one.
 
 import faulthandler
 import os
+import socket
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -24,10 +26,9 @@ from t2v.attempt.failure import (
     Failure,
     all_stacks,
     first_failure,
-    hostname,
+    is_waiting,
     peak_memory_gib,
     wait_until,
-    waits_for_others,
 )
 from t2v.attempt.trace import given_trace
 
@@ -207,12 +208,12 @@ def position_of(watchdog: Watchdog, collectives: Mapping[str, tuple[int, int, in
     others = "".join(f"\nThread {name}:\n{stack}" for name, stack in stacks.items())
     return Position(
         rank=watchdog.rank,
-        host=hostname(),
+        host=socket.gethostname(),
         section=watchdog.section,
         step=watchdog.step,
         entered=watchdog.entered,
         seconds=time.monotonic() - watchdog.since,
-        waits=waits_for_others(),
+        waits=any(map(is_waiting, sys._current_frames().values())),
         collectives=dict(collectives),
         memory_gib=peak_memory_gib(),
         samples=watchdog.samples,
@@ -224,7 +225,7 @@ def failure_here(watchdog: Watchdog, exit_code: int, reason: str, stack: str, at
     """A failure of this rank, where the watchdog knows training to be."""
     return Failure(
         rank=watchdog.rank,
-        host=hostname(),
+        host=socket.gethostname(),
         exit_code=exit_code,
         reason=reason,
         section=watchdog.section,

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError
 from t2v.checkpoint.manifest import Manifest, digest
-from t2v.checkpoint.tensor_files import Slice, TensorKind
+from t2v.checkpoint.tensor_files import Slice, TensorKind, tensor_kinds
 
 # Names in a checkpoint begin with these.
 WEIGHTS = {"ema": "ema.", "raw": "model."}
@@ -92,6 +92,12 @@ def _trained(config: dict[str, Any]) -> dict[str, Any]:
 def kinds_of(slices: dict[str, Slice]) -> dict[str, TensorKind]:
     """Name -> shape and dtype of the whole tensor."""
     return {name: piece.kind for name, piece in slices.items()}
+
+
+def weights_in(folder: Path, weights: str) -> dict[str, TensorKind]:
+    """Name -> kind of a checkpoint's averaged or raw weights, without their prefix."""
+    prefix, kinds = WEIGHTS[weights], tensor_kinds(folder)
+    return {n.removeprefix(prefix): k for n, k in kinds.items() if n.startswith(prefix)}
 
 
 def model_signature(slices: dict[str, Slice]) -> str:

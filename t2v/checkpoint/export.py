@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from functools import partial
 from math import prod
@@ -29,10 +29,10 @@ from data_pipeline.latents.latents import Provenance as Autoencoder
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance as TextEncoder
-from t2v.checkpoint.compatibility import WEIGHTS, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, refuse_differences, weights_in
 from t2v.checkpoint.manifest import FileRecord, Manifest, read_manifest, record_file
 from t2v.checkpoint.power_average import power_average
-from t2v.checkpoint.tensor_files import SAFETENSORS_TYPES, TensorKind, read_whole, tensor_kinds
+from t2v.checkpoint.tensor_files import TensorKind, bytes_of, read_whole, safetensors_header
 from t2v.methods.method import Method
 from t2v.network.network import Network
 
@@ -84,7 +84,7 @@ def export_checkpoint(
         raise ConfigError(f"{out}: is there already; choose another folder, or remove it.")
     manifest, error = read_manifest(checkpoint), None
     told = "averaged" if weights == "ema" else "raw"
-    kinds, read = _weights_of(checkpoint, weights), partial(_read, checkpoint, WEIGHTS[weights])
+    kinds, read = weights_in(checkpoint, weights), partial(_read, checkpoint, WEIGHTS[weights])
     if ema_length is not None:
         average = power_average(checkpoint, manifest, ema_length)
         read, error = average.read, average.error
@@ -159,16 +159,6 @@ def load_exported(folder: Path, model: Network) -> None:
     refuse_differences(folder, found, expected)
 
 
-def _weights_of(checkpoint: Path, weights: str) -> dict[str, TensorKind]:
-    """Name -> kind of the chosen weights, without their prefix."""
-    prefix = WEIGHTS[weights]
-    return {
-        name.removeprefix(prefix): kind
-        for name, kind in tensor_kinds(checkpoint).items()
-        if name.startswith(prefix)
-    }
-
-
 def _read(checkpoint: Path, prefix: str, name: str) -> Tensor:
     return read_whole(checkpoint, prefix + name)
 
@@ -196,32 +186,20 @@ def _write_weights(
         file = (
             f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
         )
-        shapes = {name: kinds[name].shape for name in names}
-        tensors = (read(name).to(dtype) for name in names)
-        write_safetensors(out / file, shapes, dtype, tensors)
+        header, _ = safetensors_header(
+            {name: TensorKind(kinds[name].shape, dtype) for name in names},
+            __metadata__={"format": "pt"},
+        )
+        with (out / file).open("wb") as written:
+            written.write(header)
+            for name in names:
+                written.write(bytes_of(read(name).to(dtype)))
+            written.flush()
+            os.fsync(written.fileno())
         place |= dict.fromkeys(names, file)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
         storage.write_atomic(out / "model.safetensors.index.json", json.dumps(index).encode())
-
-
-def write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[Tensor]
-) -> None:
-    """A safetensors file of tensors that come one at a time."""
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        code = SAFETENSORS_TYPES[str(dtype).removeprefix("torch.")]
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_words(out: Path, method: Method, manifest: Manifest, told: str, dtype: str) -> None:

@@ -18,7 +18,6 @@ from data_pipeline.strict import Strict
 from data_pipeline.text.embeddings import Provenance as TextEncoder
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 2**22
 
 
 class FileRecord(Strict):
@@ -55,11 +54,6 @@ class Manifest(Strict):
     @property
     def size_bytes(self) -> int:
         return sum(record.size_bytes for record in self.files.values())
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the recipe."""
-        return fingerprint(self.config)
 
     def proved(self) -> "Manifest":
         """This manifest with its own proof."""
@@ -129,11 +123,8 @@ def record_file(path: Path) -> FileRecord:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file."""
-    hasher = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(config: dict[str, Any]) -> str:

@@ -115,12 +115,13 @@ def file_of(rank: int) -> str:
 def write_slices(folder: Path, slices: dict[str, Slice], rank: int) -> WrittenFile:
     """Write this rank's parts, durably; the digest is of the bytes on their way to the disk."""
     kept = {n: s for n, s in slices.items() if s.place.kept and s.part.numel()}
-    header, starts = _header(kept)
+    flat = {name: TensorKind((s.part.numel(),), s.part.dtype) for name, s in kept.items()}
+    header, starts = safetensors_header(flat)
     hasher, size_bytes = hashlib.sha256(), 0
     path = folder / file_of(rank)
     try:
         with path.open("wb") as file:
-            for content in (header, *(_bytes(piece.part) for piece in kept.values())):
+            for content in (header, *(bytes_of(piece.part) for piece in kept.values())):
                 hasher.update(content)
                 size_bytes += file.write(content)
             fault("checkpoint.write")
@@ -211,8 +212,11 @@ def read_slices(folder: Path, slices: dict[str, Slice], index: TensorIndex | Non
             assert kind_of(entry) == wanted.kind, name
             for piece, low, high in _overlaps(entry, wanted):
                 if piece.rank not in files:
-                    path = folder / file_of(piece.rank)
-                    files[piece.rank] = exits.enter_context(_opened(path))
+                    try:
+                        opened = FileIO(folder / file_of(piece.rank))
+                    except OSError as failure:
+                        raise storage_error(failure) from None
+                    files[piece.rank] = exits.enter_context(opened)
                 start = piece.start_byte + (low - piece.offset) * wanted.part.itemsize
                 target = wanted.part.reshape(-1)[low - wanted.place.offset :][: high - low]
                 _read_into(files[piece.rank], start, target)
@@ -227,26 +231,28 @@ def read_whole(folder: Path, name: str, index: TensorIndex | None = None) -> Ten
     return tensor
 
 
-def _header(slices: dict[str, Slice]) -> tuple[bytes, dict[str, int]]:
-    """safetensors' header of the parts in order, and the byte at which each begins."""
-    sizes = [piece.part.numel() * piece.part.itemsize for piece in slices.values()]
+def safetensors_header(
+    kinds: dict[str, TensorKind], **metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """safetensors' header of tensors in order, and the byte at which each begins."""
+    sizes = [prod(kind.shape) * kind.dtype.itemsize for kind in kinds.values()]
     places = list(pairwise(accumulate(sizes, initial=0)))
     entries = {
         name: {
-            "dtype": SAFETENSORS_TYPES[type_name(piece.part.dtype)],
-            "shape": [piece.part.numel()],
+            "dtype": SAFETENSORS_TYPES[type_name(kind.dtype)],
+            "shape": kind.shape,
             "data_offsets": place,
         }
-        for (name, piece), place in zip(slices.items(), places, strict=True)
+        for (name, kind), place in zip(kinds.items(), places, strict=True)
     }
-    text = json.dumps(entries).encode()
+    text = json.dumps(metadata | entries).encode()
     text += b" " * (-len(text) % 8)
     length = len(text).to_bytes(8, "little")
-    starts = {name: 8 + len(text) + low for name, (low, _) in zip(slices, places, strict=True)}
+    starts = {name: 8 + len(text) + low for name, (low, _) in zip(kinds, places, strict=True)}
     return length + text, starts
 
 
-def _bytes(part: Tensor) -> memoryview:
+def bytes_of(part: Tensor) -> memoryview:
     """The bytes of a part; one on the CPU is not copied."""
     return part.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
@@ -260,19 +266,9 @@ def _overlaps(entry: Entry, wanted: Slice) -> Iterator[tuple[Piece, int, int]]:
             yield piece, low, high
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
-    try:
-        file = FileIO(path)
-    except OSError as failure:
-        raise storage_error(failure) from None
-    with file:
-        yield file
-
-
 def _read_into(file: FileIO, start: int, target: Tensor) -> None:
     buffer = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-    view = _bytes(buffer)
+    view = bytes_of(buffer)
     done = 0
     file.seek(start)
     while done < len(view):

@@ -22,6 +22,7 @@ def node(options: argparse.Namespace) -> int:
     refuse_strange_rank(options)
     if options.gpus:
         os.environ["T2V_GPUS"] = str(options.gpus)
+    alone = f"{socket.gethostname()}-{os.getpid()}"
     return run_node(
         NodeJob(
             run_dir=Path(options.run_dir),
@@ -31,7 +32,8 @@ def node(options: argparse.Namespace) -> int:
             nnodes=options.nnodes,
             nproc_per_node=options.nproc_per_node,
             rdzv_endpoint=options.rdzv_endpoint,
-            rdzv_id=options.rdzv_id or own_rdzv_id(options.nnodes),
+            # Nodes that meet must agree on a name for this attempt, a node alone takes its own.
+            rdzv_id=options.rdzv_id or ("t2v" if options.nnodes > 1 else alone),
             node_rank=options.node_rank,
             grace_seconds=options.grace_seconds,
             rendezvous_timeout_seconds=options.rendezvous_timeout_seconds,
@@ -52,11 +54,6 @@ def promise_of(options: argparse.Namespace) -> Promise:
     return Promise(options.gpus, options.gpu_model, options.gpu_memory_gib, options.gpu_driver)
 
 
-def own_rdzv_id(nnodes: int) -> str:
-    """A name for this attempt: nodes that meet must agree on one, a node alone takes its own."""
-    return "t2v" if nnodes > 1 else f"{socket.gethostname()}-{os.getpid()}"
-
-
 def refuse_strange_rank(options: argparse.Namespace) -> None:
     """ConfigError for a node that the job does not have."""
     if not 0 <= options.node_rank < options.nnodes:
@@ -74,7 +71,6 @@ def preflight(options: argparse.Namespace) -> int:
     from cluster.bad_nodes import node_name, note_bad_nodes
     from cluster.judgement import own_exit_code
     from cluster.rendezvous import Meeting
-    from cluster.torchrun import Place
     from t2v.recipe.recipe import accumulation_steps, load_config
 
     config = load_config(options.config, options.overrides)
@@ -88,7 +84,7 @@ def preflight(options: argparse.Namespace) -> int:
         report, judgement = flight.check_alone(config, ranks=ranks, promise=promise)
         reports = [report]
     else:
-        place = Place(
+        meeting = Meeting(
             nnodes=options.nnodes,
             nproc_per_node=ranks,
             rdzv_endpoint=options.rdzv_endpoint,
@@ -96,7 +92,6 @@ def preflight(options: argparse.Namespace) -> int:
             node_rank=options.node_rank,
             rendezvous_timeout_seconds=options.timeout_seconds,
         )
-        meeting = Meeting(place, options.timeout_seconds)
         recipe = (options.config, *options.overrides)
         reports, judgement = flight.check_together(config, meeting, recipe=recipe, promise=promise)
     speaks = options.node_rank == judgement.judge

@@ -30,6 +30,7 @@ def data_embed(options: argparse.Namespace) -> None:
     from data_pipeline.text.embed import TextEncoder, embed
     from data_pipeline.text.imported import Origin, import_embeddings
 
+    place = f"{options.dataset}/embeddings/{options.name}"
     for warning in caption_warnings(open_dataset(options.dataset)):
         print(plain(warning))
     if options.estimate or options.check:
@@ -40,11 +41,7 @@ def data_embed(options: argparse.Namespace) -> None:
             print(plain(estimate(options.dataset, reader)))
         if options.check:
             same = check(options.dataset, reader, name=options.name, count=options.check)
-            print(
-                plain(
-                    f"{options.dataset}/embeddings/{options.name}: {same} encoded again, all equal."
-                )
-            )
+            print(plain(f"{place}: {same} encoded again, all equal."))
         return
     if options.member:
         origin = Origin(
@@ -56,7 +53,7 @@ def data_embed(options: argparse.Namespace) -> None:
         )
         done = import_embeddings(options.dataset, origin, name=options.name, task=options.task)
         state = "imported; prove it by --check K" if done else "this task is done; others are not"
-        print(plain(f"{options.dataset}/embeddings/{options.name}: {state}."))
+        print(plain(f"{place}: {state}."))
         return
     done = embed(
         options.dataset,
@@ -64,11 +61,10 @@ def data_embed(options: argparse.Namespace) -> None:
         name=options.name,
         max_tokens=options.max_tokens,
         task=options.task,
-        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
+        device=_own_gpu(),
         memory_gib=options.memory_gib,
     )
-    state = "complete" if done else "this task is done; others are not"
-    print(plain(f"{options.dataset}/embeddings/{options.name}: {state}."))
+    print(plain(f"{place}: {'complete' if done else 'this task is done; others are not'}."))
 
 
 def data_encode(options: argparse.Namespace) -> None:
@@ -109,7 +105,7 @@ def data_encode(options: argparse.Namespace) -> None:
         options.vae,
         name=options.name,
         task=options.task,
-        device=f"cuda:{os.environ['LOCAL_RANK']}" if _launched_on_gpus() else None,
+        device=_own_gpu(),
         **how,
     )
     print(plain(f"{place}: {'complete' if done else 'this task is done; others are not'}."))
@@ -320,10 +316,12 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
                         "each process is a task")  # fmt: skip
 
 
-def _launched_on_gpus() -> bool:
+def _own_gpu() -> str | None:
+    """That of a process under a launcher."""
     import torch
 
-    return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,8 @@ def add_evaluate_verbs(verbs) -> None:
                       help="copy samples under another program's names")  # fmt: skip
     verb.add_argument("--out", required=True, help="folder for result.json, result.md, samples")
     verb.add_argument("--cache", help="where measured values are kept; by default in T2V_CACHE")
-    verb.add_argument("--workers", type=int, default=default_workers(),
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    verb.add_argument("--workers", type=int, default=max(1, cores),
                       help="processes that decode clips, for each that measures")  # fmt: skip
     verb.add_argument("--encoder", help="of a run that reads text: its text encoder")
     verb.add_argument("--vae", help="of a run that makes latents: their autoencoder")
@@ -46,9 +47,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from t2v.sampling.generate import Means
 
     if options.export:
-        print(
-            plain(f"{options.out}: {export_vbench(Path(options.target), Path(options.out))} clips.")
-        )
+        clips = export_vbench(Path(options.target), Path(options.out))
+        print(plain(f"{options.out}: {clips} clips."))
         return 0
     cache = options.cache or Path(os.environ.get("T2V_CACHE", "~/.cache/t2v")) / "measured"
     job = Job(
@@ -78,8 +78,3 @@ def scores(options: argparse.Namespace) -> None:
     from t2v.evaluation.results import compare
 
     print(plain(compare([Path(result) for result in options.results]), most=LONGEST), end="")
-
-
-def default_workers() -> int:
-    """The cores that each process of this machine has."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

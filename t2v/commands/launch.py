@@ -13,7 +13,7 @@ DATA_VERBS = ("build", "score", *GPU_VERBS)
 
 def launch(options: argparse.Namespace) -> None:
     from cluster.launch import prepare_chain, prepare_run, write_out
-    from cluster.submit import submit_chain
+    from cluster.submit import submit
     from t2v.plan.plan import print_plan
 
     prepared = prepare_run(
@@ -28,7 +28,7 @@ def launch(options: argparse.Namespace) -> None:
         if stage.plan is not None:
             print_plan(stage.plan)
     if options.submit:
-        print(plain("\n".join(submit_chain(chain))))
+        print(plain("\n".join(submit(chain))))
         return
     for number, stage in enumerate(chain):
         out = Path(options.out)
@@ -52,7 +52,7 @@ def launch_data(options: argparse.Namespace) -> None:
         memory_gib=options.memory_gib,
         gpus=gpus,
     )
-    say = submit(prepared) if options.submit else write_out(prepared, Path(options.out))
+    say = submit([prepared]) if options.submit else write_out(prepared, Path(options.out))
     print(plain("\n".join(say)))
 
 

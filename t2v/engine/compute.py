@@ -123,19 +123,13 @@ def prepare_blocks(blocks: nn.ModuleList, config: EngineConfig) -> None:
             setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
         forward = block.forward
         # Blocks draw no random numbers, so there is no generator state to keep.
+        recomputed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         match config.activation_checkpointing:
             case "blocks":
-                forward = partial(
-                    checkpoint, forward, use_reentrant=False, preserve_rng_state=False
-                )
+                forward = recomputed
             case "selective":
-                forward = partial(
-                    checkpoint,
-                    forward,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=partial(create_selective_checkpoint_contexts, keep_products),
-                )
+                kept = partial(create_selective_checkpoint_contexts, keep_products)
+                forward = partial(recomputed, context_fn=kept)
         if config.compile and not programs:
             forward = torch.compile(forward, dynamic=False, fullgraph=True)
         block.forward = forward

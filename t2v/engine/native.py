@@ -27,7 +27,8 @@ class NativeEngine:
     """Clips and steps on the parts that `part_of` cuts from parameters and from their gradients.
 
     `sum_over_parts` adds over the ranks that hold the other parts; `exchange` is told before each
-    backward pass whether it is a step's last; `let_go` frees gathered weights.
+    backward pass whether it is a step's last; `let_go` frees gathered weights. By default parts
+    are whole parameters.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class NativeEngine:
         *,
         groups: Groups,
         places: dict[str, Place],
-        part_of: Callable[[Tensor], Tensor],
-        sum_over_parts: Callable[[Tensor], Tensor],
-        exchange: Callable[[bool], None],
-        let_go: Callable[[], None],
+        part_of: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        sum_over_parts: Callable[[Tensor], Tensor] = lambda values: values,
+        exchange: Callable[[bool], None] = lambda final: None,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self.model, self.world = name, model, world
         self._parameters = dict(model.named_parameters())

@@ -31,8 +31,4 @@ def single_engine(
         world,
         groups=groups,
         places={name: Place(tuple(p.shape), 0) for name, p in model.named_parameters()},
-        part_of=lambda tensor: tensor,
-        sum_over_parts=lambda values: values,
-        exchange=lambda _: None,
-        let_go=lambda: None,
     )

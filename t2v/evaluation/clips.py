@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -15,8 +15,7 @@ from data_pipeline.media.codec import decode_clip, encode_clip, reduce_clip, red
 from data_pipeline.pyramid import Clip
 from data_pipeline.shards.dataset import Dataset, digest_json, open_dataset
 from data_pipeline.shards.tar import digest64
-from t2v.evaluation.protocol import FrameRule, RealSet, View
-from t2v.evaluation.protocol import Protocol as Rules
+from t2v.evaluation.protocol import FrameRule, Protocol, RealSet, View
 from t2v.methods.method import Output
 
 SUMMARY = "samples.json"
@@ -55,22 +54,6 @@ class Shown:
     caption: str | None
 
 
-class Clips(Protocol):
-    """A numbered set of clips; picklable, so that worker processes can read it."""
-
-    def __len__(self) -> int: ...
-
-    def only(self, number: int) -> "Clips":
-        """The set of that clip alone: little to send to another process."""
-        ...
-
-    def id(self, number: int, level: int | None) -> str:
-        """What a clip and its caption follow from."""
-        ...
-
-    def read(self, number: int, view: View, codec: str) -> Shown: ...
-
-
 @dataclass(frozen=True)
 class RealClips:
     """Clips of a dataset: all, or as many as were drawn by a seed."""
@@ -87,9 +70,15 @@ class RealClips:
         return f"{self.dataset.path}: sample {self.places[0]}"
 
     def only(self, number: int) -> "RealClips":
+        """The set of that clip alone: little to send to another process."""
         return replace(self, places=[self.places[number]])
 
+    def rule(self, view: View) -> FrameRule:
+        """Which frames of a clip are seen."""
+        return view.real_window
+
     def id(self, number: int, level: int | None) -> str:
+        """What a clip and its caption follow from."""
         shard, row = self.places[number]
         return f"{self.dataset.info.fingerprint}/{shard}/{row}"
 
@@ -100,7 +89,7 @@ class RealClips:
         clip = _decoded(record.media, where)
         clip = bring_to(clip, view, where)
         rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
-        clip = window(clip, view, view.real_window, rng)
+        clip = window(clip, view, self.rule(view), rng)
         return Shown(coded(clip, codec, self.fps), record.caption)
 
 
@@ -122,6 +111,9 @@ class GeneratedClips:
     def only(self, number: int) -> "GeneratedClips":
         return replace(self, records=[self.records[number]])
 
+    def rule(self, view: View) -> FrameRule:
+        return view.generated_window
+
     def id(self, number: int, level: int | None) -> str:
         entry = self._entry(number, level)
         digest = entry.get("sha256") or sha256(self._media(entry)).hexdigest()
@@ -134,7 +126,7 @@ class GeneratedClips:
             raise DataError(f"{where}: is not the file that {SUMMARY} tells of; sample it again.")
         clip = bring_to(_decoded(media, where), view, where)
         rng = np.random.default_rng([self.seed, digest64(self.id(number, view.level))])
-        clip = window(clip, view, view.generated_window, rng)
+        clip = window(clip, view, self.rule(view), rng)
         shows = self.records[number].get("prompt")
         return Shown(coded(clip, codec, self.fps), shows if isinstance(shows, str) else None)
 
@@ -160,12 +152,16 @@ class GeneratedClips:
             ) from None
 
 
+# A numbered set of clips; picklable, so that worker processes can read it.
+Clips = RealClips | GeneratedClips
+
+
 def is_samples(folder: Path) -> bool:
     """Whether a folder holds clips rather than a run or a checkpoint."""
     return (folder / SUMMARY).is_file() or any(folder.glob("*.mp4"))
 
 
-def open_real(rules: Rules, origin: str) -> RealClips:
+def open_real(rules: Protocol, origin: str) -> RealClips:
     """The real clips of a protocol, whose dataset is the one it means."""
     dataset = open_dataset(rules.real.dataset)
     info, real = dataset.info, rules.real
@@ -210,7 +206,7 @@ def draw_places(dataset: Dataset, real: RealSet) -> list[tuple[int, int]]:
     return dataset.places(numbers)
 
 
-def open_generated(folder: Path, rules: Rules) -> GeneratedClips:
+def open_generated(folder: Path, rules: Protocol) -> GeneratedClips:
     """The first clips of a folder, as many as the protocol has."""
     summary, wanted = folder / SUMMARY, rules.generated.clips
     if summary.is_file():

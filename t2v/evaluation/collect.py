@@ -32,7 +32,6 @@ class Task:
 
     clips: Clips
     view: View
-    rule: str  # which frames of a clip are seen, and by which seed
     codec: str
     measures: Mapping[str, Measure]
 
@@ -46,7 +45,7 @@ class Task:
         view = self.view
         facts = {
             "size": view.size,
-            "frames": [view.frames, view.stride, self.rule],
+            "frames": [view.frames, view.stride, f"{self.clips.rule(view)} {self.clips.seed}"],
             "codec": self.codec,
             "measure": self.measures[name].identity,
             "clips": [self.clips.id(number, view.level) for number in self.numbers(chunk)],

@@ -83,7 +83,7 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
             values = {
                 name: {
                     view.name: collect(
-                        Task(clips, view, rule(view), protocol.codec, measures[view.name]),
+                        Task(clips, view, protocol.codec, measures[view.name]),
                         job.cache,
                         world,
                         workers=job.workers,
@@ -91,14 +91,7 @@ def evaluate(protocol: Protocol, origin: str, job: Job) -> Path:
                     )
                     for view in protocol.views
                 }
-                for name, clips, rule in (
-                    ("real", real, lambda view: f"{view.real_window} {protocol.real.seed}"),
-                    (
-                        "generated",
-                        generated,
-                        lambda view: f"{view.generated_window} {protocol.generated.seed}",
-                    ),
-                )
+                for name, clips in (("real", real), ("generated", generated))
             }
         world.on_first(lambda: write_result(protocol, real, generated, measures, values, job.out))
     return job.out
@@ -238,27 +231,14 @@ def write_result(
 def pin(protocol: Protocol, real: RealClips, measures: Measures) -> Protocol:
     """The protocol with the digests of what was used."""
     info = real.dataset.info
-    identities: dict[str, str] = {}
-    for found in measures.values():
-        for one in found.values():
-            identities |= {
-                name: digest
-                for name, digest in one.identity.items()
-                if name in ("i3d", "c3d", "clip")
-            }
-    changes: dict[str, Any] = {
-        "real": protocol.real.model_copy(
-            update={"fingerprint": info.fingerprint, "split": info.notes.get("split")}
-        )
-    }
-    for name in ("i3d", "c3d", "clip"):
-        section = getattr(protocol, name)
-        if section is not None:
-            # One that no view asks for plays no part.
-            known = name in identities
-            changes[name] = (
-                section.model_copy(update={"sha256": identities[name]}) if known else None
-            )
+    used = {"fingerprint": info.fingerprint, "split": info.notes.get("split")}
+    changes: dict[str, Any] = {"real": protocol.real.model_copy(update=used)}
+    # A network that no view asks for plays no part.
+    changes |= dict.fromkeys(("i3d", "c3d", "clip"))
+    for measure in (one for found in measures.values() for one in found.values()):
+        for name in changes.keys() & measure.identity.keys():
+            digest = {"sha256": measure.identity[name]}
+            changes[name] = getattr(protocol, name).model_copy(update=digest)
     return protocol.model_copy(update=changes)
 
 

@@ -3,13 +3,13 @@
 Networks are TorchScript files, which hold no pickle, or a transformers folder of safetensors.
 """
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,6 @@ Values = Float[np.ndarray, "clips dims"]
 # Of CLIP's image preprocessing (Radford et al. 2021, their released code).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Measure(Protocol):
-    """Numbers of each clip; `identity` is all they follow from besides the clip."""
-
-    @property
-    def identity(self) -> dict[str, Any]: ...
-
-    def of(self, shown: Sequence[Shown]) -> Values: ...
 
 
 @dataclass(frozen=True)
@@ -180,6 +171,10 @@ class Seams:
         return np.stack([seam_energies(clip.clip, self.borders) for clip in shown])
 
 
+# Numbers of each clip; `identity` is all they follow from besides the clip.
+Measure = VideoFeatures | ClassProbabilities | TextAgreement | Seams
+
+
 def load_i3d(spec: I3D, shape: tuple[int, int, int], device: torch.device) -> VideoFeatures:
     """The network of a protocol, proven to take clips of a shape and to answer with features."""
     digest = file_digest(Path(spec.path), spec.sha256, "i3d.sha256")
@@ -223,15 +218,13 @@ def file_digest(path: Path, expected: str | None, field: str) -> str:
     if not path.is_file():
         raise InputMissing(f"{path}: no such file; give the path where {field.split('.')[0]} lies.")
     with path.open("rb") as file:
-        digest = sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if expected not in (None, digest.hexdigest()):
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected not in (None, digest):
         raise ConfigError(
-            f"{field}: is wrong because {path} has {digest.hexdigest()}; give the file that the "
-            "protocol was made with."
+            f"{field}: is wrong because {path} has {digest}; give the file that the protocol was "
+            "made with."
         )
-    return digest.hexdigest()
+    return digest
 
 
 def to_tensor(shown: Sequence[Shown]) -> UInt8[Tensor, "clips 3 frames height width"]:

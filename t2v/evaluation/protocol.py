@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from data_pipeline.errors import InputMissing
 from data_pipeline.shards.dataset import digest_json
 from data_pipeline.strict import Size, Strict
-from t2v.recipe.reading import apply_override, parse, read_mapping
+from t2v.recipe.reading import parse, read_mapping
 
 FrameRule = Literal["first", "center", "random"]
 Metric = Literal["fvd", "mmd", "inception_score", "text_score", "seam"]
@@ -146,18 +145,9 @@ class Protocol(Strict):
 
 def load_protocol(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Protocol:
     """The protocol at `path` with `dotted.key=value` overrides; errors say all that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputMissing(f"{path}: no such protocol; `ls configs/evaluation` shows ours.")
-    content = read_mapping(path)
-    for override in overrides:
-        apply_override(content, override)
-    return parse_protocol(content, str(path))
-
-
-def parse_protocol(content: dict, origin: str) -> Protocol:
-    """A protocol from plain data; `origin` begins each line of the error."""
-    return parse(Protocol, content, origin)
+    missing = "no such protocol; `ls configs/evaluation` shows ours."
+    content = read_mapping(Path(path), overrides, missing=missing)
+    return parse(Protocol, content, str(Path(path)))
 
 
 def dump_protocol(protocol: Protocol) -> str:

@@ -1,6 +1,7 @@
 """Results: written, read again, shown side by side, and never compared across protocols."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,7 @@ BETTER = {
 
 def score(estimate: Estimate, **facts: Any) -> dict[str, Any]:
     """A score as it stands in result.json."""
-    return {
-        "value": estimate.value,
-        "standard_error": estimate.standard_error,
-        "low": estimate.low,
-        "high": estimate.high,
-        **facts,
-    }
+    return asdict(estimate) | facts
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
@@ -106,16 +101,12 @@ def compare(paths: list[Path]) -> str:
 
 def differences(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted name, value here, value there) of all that differs."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return [
             found
             for key in sorted(a.keys() | b.keys())
             for found in differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [
-            found
-            for number, (one, other) in enumerate(zip(a, b, strict=True))
-            for found in differences(one, other, f"{name}.{number}")
         ]
     return [] if a == b else [(name, a, b)]

@@ -246,12 +246,11 @@ def _memory_table(plan: Plan) -> Table:
     sizes = plan.memory_gib.model_dump(include=set(PARTS))
     for name, size in sizes.items():
         table.add_row(name.replace("_", " "), f"{size:,.2f}", moments_of(name))
-    host = plan.memory_gib.host
-    if host:
-        table.add_row("offloaded to the host", f"{host:,.2f}", "not of the GPU")
-    copy = plan.memory_gib.host_copy
-    table.add_row("a checkpoint's copy on the host", f"{copy:,.2f}", "not of the GPU")
-    total = f"{plan.memory_gib.total:,.2f} of {plan.gpu_memory_gib:g}"
+    told = plan.memory_gib
+    if told.host:
+        table.add_row("offloaded to the host", f"{told.host:,.2f}", "not of the GPU")
+    table.add_row("a checkpoint's copy on the host", f"{told.host_copy:,.2f}", "not of the GPU")
+    total = f"{told.total:,.2f} of {plan.gpu_memory_gib:g}"
     table.add_row("at its fullest", total, fullest(sizes))
     return table
 

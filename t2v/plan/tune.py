@@ -41,11 +41,7 @@ def tune(
         raise ConfigError(
             f"--tune: nothing fits {gpus} GPUs of {gpu_memory_gib:g} GiB; use more of them."
         )
-    return sorted(found, key=_cost)
-
-
-def _cost(choice: Choice) -> tuple:
-    return round(choice.step_seconds, 2), len(choice.changes), choice.memory_gib
+    return sorted(found, key=lambda c: (round(c.step_seconds, 2), len(c.changes), c.memory_gib))
 
 
 def seconds(

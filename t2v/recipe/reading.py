@@ -5,13 +5,13 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, InputMissing
 
 Model = typing.TypeVar("Model", bound=BaseModel)
 NUMBER = re.compile(r"tag:yaml.org,2002:(int|float)")
@@ -47,8 +47,11 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_mapping(path: Path) -> dict:
-    """The mapping that a YAML file holds, no key of it twice."""
+def read_mapping(path: Path, overrides: Iterable[str] = (), *, missing: str) -> dict:
+    """The mapping that a YAML file holds, no key of it twice, with `dotted.key=value` overrides;
+    InputMissing says what is `missing` where there is no file."""
+    if not path.is_file():
+        raise InputMissing(f"{path}: {missing}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
@@ -61,6 +64,8 @@ def read_mapping(path: Path) -> dict:
         raise ConfigError(message) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is wrong because it holds no mapping; see configs/.")
+    for override in overrides:
+        apply_override(content, override)
     return content
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import (
     ClassConditioning,
     Conditioning,
@@ -22,7 +22,7 @@ from t2v.engine.config import EngineConfig
 from t2v.engine.optimizer import OptimizerConfig
 from t2v.methods.method import Method
 from t2v.recipe.methods import METHODS, AnyMethodConfig
-from t2v.recipe.reading import apply_override, parse, read_mapping
+from t2v.recipe.reading import parse, read_mapping
 from t2v.train.held_out import HeldOutConfig
 from t2v.train.part_weights import Setting
 from t2v.train.warm_start import WarmStartConfig
@@ -163,13 +163,9 @@ def refuse_other_subjects(samples: SamplesConfig, conditioning: Conditioning) ->
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The recipe at `path` with `dotted.key=value` overrides; errors say all that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputMissing(f"{path}: no such recipe; `ls configs` shows those we ship.")
-    content = read_mapping(path)
-    for override in overrides:
-        apply_override(content, override)
-    return parse_config(content, str(path))
+    missing = "no such recipe; `ls configs` shows those we ship."
+    content = read_mapping(Path(path), overrides, missing=missing)
+    return parse_config(content, str(Path(path)))
 
 
 def parse_config(content: dict, origin: str) -> RunConfig:

@@ -8,12 +8,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -32,6 +30,7 @@ from data_pipeline.media.codec import decode_clip, encode_clip
 from data_pipeline.pyramid import Clip
 from data_pipeline.store import storage
 from data_pipeline.terminal import Terminal
+from t2v.attempt.files import read_mapping
 from t2v.engine.compute import autocast, set_matmul_precision
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import World, join_world
@@ -48,7 +47,7 @@ GIB = 2**30
 # Processes wait for the slowest one's last clip, which may take hours.
 PATIENCE_SECONDS = 24 * 3600.0
 RESERVE_BYTES = 192 << 20  # libraries that load late, and encoding
-MOST_ON_SHEET = 64
+MOST_ON_SHEET, LEAST_SHEET_HEIGHT = 64, 72  # clips; pixels of one
 # Tells that a folder's clips and records are ours to replace.
 MARK, MARK_TEXT = ".t2v-samples", b"made by t2v sample, which may replace numbered files here\n"
 
@@ -237,15 +236,13 @@ def room_left(device: torch.device, means: Means) -> Room:
     return Room(allowed - RESERVE_BYTES, 0, means.scratch)
 
 
-@contextmanager
-def sampling_world() -> Iterator[World]:
+def sampling_world() -> AbstractContextManager[World]:
     """The processes that sample together; the recipe's engine plays no part."""
     launched = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
     engine = EngineConfig(
         kind="fsdp" if launched else "single", collective_timeout_seconds=PATIENCE_SECONDS
     )
-    with join_world(engine) as world:
-        yield world
+    return join_world(engine)
 
 
 def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> RunConfig:
@@ -312,8 +309,8 @@ def record_path(out: Path, number: int) -> Path:
 
 def is_done(out: Path, recipe: Recipe, subject: Subject) -> bool:
     """Whether a clip is there, whole, and was made just as it would be made now."""
-    record = read_record(out, subject.number)
-    if record is None or record.get("key") != recipe.key(subject):
+    record = read_mapping(record_path(out, subject.number))
+    if record.get("key") != recipe.key(subject):
         return False
     entries = [record]
     if recipe.request.levels:
@@ -328,18 +325,10 @@ def is_done(out: Path, recipe: Recipe, subject: Subject) -> bool:
     )
 
 
-def read_record(out: Path, number: int) -> dict[str, Any] | None:
-    """A clip's record, if there is a readable one."""
-    try:
-        record = json.loads(record_path(out, number).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def summarise(out: Path, count: int) -> None:
     """contact_sheet.png from the written clips and, last, samples.json with all records."""
-    records = [record for number in range(count) if (record := read_record(out, number))]
+    found = [read_mapping(record_path(out, number)) for number in range(count)]
+    records = list(filter(None, found))
     clips = [decode_clip((out / r["file"]).read_bytes()) for r in records[:MOST_ON_SHEET]]
     sheet = io.BytesIO()
     contact_sheet(clips).save(sheet, "PNG")
@@ -347,15 +336,15 @@ def summarise(out: Path, count: int) -> None:
     storage.write_atomic(str(out / "samples.json"), json.dumps(records, indent=1).encode())
 
 
-def contact_sheet(clips: list[Clip], frames: int = 4, min_height: int = 72) -> Image.Image:
+def contact_sheet(clips: list[Clip]) -> Image.Image:
     """Four frames of every clip in a row, two clips side by side."""
     strips = []
     for clip in clips:
-        chosen = clip[np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)]
+        chosen = clip[np.linspace(0, len(clip) - 1, min(4, len(clip))).round().astype(int)]
         strips.append(np.pad(rearrange(chosen, "t h w c -> h (t w) c"), ((1, 1), (1, 1), (0, 0))))
     if len(strips) % 2:
         strips.append(np.zeros_like(strips[0]))
     rows = [np.concatenate(strips[i : i + 2], axis=1) for i in range(0, len(strips), 2)]
     sheet = Image.fromarray(np.concatenate(rows))
-    zoom = max(1, round(min_height / clips[0].shape[1]))
+    zoom = max(1, round(LEAST_SHEET_HEIGHT / clips[0].shape[1]))
     return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)

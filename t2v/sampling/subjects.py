@@ -202,10 +202,7 @@ class Conditions:
                 pad_tokens([self.texts[prompt] for prompt in prompts], kind, self.device)
                 for prompts in ([str(s.shows) for s in subjects], [self.null_prompt] * count)
             )
-            return (
-                Condition(**shared, text_tokens=told[0], text_mask=told[1]),
-                Condition(**shared, text_tokens=null[0], text_mask=null[1]),
-            )
+            return Condition(**shared, **told), Condition(**shared, **null)
         if isinstance(kind, ClassConditioning):
             label = torch.tensor([subject.shows for subject in subjects], device=self.device)
             null_label = torch.full_like(label, kind.num_classes)
@@ -215,12 +212,12 @@ class Conditions:
 
 def pad_tokens(
     embeddings: list[Float[Tensor, "tokens width"]], kind: TextConditioning, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(tokens, mask) of one shape, as the loader pads them."""
+) -> dict[str, Tensor]:
+    """Tokens of one shape and their mask, as the loader pads them."""
     tokens = torch.zeros(len(embeddings), kind.max_tokens, kind.width)
     mask = torch.zeros(len(embeddings), kind.max_tokens, dtype=torch.bool)
     for row, embedding in enumerate(embeddings):
         length = min(len(embedding), kind.max_tokens)
         tokens[row, :length] = embedding[:length].float()
         mask[row, :length] = True
-    return tokens.to(device), mask.to(device)
+    return {"text_tokens": tokens.to(device), "text_mask": mask.to(device)}

@@ -10,16 +10,10 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from data_pipeline.printable import say
 from data_pipeline.strict import Strict
-from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences
+from t2v.checkpoint.compatibility import WEIGHTS, kinds_of, refuse_differences, weights_in
 from t2v.checkpoint.finding import resolve_checkpoint
 from t2v.checkpoint.manifest import read_manifest
-from t2v.checkpoint.tensor_files import (
-    Slice,
-    TensorKind,
-    read_slices,
-    read_whole,
-    tensor_kinds,
-)
+from t2v.checkpoint.tensor_files import Slice, TensorKind, read_slices, read_whole
 from t2v.engine.engine import Engine
 from t2v.methods.method import Method
 from t2v.network.interpolation import interpolation_matrix
@@ -67,12 +61,7 @@ def warm_start(settings: WarmStartConfig, method: Method, engine: Engine) -> War
     """Give the model a base's weights; new ones keep their initial values."""
     folder = resolve_checkpoint(settings.checkpoint, engine.world)
     refuse_other_network(folder, read_manifest(folder).config, method, settings)
-    prefix = WEIGHTS[settings.weights]
-    base = {
-        name.removeprefix(prefix): kind
-        for name, kind in tensor_kinds(folder).items()
-        if name.startswith(prefix)
-    }
+    prefix, base = WEIGHTS[settings.weights], weights_in(folder, settings.weights)
     places = engine.places()
     model = {name: Slice(part, places[name]) for name, part in engine.parameters().items()}
     plan = plan_warm_start(

@@ -45,18 +45,15 @@ def write_report(run_dir: Path, out: Path) -> Path:
 
 def page(run_dir: Path) -> str:
     """The whole page; whatever the run's files say stays text."""
-    told = read_metrics(run_dir / "metrics.jsonl")
-    steps = told.steps
+    steps, held_out, skipped = read_metrics(run_dir / "metrics.jsonl")
     status = read_mapping(run_dir / "status.json")
     attempts = read_records(run_dir / "attempts.jsonl")
-    restarts = [
-        record.get("step") for record in attempts[1:] if record.get("event") == "start"
-    ]  # fmt: skip
-    marks = [step for step in restarts if isinstance(step, int)]
+    restarts = (record for record in attempts[1:] if record.get("event") == "start")
+    marks = [step for record in restarts if isinstance(step := record.get("step"), int)]
     body = [
         header(run_dir, status, steps, attempts),
-        training_section(steps, marks, told.skipped),
-        held_out_section(told.held_out),
+        training_section(steps, marks, skipped),
+        held_out_section(held_out),
         samples_section(run_dir),
         rates_section(steps, marks),
         health_section(read_records(run_dir / "quarantine.jsonl")),

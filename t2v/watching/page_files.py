@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,9 @@ from t2v.watching.metrics import read_lines
 MOST_LINES = 4000
 
 
-@dataclass(frozen=True)
-class Told:
-    """What metrics.jsonl tells: means of neighbouring lines where there are very many."""
-
-    steps: list[dict]
-    held_out: list[dict]
-    skipped: int
-
-
-def read_metrics(path: Path) -> Told:
-    """The lines of a run, in bounded memory."""
+def read_metrics(path: Path) -> tuple[list[dict], list[dict], int]:
+    """(lines of steps, held-out lines, skipped steps) of a run, in bounded memory: means of
+    neighbouring lines where there are very many."""
     held_out: list[dict] = []
     skipped = 0
 
@@ -36,7 +27,7 @@ def read_metrics(path: Path) -> Told:
                 yield line
 
     steps = condensed(of_steps(), MOST_LINES)
-    return Told(steps, held_out, skipped)
+    return steps, held_out, skipped
 
 
 def condensed(lines: Iterable[dict], most: int) -> list[dict]:
@@ -103,8 +94,5 @@ def read_list(path: Path) -> list[dict]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return []
-    return (
-        [record for record in content if isinstance(record, dict)]
-        if isinstance(content, list)
-        else []
-    )
+    records = content if isinstance(content, list) else []
+    return [record for record in records if isinstance(record, dict)]

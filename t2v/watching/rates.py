@@ -1,11 +1,11 @@
 """How fast a run goes against what its devices can do, and how much of its time it made use of."""
 
 import re
-import resource
 from pathlib import Path
 
 import torch
 
+from t2v.attempt.failure import peak_memory_gib
 from t2v.attempt.files import read_records, seconds_of
 
 # Dense matrix products by NVIDIA's data sheets, in TFLOP/s; the first name that fits counts.
@@ -62,8 +62,7 @@ def first_start(run_dir: Path) -> float | None:
 
 def peak_memory() -> dict[str, float]:
     """Most memory this rank has held: of its GPU if it has one, and of its process."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory = {"host_memory_gib": host / GIB}
+    memory = {"host_memory_gib": peak_memory_gib()}
     if torch.cuda.is_available():
         memory["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
     return memory

@@ -136,14 +136,12 @@ class Report:
 
     def saved(self, news: list[Saved]) -> None:
         """What became of saves."""
+        if self.status is None or self.lines is None:
+            return
         for saved in news:
-            if self.status is None:
-                continue
-            if self.lines is not None:
-                self.lines.stall_seconds += saved.stall_seconds
+            self.lines.stall_seconds += saved.stall_seconds
             if saved.problem is None:
-                if self.lines is not None:
-                    self.lines.committed(saved.step)
+                self.lines.committed(saved.step)
                 with contextlib.suppress(OSError):
                     told = {"last_checkpoint": saved.step, "save_seconds": saved.seconds}
                     self.status.write("running", **told)

@@ -8,18 +8,20 @@ tells how long collectives took, and every so many steps ranks compare. No step 
 import contextlib
 import math
 import random
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
 from data_pipeline.printable import say
 from t2v.attempt.collectives import collective_seconds
-from t2v.attempt.failure import hostname, is_waiting
+from t2v.attempt.failure import is_waiting
 from t2v.attempt.record import append_attempt
 from t2v.attempt.run_folder import StatusFile, timestamp
 from t2v.engine.world import World
@@ -45,8 +47,7 @@ class Waits:
 
     def __init__(self, world: World) -> None:
         self.is_cpu = world.device.type == "cpu"
-        self.looks = self.waiting = 0
-        self.device_seconds = self.device_span = 0.0
+        self.begin_anew()
         self.cost_seconds = 0.0  # of computing, of this thread itself
         self._last_ns = time.time_ns()
         self._stop = threading.Event()
@@ -57,7 +58,7 @@ class Waits:
         """Since the last time that all began anew."""
         host = self.waiting / max(self.looks, 1)
         device = self.device_seconds / self.device_span if self.device_span else 0.0
-        return Waited(min(host + device, 1.0), self.looks, hostname())
+        return Waited(min(host + device, 1.0), self.looks, socket.gethostname())
 
     def begin_anew(self) -> None:
         self.looks = self.waiting = 0
@@ -87,12 +88,7 @@ class Waits:
 
 def agrees(frame: FrameType) -> bool:
     """Whether a host waits for other hosts; that it launches collectives is its own work."""
-    innermost: FrameType | None = frame
-    while innermost is not None:
-        if innermost.f_code in AGREEING:
-            return True
-        innermost = innermost.f_back
-    return False
+    return any(call.f_code in AGREEING for call, _ in walk_stack(frame))
 
 
 def late_ranks(waited: Sequence[float], looks: int) -> dict[int, float]:
@@ -126,8 +122,7 @@ class Stragglers:
 
     def __init__(self, run_dir: Path, world: World, status: StatusFile | None, every: int) -> None:
         self.run_dir, self.world, self.status, self.every = run_dir, world, status, every
-        self.is_on = every > 0 and world.world_size > 1
-        self.waits = Waits(world) if self.is_on else None
+        self.waits = Waits(world) if every > 0 and world.world_size > 1 else None
         self.steps = 0
         self.named: int | None = None
 

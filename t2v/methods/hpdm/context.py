@@ -58,15 +58,11 @@ class TokenGrid:
         self, level: int, offsets: Int[Tensor, "batch 3"]
     ) -> Float[Tensor, "batch tokens 3"]:
         """Each token's place in the clip, (frames, height, width) in [-1, 1] (paper, eq. 9)."""
-        places = [
+        t, h, w = (
             2 * self.centers(level, offsets, axis) / self.pyramid.clip_size[axis] - 1
             for axis in range(3)
-        ]
-        grid = [
-            rearrange(places[0], "b t -> b t 1 1").expand(-1, *self.shape),
-            rearrange(places[1], "b h -> b 1 h 1").expand(-1, *self.shape),
-            rearrange(places[2], "b w -> b 1 1 w").expand(-1, *self.shape),
-        ]
+        )
+        grid = torch.broadcast_tensors(t[:, :, None, None], h[:, None, :, None], w[:, None, None])
         return torch.stack(grid, dim=4).flatten(1, 3)
 
     def support(

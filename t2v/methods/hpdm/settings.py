@@ -154,10 +154,6 @@ class HPDMSamplingConfig(SamplingConfig):
             )
         return self
 
-    def level_overlap(self, level: int) -> str:
-        """Axes on which the tiles of a level overlap."""
-        return at_level(self.overlap, level)
-
     def level_guidance(self, level: int) -> float:
         """Guidance scale of a level."""
         return at_level(self.guidance_scale, level)
@@ -195,7 +191,8 @@ class HPDMSamplingConfig(SamplingConfig):
 
 def level_tilings(sampling: HPDMSamplingConfig, pyramid: Pyramid, level: int) -> list[Tiling]:
     """The tilings of a level that sampling steps take in turn."""
-    size, patch, overlap = pyramid.size(level), pyramid.patch_size, sampling.level_overlap(level)
+    size, patch = pyramid.size(level), pyramid.patch_size
+    overlap = at_level(sampling.overlap, level)
     plain = tile_level(size, patch, overlap, blending=sampling.blending)
     if not sampling.shifted or size == patch:
         return [plain]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,18 +20,6 @@ T = TypeVar("T")
 Where = Literal["device", "host", "disk"]
 Fetched = dict[Any, Tensor]
 Box = tuple[slice, ...]  # of the leading axes; the others are whole
-
-
-class Kept(Protocol):
-    """An array of zeros at first, read and written by boxes."""
-
-    def read(self, boxes: list[Box]) -> Tensor:
-        """Boxes of one shape, stacked, in fp32 on the device."""
-        ...
-
-    def write(self, box: Box, values: Tensor) -> None: ...
-
-    def add(self, box: Box, values: Tensor) -> None: ...
 
 
 class InMemory:
@@ -45,6 +33,7 @@ class InMemory:
         self.values = torch.zeros(shape, dtype=dtype, device=home, pin_memory=self.pinned)
 
     def read(self, boxes: list[Box]) -> Tensor:
+        """Boxes of one shape, stacked, in fp32 on the device."""
         parts = [self.values[box] for box in boxes]
         if not self.pinned:
             return torch.stack(parts).float()
@@ -120,6 +109,10 @@ class OnDisk:
                 if moved == 0:
                     raise StorageError("scratch file: ended early; check the disk.")
                 done += moved
+
+
+# An array of zeros at first, read and written by boxes.
+Kept = InMemory | OnDisk
 
 
 class Store:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -60,9 +61,11 @@ class Tiling:
         self, tile: int, token_size: Size3 = (1, 1, 1)
     ) -> Float[Tensor, "tile_frames tile_height tile_width"]:
         """What a tile adds to the average at each of its pixels, or tokens of `token_size`."""
-        numbers = _digits(tile, [len(places) for places in self.places])
+        numbers = np.unravel_index(tile, [len(places) for places in self.places])
+        axes = zip(self.places, self.patch, self.size, token_size, strict=True)
         t, h, w = (
-            self._axis_shares(axis, token_size[axis])[number] for axis, number in enumerate(numbers)
+            axis_shares(places, side, whole, token, self.blending)[number]
+            for number, (places, side, whole, token) in zip(numbers, axes, strict=True)
         )
         return t[:, None, None] * h[:, None] * w
 
@@ -93,19 +96,6 @@ class Tiling:
         corner[slab.axis] -= slab.low
         return corner
 
-    def _axis_shares(self, axis: int, token: int) -> Float[Tensor, "places side"]:
-        shares = self._shares.get((axis, token))
-        if shares is None:
-            places = [place // token for place in self.places[axis]]
-            side, whole = self.patch[axis] // token, self.size[axis] // token
-            shares = axis_shares(places, side, whole, self.blending)
-            self._shares[axis, token] = shares
-        return shares
-
-    @cached_property
-    def _shares(self) -> dict[tuple[int, int], Tensor]:
-        return {}
-
 
 def axis_offsets(size: int, patch: int, overlap: bool) -> list[int]:
     """Low corners along one axis: `size / patch` tiles side by side, or `2 size / patch - 1` that
@@ -121,13 +111,16 @@ def shifted_offsets(size: int, patch: int) -> list[int]:
     return [0, *range(patch // 2, size - patch + 1, patch), size - patch]
 
 
+@cache
 def axis_shares(
-    places: Sequence[int], patch: int, size: int, blending: Blending
+    places: tuple[int, ...], patch: int, size: int, token: int, blending: Blending
 ) -> Float[Tensor, "places side"]:
-    """Each tile's weight over the sum of all tiles' weights, along one axis.
+    """Each tile's weight over the sum of all tiles' weights, along one axis, at each of its pixels
+    or at tokens of several.
 
     `tapered` weights fall linearly from a tile's middle to its ends.
     """
+    places, patch, size = tuple(place // token for place in places), patch // token, size // token
     weights = torch.ones(patch, dtype=torch.float64)
     if blending == "tapered":
         middles = (torch.arange(patch, dtype=torch.float64) + 0.5) / patch
@@ -179,12 +172,3 @@ def cut_tile(
     """The window of a canvas at a tile's offset; memory is shared."""
     pairs = zip(offset, patch, strict=True)
     return canvas[(..., *(slice(low, low + side) for low, side in pairs))]
-
-
-def _digits(number: int, counts: list[int]) -> tuple[int, ...]:
-    """A number's digits where each place has its own count, the last running fastest."""
-    digits = []
-    for count in reversed(counts):
-        number, digit = divmod(number, count)
-        digits.append(digit)
-    return tuple(reversed(digits))

@@ -161,16 +161,18 @@ class PyramidFlowConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> "PyramidFlowConfig":
-        for find in PROBLEMS:
-            if problem := find(self):
-                raise ValueError(problem)
+        refuse_space(self)
+        refuse_units(self)
+        refuse_levels(self)
+        refuse_turns(self)
+        refuse_sampling(self)
         return self
 
 
-def problem_with_space(config: PyramidFlowConfig) -> str | None:
-    """Why the space and the clip do not fit together."""
+def refuse_space(config: PyramidFlowConfig) -> None:
+    """ValueError where the space and the clip do not fit together."""
     if (config.space == "latents") != (config.latents is not None):
-        return (
+        raise ValueError(
             "latents: missing because space is 'latents'; give the set's name, channels and stride"
             if config.latents is None
             else "latents: is wrong because space is 'pixels'; leave it out, or use latents"
@@ -180,23 +182,22 @@ def problem_with_space(config: PyramidFlowConfig) -> str | None:
         frames, *sides = config.clip_size
         if (frames - 1) % by_frames:
             low = 1 + (frames - 1) // by_frames * by_frames
-            return (
+            raise ValueError(
                 f"clip_size: {frames} (frames) is wrong because the autoencoder takes 1 frame "
                 f"and then {by_frames} at a time; use {low} or {low + by_frames}"
             )
         for axis, side, stride in zip(AXES[1:], sides, strides, strict=True):
             if side % stride:
-                return (
+                raise ValueError(
                     f"clip_size: {side} ({axis}) is wrong because it is no multiple of "
                     f"latents.stride {stride}; use {max(side // stride, 1) * stride}"
                 )
-    return None
 
 
-def problem_with_units(config: PyramidFlowConfig) -> str | None:
-    """Why the clip's frames are not whole units."""
+def refuse_units(config: PyramidFlowConfig) -> None:
+    """ValueError where the clip's frames are not whole units."""
     if (config.temporal == "pyramid") != (config.unit_frames is not None):
-        return (
+        raise ValueError(
             "unit_frames: missing because temporal is 'pyramid'; give the frames of a unit"
             if config.unit_frames is None
             else "unit_frames: is wrong because temporal 'full' has one unit; leave it out"
@@ -206,15 +207,14 @@ def problem_with_units(config: PyramidFlowConfig) -> str | None:
         low = 1 + (frames - 1) // unit * unit
         in_space = f"{frames} latent frames" if config.latents else f"{frames} frames"
         fits = f"{low} or {low + unit}" + (" latent frames" if config.latents else "")
-        return (
+        raise ValueError(
             f"clip_size: {config.clip_size[0]} (frames) is wrong because its {in_space} are not "
             f"1 and then units of {unit}; use {fits}, or another unit_frames"
         )
-    return None
 
 
-def problem_with_levels(config: PyramidFlowConfig) -> str | None:
-    """Why a frame cannot be halved as often as there are stages."""
+def refuse_levels(config: PyramidFlowConfig) -> None:
+    """ValueError where a frame cannot be halved as often as there are stages."""
     for axis, side, token in zip(AXES[1:], config.size[1:], config.model.token_size, strict=True):
         least = token * 2 ** (config.flow.stages - 1)
         if side % least:
@@ -227,41 +227,29 @@ def problem_with_levels(config: PyramidFlowConfig) -> str | None:
                 if side % token == 0
                 else f"make sides multiples of {least}"
             )
-            return (
+            raise ValueError(
                 f"flow.joints: {config.flow.stages} stages are wrong because {axis} {side} is no "
                 f"multiple of model.token_size {token} x {least // token} at the coarsest; "
                 f"{remedy}"
             )
-    return None
 
 
-def problem_with_turns(config: PyramidFlowConfig) -> str | None:
-    """Why the turns are not those of the stages."""
+def refuse_turns(config: PyramidFlowConfig) -> None:
+    """ValueError where the turns are not those of the stages."""
     stages = set(range(config.flow.stages))
     if set(config.stage_turns) != stages:
-        return (
+        raise ValueError(
             f"stage_turns: {list(config.stage_turns)} is wrong because the stages are 0 to "
             f"{config.flow.stages - 1}; give each of them a turn, and no other"
         )
-    return None
 
 
-def problem_with_sampling(config: PyramidFlowConfig) -> str | None:
-    """Why sampling does not suit the stages."""
+def refuse_sampling(config: PyramidFlowConfig) -> None:
+    """ValueError where sampling does not suit the stages."""
     for name in ("steps", "first_steps"):
         steps = getattr(config.sampling, name)
         if steps is not None and len(steps) != config.flow.stages:
-            return (
+            raise ValueError(
                 f"sampling.{name}: {list(steps)} has {len(steps)} entries for "
                 f"{config.flow.stages} stages; give one per stage"
             )
-    return None
-
-
-PROBLEMS = (
-    problem_with_space,
-    problem_with_units,
-    problem_with_levels,
-    problem_with_turns,
-    problem_with_sampling,
-)

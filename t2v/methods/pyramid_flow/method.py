@@ -104,7 +104,15 @@ class PyramidFlowMethod(Method):
         }
 
     def clips_at_once(self, network: PyramidFlow, most: int, room: Room, team: Team) -> int:
-        return clips_that_fit(self.config, self.conditioning, most, room)
+        # By the activations of the heaviest step, an estimate.
+        config, text = self.config, text_shape(self.conditioning)
+        tokens = config.token_ends(len(config.units) - 1, config.flow.stages - 1)[-1]
+        tokens += text[0] if text else 0
+        wide = config.model.dim * (6 + 2 * config.model.mlp_ratio)  # of a block and its input
+        clip = FP32 * (tokens * wide + 4 * config.values_per_sample)
+        if room.device_bytes < clip:
+            raise no_room(room.device_bytes, clip - room.device_bytes, "one clip")
+        return min(most, room.device_bytes // clip)
 
     def problem_with_given(self, frames: int) -> str | None:
         fits = [self.config.pixel_frames(end) for end in self.config.units.ends[:-1]]
@@ -153,20 +161,6 @@ def mean_compute(config: PyramidFlowConfig, text_tokens: int) -> float:
 
     turns = [cost(stage, unit) for stage in config.stage_turns for unit in units]
     return sum(turns) / len(turns) / cost(stages[-1], units[-1])
-
-
-def clips_that_fit(
-    config: PyramidFlowConfig, conditioning: Conditioning, most: int, room: Room
-) -> int:
-    """By the activations of the heaviest step, an estimate."""
-    tokens = config.token_ends(len(config.units) - 1, config.flow.stages - 1)[-1]
-    text = text_shape(conditioning)
-    tokens += text[0] if text else 0
-    wide = config.model.dim * (6 + 2 * config.model.mlp_ratio)  # of a block and its input
-    clip = FP32 * (tokens * wide + 4 * config.values_per_sample)
-    if room.device_bytes < clip:
-        raise no_room(room.device_bytes, clip - room.device_bytes, "one clip")
-    return min(most, room.device_bytes // clip)
 
 
 def blank_group(

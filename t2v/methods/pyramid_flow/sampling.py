@@ -1,7 +1,6 @@
 """Generation unit after unit: each goes through all stages, seeing those before it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -75,12 +74,11 @@ def generate(
 
     noise = draw(torch.Size([len(seeds), config.channels, *size]))
     frames = noise[:, :, :0] if given is None else given
-    denoiser = Denoiser(network, config, condition, null, team, progress)
     for unit in range(len(config.units)):
         start, end = config.units.start(unit), config.units.ends[unit]
         if start < frames.shape[2]:
             continue
-        velocity = denoiser.velocity(frames, unit)
+        velocity = guided(network, config, condition, null, frames, unit, team, progress)
         grids = [
             stage_grid(steps, reference=config.sampling.reference_grid)
             for steps in config.sampling.steps_of(unit)
@@ -92,51 +90,48 @@ def generate(
     return frames
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """The network's velocities, led away from the null condition.
+def guided(
+    network: nn.Module,
+    config: PyramidFlowConfig,
+    condition: Condition,
+    null: Condition,
+    frames: Piece,
+    unit: int,
+    team: Team,
+    progress: Callable[[int], None],
+) -> Velocity:
+    """The network's velocity of a unit that follows clean frames, led away from the null condition.
 
     Members of a team answer a branch each; the answers are those of one process, bit for bit.
     """
+    scale, stages = config.sampling.guidance_of(unit), config.flow.stages
+    branches = [condition] if scale == 1 else [condition, null]
+    lengths = [text_lengths(branch) for branch in branches]
+    histories = [
+        history_pieces(frames, config.units, unit=unit, stage=stage, stages=stages)
+        for stage in range(stages)
+    ]
 
-    network: nn.Module
-    config: PyramidFlowConfig
-    condition: Condition
-    null: Condition
-    team: Team
-    progress: Callable[[int], None]
+    def answer(branch: int, x: Piece, stage: int, r: float) -> Piece:
+        group = Group(
+            stage=stage,
+            unit=unit,
+            pieces=[*histories[stage], x],
+            clock=clock(torch.full((len(x),), r, device=x.device), config.flow, stage),
+            condition=branches[branch],
+            text_lengths=lengths[branch],
+        )
+        return network([group])[0]
 
-    def velocity(self, frames: Piece, unit: int) -> Velocity:
-        """The velocity of a unit that follows clean frames."""
-        config, stages = self.config, self.config.flow.stages
-        scale = config.sampling.guidance_of(unit)
-        branches = [self.condition] if scale == 1 else [self.condition, self.null]
-        lengths = [text_lengths(branch) for branch in branches]
-        histories = [
-            history_pieces(frames, config.units, unit=unit, stage=stage, stages=stages)
-            for stage in range(stages)
-        ]
+    def velocity(x: Piece, stage: int, r: float) -> Piece:
+        if len(branches) > 1 and team.size > 1:
+            found = team.gather(answer(team.rank % 2, x, stage, r))[:2]
+        else:
+            found = [answer(branch, x, stage, r) for branch in range(len(branches))]
+        progress(len(x))
+        return found[0] if len(found) == 1 else torch.lerp(found[1], found[0], scale)
 
-        def answer(branch: int, x: Piece, stage: int, r: float) -> Piece:
-            group = Group(
-                stage=stage,
-                unit=unit,
-                pieces=[*histories[stage], x],
-                clock=clock(torch.full((len(x),), r, device=x.device), config.flow, stage),
-                condition=branches[branch],
-                text_lengths=lengths[branch],
-            )
-            return self.network([group])[0]
-
-        def guided(x: Piece, stage: int, r: float) -> Piece:
-            if len(branches) > 1 and self.team.size > 1:
-                found = self.team.gather(answer(self.team.rank % 2, x, stage, r))[:2]
-            else:
-                found = [answer(branch, x, stage, r) for branch in range(len(branches))]
-            self.progress(len(x))
-            return found[0] if len(found) == 1 else torch.lerp(found[1], found[0], scale)
-
-        return guided
+    return velocity
 
 
 def text_lengths(condition: Condition) -> tuple[int, ...] | None:
