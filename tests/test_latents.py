@@ -73,7 +73,9 @@ def test_latents_come_in_the_order_of_pixels_with_the_same_conditions(datasets, 
             assert not other.quarantined
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (3, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("world", "workers"), [(1, 0), (3, 0), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_latents_do_not_depend_on_ranks_workers_or_where_a_run_stopped(mixture, world, workers):
     reference = seen([load(mixture)], 0, 3)
     data = mixture.model_copy(update={"num_workers": workers})
