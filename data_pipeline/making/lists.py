@@ -135,7 +135,8 @@ def _put_readable(path: str, beside: Path, encoding: str | None) -> None:
         if mark:
             encoding = "utf-32" if head.startswith(BOMS[:2]) else "utf-16"
         with (
-            io.TextIOWrapper(_open(local, is_packed), encoding=encoding or "utf-8-sig") as text_in,
+            _open(local, is_packed) as file,
+            io.TextIOWrapper(file, encoding=encoding or "utf-8-sig") as text_in,
             beside.open("w", encoding="utf-8", newline="") as text_out,
         ):
             shutil.copyfileobj(text_in, text_out, 1 << 20)
