@@ -122,8 +122,10 @@ def test_odd_lists_are_read_or_refused_in_one_line(
         (("--file-column", "{nope}.mp4"), "column 'nope' is missing"),
         (("--caption-column", "nope"), "column 'nope' is missing"),
         (("--times", "nope"), "there is no column 'nope'"),
+        (("--times", "file,caption,file"), "give these two columns"),
         (("--where", "nope > 1"), "--where or --select is wrong"),
         (("--encoding", "nope"), "encoding: value 'nope'"),
+        (("--size", "4x20000x20000"), "more than the 67108864 pixels"),
         (("--preset", "webvid"), "column 'name' is missing"),
     ],
 )

@@ -16,7 +16,7 @@ from data_pipeline.orphans import end_with, end_with_parent
 
 def work(owner):
     end_with(owner)
-    os.write(1, b"%d\n" % os.getpid())  # at once, or two lines become one
+    os.write(1, b"%d\\n" % os.getpid())  # at once, or two lines become one
     time.sleep(3600)
 
 if __name__ == "__main__":

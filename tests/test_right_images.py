@@ -203,6 +203,15 @@ def test_animations_are_not_wanted_and_damage_is_told():
         assert not isinstance(error.value, NotWanted)
 
 
+@pytest.mark.parametrize("side", [9000, 60000])
+def test_an_image_is_not_wanted_however_much_too_large_it_says_it_is(side):
+    media = bytearray(saved(Image.fromarray(quadrants()), "PNG"))
+    media[16:24] = struct.pack(">II", side, side)
+    media[29:33] = struct.pack(">I", zlib.crc32(media[12:29]))
+    with pytest.raises(NotWanted, match="is too large to read"):
+        decode_image(bytes(media))
+
+
 def test_a_broken_orientation_does_not_spoil_the_image():
     media = saved(Image.fromarray(quadrants()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert decode_image(media).shape == (48, 80, 3)

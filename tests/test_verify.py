@@ -18,6 +18,7 @@ from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import list_captions, open_index, write_index, write_tar
 from data_pipeline.text.embed import embed
 from data_pipeline.text.embeddings import open_embeddings
+from t2v.cli import main
 
 
 @pytest.fixture
@@ -205,6 +206,15 @@ def test_changed_bytes_and_lost_files_are_named(own):
         "000009.tar: is not in dataset.json",
     ):
         assert line in told
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"garbage")])
+def test_any_fault_ends_the_command_with_65_and_no_other_line(own, spoil, capsys):
+    spoil(tar_of(own, 2).with_suffix(".idx"))
+    assert main(["data", "verify", str(own), "--no-decode", "--workers", "1"]) == 65
+    out, err = capsys.readouterr()
+    assert "000002.idx" in out
+    assert not err
 
 
 def test_repair_of_an_index_gives_the_dataset_back(own):

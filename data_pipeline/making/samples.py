@@ -24,6 +24,7 @@ from data_pipeline.media.clips import (
     read_still,
 )
 from data_pipeline.media.codec import encode_clip, encode_image
+from data_pipeline.media.container import MAX_PIXELS
 from data_pipeline.shards.captions import Captions
 
 Members = dict[str, bytes]
@@ -180,6 +181,11 @@ def refuse_bad_target(target: Target) -> None:
                 f"{name}: value {value} is wrong because H.264 4:2:0 needs even sides; "
                 f"use {value - 1 or 2} or {value + 1}."
             )
+    if height * width > MAX_PIXELS:
+        raise ConfigError(
+            f"width: value {width} is wrong because {height}x{width} is more than the {MAX_PIXELS} "
+            "pixels that a frame may have; lower it."
+        )
     if target.cut != "none" and target.kind == "image":
         raise ConfigError(f"cut: value '{target.cut}' is wrong because images have no length.")
     bounds = asdict(target.filters)

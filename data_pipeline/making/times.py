@@ -81,6 +81,11 @@ def find_times(
                 raise ConfigError(
                     f"{path}: times: there is no column '{column}'; choose of {', '.join(names)}."
                 )
+        if len(columns) > 2:
+            raise ConfigError(
+                f"{path}: times: value {','.join(columns)} is wrong because a clip has a start and "
+                "an end; give these two columns, or one of ranges."
+            )
         return Times(tuple(columns), unit or _unit(columns[0])) if columns else None
     looks = [name for name in names if _looks_like_time(name)]
     found = _find_pair(names) or _find_single(names)

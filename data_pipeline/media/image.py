@@ -38,7 +38,9 @@ def open_image(media: bytes) -> Image.Image:
                 return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
     except UnidentifiedImageError:
         raise DataError("cannot be decoded (not JPEG, PNG or WebP)") from None
-    except (*BROKEN, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise NotWanted(f"is too large to read: more than {MAX_PIXELS} pixels") from None
+    except BROKEN as error:
         raise DataError(f"cannot be decoded ({error})") from None
 
 
