@@ -136,6 +136,15 @@ def test_options_that_name_what_is_not_there_are_told(folder, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [("--where", "nope > 1"), ("--encoding", "latin-1")])
+def test_options_that_texts_beside_media_cannot_follow_name_their_folder(
+    folder, tmp_path, capsys, options
+):
+    assert build(folder, tmp_path / "out", *options) == 78
+    assert capsys.readouterr().err.startswith(f"{folder}: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_json_of_any_depth_beside_media_costs_that_media_only(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -85,13 +85,15 @@ def read_lists(
     tally: Tally,
     *,
     encoding: str | None = None,
+    told: str | None = None,
 ) -> Table:
-    """All rows of lists of one kind; rows that cannot be read are counted as unusable."""
+    """All rows of lists of one kind; rows that cannot be read are counted as unusable. `told`: what
+    messages call them, if not by their paths."""
     kinds = {_kind(path) for path in paths}
     if len(kinds) != 1:
         raise ConfigError(f"{paths[0]}: lists of one build must be of one kind, not {kinds}.")
     (kind,) = kinds
-    told = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    told = told or (paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
     read = {**dict.fromkeys(COMMAS, _read_commas), **dict.fromkeys(TABLES, _read_tables)}
     try:
         with _readable(paths, encoding) as files:
