@@ -93,6 +93,9 @@ DEEP = f'{{"file": "é.mp4", "caption": "x", "n": {"[" * 5000}{"]" * 5000}}}\n'
         ("l.jsonl", '{"file":"é.mp4","caption":"x","":1,"a\\"b":2,"frames":"7"}\n', 0, "1 samples"),
         ("l.jsonl", '{"file":"é.mp4","caption":"x","t2v_row":3}\n', 65, "'t2v_row' is there twice"),
         ("l.jsonl", "\n\n", 66, "is empty"),
+        ("l.jsonl", '[{"file": "é.mp4", "caption": "x"}]', 65, "name an array of them .json"),
+        ("l.jsonl", '{\n "file": "é.mp4",\n "caption": "x"\n}', 65, "is a JSON object; write one"),
+        ("l.csv", "\nfile,caption\né.mp4,x\n", 65, "its first line is empty"),
         (
             "l.jsonl",
             f'{{"file": "é.mp4", "caption": "x", "n": [{"7" * 5000}]}}\n',

@@ -221,7 +221,11 @@ def _header(file: str, told: str, delimiters: str) -> tuple[str, list[str]]:
     delimiter = next((one for one, names in found.items() if len(names) > 1), next(iter(found)))
     names = found[delimiter]
     if not names:
-        raise DataError(f"{told}: is empty; write one row per file.")
+        with open(file, "rb") as content:
+            is_empty = not content.read().strip()
+        why = "is empty; write one row per file."
+        blank = "is wrong because its first line is empty; begin with the names of the columns."
+        raise DataError(f"{told}: {why if is_empty else blank}")
     # The first column of tables that pandas writes has no name.
     names = [name.strip() or UNNAMED for name in names]
     _refuse_twins(told, names)
@@ -295,6 +299,11 @@ def _read_json(
         if wrong:
             tally.add("unusable", why, [f"row {line}" for line in lines], wrong)
             database.execute(f"DELETE FROM raw WHERE {is_bad}")
+    if kind in LINES and tally.count("unusable") and not _holds_rows(database):
+        raise DataError(
+            f"{told}: is wrong because none of its lines is a JSON object; write one on each line, "
+            "or name an array of them .json."
+        )
     found = database.execute(
         "SELECT name, min(t2v_row), min(place) FROM (SELECT t2v_row, unnest(json_keys(json)) AS "
         "name, generate_subscripts(json_keys(json), 1) AS place FROM raw) GROUP BY 1 ORDER BY 2, 3"
@@ -302,6 +311,10 @@ def _read_json(
     types = {name: _type_of_json(database, name) for name, *_ in found}
     _refuse_twins(told, [name or UNNAMED for name in types])
     _keep(database, [f"{kind} AS {quoted(name or UNNAMED)}" for name, kind in types.items()])
+
+
+def _holds_rows(database: duckdb.DuckDBPyConnection) -> bool:
+    return bool(database.execute("SELECT 1 FROM raw LIMIT 1").fetchall())
 
 
 def _type_of_json(database: duckdb.DuckDBPyConnection, name: str) -> str:
