@@ -96,6 +96,7 @@ DEEP = f'{{"file": "é.mp4", "caption": "x", "n": {"[" * 5000}{"]" * 5000}}}\n'
         ("l.jsonl", '[{"file": "é.mp4", "caption": "x"}]', 65, "name an array of them .json"),
         ("l.jsonl", '{\n "file": "é.mp4",\n "caption": "x"\n}', 65, "is a JSON object; write one"),
         ("l.csv", "\nfile,caption\né.mp4,x\n", 65, "its first line is empty"),
+        ("l.csv", "file,caption\n.\\é.mp4,x\n", 0, "1 samples"),
         (
             "l.jsonl",
             f'{{"file": "é.mp4", "caption": "x", "n": [{"7" * 5000}]}}\n',
