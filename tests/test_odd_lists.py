@@ -93,6 +93,10 @@ DEEP = f'{{"file": "é.mp4", "caption": "x", "n": {"[" * 5000}{"]" * 5000}}}\n'
         ("l.jsonl", '{"file":"é.mp4","caption":"x","":1,"a\\"b":2,"frames":"7"}\n', 0, "1 samples"),
         ("l.jsonl", '{"file":"é.mp4","caption":"x","t2v_row":3}\n', 65, "'t2v_row' is there twice"),
         ("l.jsonl", "\n\n", 66, "is empty"),
+        ("l.jsonl", '[{"file": "é.mp4", "caption": "x"}]', 65, "name an array of them .json"),
+        ("l.jsonl", '{\n "file": "é.mp4",\n "caption": "x"\n}', 65, "is a JSON object; write one"),
+        ("l.csv", "\nfile,caption\né.mp4,x\n", 65, "its first line is empty"),
+        ("l.csv", "file,caption\n.\\é.mp4,x\n", 0, "1 samples"),
         (
             "l.jsonl",
             f'{{"file": "é.mp4", "caption": "x", "n": [{"7" * 5000}]}}\n',
@@ -133,6 +137,15 @@ def test_options_that_name_what_is_not_there_are_told(folder, tmp_path, capsys, 
     path = write_csv(tmp_path / "l.csv", [{"file": "é.mp4", "caption": "x"}])
     assert build(path, tmp_path / "out", "--root", str(folder), *options) == 78
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [("--where", "nope > 1"), ("--encoding", "latin-1")])
+def test_options_that_texts_beside_media_cannot_follow_name_their_folder(
+    folder, tmp_path, capsys, options
+):
+    assert build(folder, tmp_path / "out", *options) == 78
+    assert capsys.readouterr().err.startswith(f"{folder}: ")
     assert not (tmp_path / "out").exists()
 
 

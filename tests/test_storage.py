@@ -30,6 +30,18 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_writer_whose_half_was_taken_away_by_another_says_so(tmp_path):
+    path = str(tmp_path / "file")
+
+    def write_beside_another() -> None:
+        with storage.open_atomic(path) as file:
+            file.write(b"half")
+            storage.remove_partial(str(tmp_path))
+
+    with pytest.raises(StorageError, match="another process in its folder"):
+        write_beside_another()
+
+
 def test_an_unfinished_write_is_not_listed_and_can_be_removed(tmp_path):
     storage.write_atomic(tmp_path / "a.tar", b"")
     with storage.open_atomic(str(tmp_path / "b.tar")) as file:

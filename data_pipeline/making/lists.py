@@ -85,13 +85,15 @@ def read_lists(
     tally: Tally,
     *,
     encoding: str | None = None,
+    told: str | None = None,
 ) -> Table:
-    """All rows of lists of one kind; rows that cannot be read are counted as unusable."""
+    """All rows of lists of one kind; rows that cannot be read are counted as unusable. `told`: what
+    messages call them, if not by their paths."""
     kinds = {_kind(path) for path in paths}
     if len(kinds) != 1:
         raise ConfigError(f"{paths[0]}: lists of one build must be of one kind, not {kinds}.")
     (kind,) = kinds
-    told = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    told = told or (paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
     read = {**dict.fromkeys(COMMAS, _read_commas), **dict.fromkeys(TABLES, _read_tables)}
     try:
         with _readable(paths, encoding) as files:
@@ -216,7 +218,11 @@ def _header(file: str, told: str, delimiters: str) -> tuple[str, list[str]]:
     delimiter = next((one for one, names in found.items() if len(names) > 1), next(iter(found)))
     names = found[delimiter]
     if not names:
-        raise DataError(f"{told}: is empty; write one row per file.")
+        with open(file, "rb") as content:
+            is_empty = not content.read().strip()
+        why = "is empty; write one row per file."
+        blank = "is wrong because its first line is empty; begin with the names of the columns."
+        raise DataError(f"{told}: {why if is_empty else blank}")
     # The first column of tables that pandas writes has no name.
     names = [name.strip() or UNNAMED for name in names]
     _refuse_twins(told, names)
@@ -290,6 +296,11 @@ def _read_json(
         if wrong:
             tally.add("unusable", why, [f"row {line}" for line in lines], wrong)
             database.execute(f"DELETE FROM raw WHERE {is_bad}")
+    if kind in LINES and tally.count("unusable") and not _holds_rows(database):
+        raise DataError(
+            f"{told}: is wrong because none of its lines is a JSON object; write one on each line, "
+            "or name an array of them .json."
+        )
     found = database.execute(
         "SELECT name, min(t2v_row), min(place) FROM (SELECT t2v_row, unnest(json_keys(json)) AS "
         "name, generate_subscripts(json_keys(json), 1) AS place FROM raw) GROUP BY 1 ORDER BY 2, 3"
@@ -297,6 +308,10 @@ def _read_json(
     types = {name: _type_of_json(database, name) for name, *_ in found}
     _refuse_twins(told, [name or UNNAMED for name in types])
     _keep(database, [f"{kind} AS {quoted(name or UNNAMED)}" for name, kind in types.items()])
+
+
+def _holds_rows(database: duckdb.DuckDBPyConnection) -> bool:
+    return bool(database.execute("SELECT 1 FROM raw LIMIT 1").fetchall())
 
 
 def _type_of_json(database: duckdb.DuckDBPyConnection, name: str) -> str:

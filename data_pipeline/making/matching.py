@@ -251,7 +251,8 @@ def _find_files(
         "'/+([.]/+)*', '/', 'g')) AS plain FROM ("
         "SELECT *, CASE WHEN starts_with(value, $below) THEN substr(value, length($below) + 1) "
         "WHEN starts_with(value, $absolute) THEN substr(value, length($absolute) + 1) "
-        "ELSE $heads[list + 1] || regexp_replace(value, '^([.]/+)+', '') END AS name FROM said)",
+        "ELSE $heads[list + 1] || regexp_replace(value, '^([.][/\\\\]+)+', '') END AS name "
+        "FROM said)",
         {"below": below, "absolute": absolute, "heads": heads},
     )
     ask(

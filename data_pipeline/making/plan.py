@@ -177,14 +177,21 @@ def write_plan(
     inside = list_in(source)
     lists = list_paths(source) if is_list(source) else [inside] if inside else []
     with tempfile.TemporaryDirectory(prefix="t2v-plan-") as own, open_database() as database:
+        if columns.encoding and not lists:
+            raise ConfigError(
+                f"{source}: encoding: value '{columns.encoding}' is wrong because it is that of a "
+                "list, and there is none; leave it, and convert texts beside media to UTF-8."
+            )
         note_files(database, folder, tally)
         times = None
         if not lists and (columns.where or columns.select):
             lists = [f"{own}/beside.jsonl"]
             columns = write_beside(database, folder, columns, Path(lists[0]), tally)
         if lists:
-            table = read_lists(database, lists, tally, encoding=columns.encoding)
-            names = without_own(table.names) if columns.file == MEDIA else table.names
+            is_beside = columns.file == MEDIA
+            told = source if is_beside else None
+            table = read_lists(database, lists, tally, encoding=columns.encoding, told=told)
+            names = without_own(table.names) if is_beside else table.names
             times = find_times(table.path, names, columns.times, columns.unit)
             rows = plan_lists(table, lists, folder, columns, times, tally)
         else:

@@ -185,10 +185,20 @@ def open_atomic(path: str) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
+            _put_in_place(partial, target)
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(target.parent)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    try:
+        partial.replace(target)
+    except FileNotFoundError:
+        raise StorageError(
+            f"{target}: cannot be finished because another process in its folder took away what "
+            "was half written; let one at a time work there, and start this one again."
+        ) from None
 
 
 def create(path: str, content: bytes) -> None:
