@@ -16,6 +16,7 @@ from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import mend_shards, repair, verify
 from data_pipeline.shards.dataset import Dataset
 from data_pipeline.shards.warnings import caption_warnings
+from t2v.cli import main
 
 VIDEO = numbered_video(4)
 GIF = write_video(list(numbered_clip(4)), "gif", "gif", pixels="rgb8", rate=25)
@@ -201,6 +202,38 @@ def test_shards_that_cannot_be_indexed_are_mended_in_one_go(tmp_path):
     assert dataset.info.samples == 5
     assert tree(folder)["1.tar.damaged"] == content
     assert not verify(folder)
+
+
+def test_shards_that_are_all_cut_are_mended_too(tmp_path):
+    folder = tmp_path / "set"
+    cut = [pack(folder / f"{n}.tar", shard(10 * n)) for n in range(2)]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    before = [path.read_bytes() for path in cut]
+    assert mend_shards(folder, kind=None, captions={"caption": 1.0}).info.samples == 4
+    assert [tree(folder)[f"{n}.tar.damaged"] for n in range(2)] == before
+    assert not verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(gzip.compress(b"x" * 5000), r"0\.tar: is compressed \(gzip\)"), (b"", r"0\.tar: ")],
+    ids=["gzip", "empty"],
+)
+def test_shards_of_which_none_can_be_read_say_why(tmp_path, content, why):
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(content)
+    with pytest.raises(DataError, match=f"no video and no image.*{why}"):
+        index(tmp_path)
+
+
+def test_a_tar_that_repair_does_not_take_in_is_told(tmp_path, capsys):
+    pack(tmp_path / "0.tar", shard(0))
+    index(tmp_path)
+    (tmp_path / "1.tar").write_bytes(b"no tar")
+    assert main(["data", "verify", str(tmp_path), "--repair"]) == 65
+    assert "1.tar: is not in dataset.json" in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path)]) == 65
 
 
 def test_what_a_list_of_captions_says_is_embedded_and_chosen_by_weight(tmp_path, datasets):

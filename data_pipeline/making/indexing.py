@@ -21,6 +21,7 @@ from data_pipeline.shards.dataset import (
     digest_json,
     open_dataset,
 )
+from data_pipeline.shards.scan import TarFault
 from data_pipeline.shards.tar import Contents, examine_tar, open_index, save_index
 from data_pipeline.store import storage
 from data_pipeline.strict import Strict
@@ -73,8 +74,8 @@ def index(
     source = folder = shard_folder(path)
     names, tally = find_shards(source)
     if out is None:
-        _refuse_strangers(path, source, names)
-    kind = kind or _kind_inside(source, names)
+        refuse_strangers(path, source, names)
+    kind = kind or kind_inside(source, names)
     if out is not None:
         folder = storage.join(place, "shards")
         _claim(path, place, names, {"kind": kind, "captions": dict(captions)})
@@ -205,15 +206,20 @@ def _told(account: Account) -> str:
     return "; ".join(parts)
 
 
-def _kind_inside(folder: str, names: Sequence[str]) -> Kind:
+def kind_inside(folder: str, names: Sequence[str]) -> Kind:
+    """What shards hold, by the first that holds any."""
+    faults: list[TarFault] = []
     for name in names:
-        rows = {k: len(_examine(folder, name, kind=k, columns=COLUMNS).rows) for k in KINDS}
-        if any(rows.values()):
-            return max(KINDS, key=rows.__getitem__)  # images may have a GIF beside, videos a cover
-    raise DataError(f"{folder}: its shards hold no video and no image; check the folder.")
+        found = {k: _examine(folder, name, kind=k, columns=COLUMNS) for k in KINDS}
+        if any(len(contents.rows) for contents in found.values()):
+            # Images may have a GIF beside, videos a cover.
+            return max(KINDS, key=lambda kind: len(found[kind].rows))
+        faults += found[KINDS[0]].faults
+    why = f" ({str(faults[0]).rstrip('.')})" if faults else ""
+    raise DataError(f"{folder}: its shards hold no video and no image{why}; check the folder.")
 
 
-def _refuse_strangers(path: str, shard_folder: str, names: Sequence[str]) -> None:
+def refuse_strangers(path: str, shard_folder: str, names: Sequence[str]) -> None:
     """ConfigError where indexing would replace a file that is no manifest or index of ours."""
     known: set[str] = set()
     if storage.exists(manifest := storage.join(path, MANIFEST)):

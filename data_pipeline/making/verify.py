@@ -12,7 +12,13 @@ import numpy as np
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.latents.latents import LATENTS
-from data_pipeline.making.indexing import index
+from data_pipeline.making.indexing import (
+    find_shards,
+    index,
+    kind_inside,
+    refuse_strangers,
+    shard_folder,
+)
 from data_pipeline.making.listing import Kind as MediaKind
 from data_pipeline.making.scoring import TABLE, fault_of_scores
 from data_pipeline.media.clips import probe
@@ -23,7 +29,6 @@ from data_pipeline.shards.account import Tally
 from data_pipeline.shards.captions import COLUMNS
 from data_pipeline.shards.dataset import (
     Dataset,
-    DatasetInfo,
     ShardInfo,
     cached_index,
     commit_dataset,
@@ -166,7 +171,9 @@ def repair(path: str | Path, faults: Sequence[Fault]) -> Dataset:
             lost += shard.samples
             continue
         if any(fault.path == tar for fault in own):
-            _rewrite(tar, info, {fault.row for fault in own if fault.row is not None})
+            _rewrite(
+                tar, info.kind, info.captions, {fault.row for fault in own if fault.row is not None}
+            )
         if own:
             lost += max(
                 0, shard.samples - write_index(folder, shard.name, info.kind, info.captions)
@@ -197,8 +204,24 @@ def mend_shards(
     path: str | Path, *, kind: MediaKind | None, captions: Mapping[str, float]
 ) -> Dataset:
     """Make a dataset of shards that `index` cannot read to their end: of what they hold whole."""
+    source = shard_folder(str(path))
+    names, _ = find_shards(source)
+    kind = kind or kind_inside(source, names)
+    tars = [storage.join(source, f"{name}.tar") for name in names]
+    if all(examine_tar(tar, kind, captions).is_cut for tar in tars):
+        # No index would take the whole samples of others in.
+        refuse_strangers(str(path), source, names)
+        for tar in tars:
+            if len(examine_tar(tar, kind, captions).rows):
+                _rewrite(tar, kind, captions, set())
     index(path, kind=kind, captions=captions, skip_bad=True)
     return repair(path, verify(path, decode=False))
+
+
+def left_after(repaired: Dataset, faults: Sequence[Fault]) -> list[Fault]:
+    """The faults that repair does not mend: tars that are no part of a dataset, and stay none."""
+    names = {f"{shard.name}.tar" for shard in repaired.info.shards}
+    return [f for f in faults if f.reason == NOT_LISTED and Path(f.path).name not in names]
 
 
 def _take_in(dataset: Dataset, faults: Sequence[Fault]) -> list[str]:
@@ -212,7 +235,7 @@ def _take_in(dataset: Dataset, faults: Sequence[Fault]) -> list[str]:
             contents = examine_tar(fault.path, dataset.info.kind, dataset.info.captions)
             if len(contents.rows):
                 if contents.is_cut:
-                    _rewrite(fault.path, dataset.info, set())
+                    _rewrite(fault.path, dataset.info.kind, dataset.info.captions, set())
                 names.append(file.removesuffix(".tar"))
                 write_index(folder, names[-1], dataset.info.kind, dataset.info.captions)
     return names
@@ -328,13 +351,13 @@ def _leave_sound_rows(folder: str, name: str, faults: Sequence[Fault]) -> None:
         save_index(folder, name, rows[sound])
 
 
-def _rewrite(tar: str, info: DatasetInfo, bad_rows: set[int]) -> None:
+def _rewrite(tar: str, kind: str, captions: Mapping[str, float], bad_rows: set[int]) -> None:
     """Keep a tar as `.damaged`, and write its whole samples but for some rows in its place."""
     names = (f"{tar}.damaged{number or ''}" for number in count())
     aside = next(name for name in names if not storage.exists(name))  # older ones stay, too
     with storage.local_file(tar).open("rb") as old, storage.open_atomic(aside) as kept:
         shutil.copyfileobj(old, kept)
-    contents = examine_tar(tar, info.kind, info.captions)
+    contents = examine_tar(tar, kind, captions)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         parts = zip(contents.keys, contents.rows, contents.suffixes, strict=True)

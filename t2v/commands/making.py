@@ -75,7 +75,7 @@ def data_index(options: argparse.Namespace) -> None:
 
 
 def data_verify(options: argparse.Namespace) -> int:
-    from data_pipeline.making.verify import mend_shards, repair, verify
+    from data_pipeline.making.verify import left_after, mend_shards, repair, verify
     from data_pipeline.shards.dataset import MANIFEST, open_dataset
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.store import storage
@@ -87,9 +87,13 @@ def data_verify(options: argparse.Namespace) -> int:
     for fault in faults:
         print(plain(fault))
     if faults and options.repair:
-        say_dataset(repair(options.dataset, faults))
+        repaired = repair(options.dataset, faults)
+        say_dataset(repaired)
         print("embed and encode it again as before: only what is missing or changed is made.")
-        return 0
+        left = left_after(repaired, faults)
+        for fault in left:
+            print(plain(f"{fault}: it stays so; move it away."))
+        return DataError.exit_code if left else 0
     dataset = open_dataset(options.dataset)
     print(plain(f"{options.dataset}: {dataset.info.samples} samples, {len(faults)} faults."))
     if faults:
