@@ -80,6 +80,20 @@ def test_a_list_gives_shards_new_captions_without_unpacking(shards, tmp_path):
     }
 
 
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_a_list_names_members_by_their_path_in_a_shard(tmp_path, suffix):
+    keys = ["a/0", "b/0", "b/c/1"]
+    for number, names in enumerate((keys[:2], keys[2:])):
+        media = {f"{key}.mp4": numbered_video(8) for key in names}
+        pack(tmp_path / "set" / f"{number}.tar", media)
+    rows = [{"key": key + suffix, "caption": key} for key in reversed(keys)]
+    path = write_csv(tmp_path / "new.csv", rows)
+    dataset = build(path, tmp_path / "out", frames=8, **SIZE, root=str(tmp_path / "set"),
+                    columns=Columns(file="key"))  # fmt: skip
+    assert [caption for caption, *_ in clips_of(dataset)] == keys[::-1]
+    assert not dataset.info.account.unusable
+
+
 def test_a_cut_shard_gives_what_it_holds_whole_and_costs_the_budget(shards, tmp_path):
     bad = shards / "1.tar"
     with tarfile.open(bad) as tar:

@@ -238,13 +238,15 @@ def _find_files(
     tally: Tally,
 ) -> None:
     """Make table `planned` of table `said`: a value is a path below the folder or below its
-    list's own, with or without the type; or a name that only one file has, wherever it lies."""
+    list's own or inside an archive, with or without the type; or a name that only one file has,
+    wherever it lies."""
     below, absolute = f"{folder.rstrip('/')}/", f"{os.path.abspath(folder).rstrip('/')}/"
     heads = [
         path.removeprefix(below).rpartition("/")[0] if path.startswith(below) else ""
         for path in lists
     ]
     heads = [f"{head}/" if head else "" for head in heads]
+    inside = "|".join(map(re.escape, ARCHIVES))
     ask = database.execute
     ask(
         "CREATE TABLE named AS SELECT *, nfc_normalize(regexp_replace(replace(name, '\\', '/'), "
@@ -257,10 +259,10 @@ def _find_files(
     )
     ask(
         "CREATE TABLE known AS SELECT name, min(file) AS file, count(DISTINCT file) AS files FROM ("
-        "SELECT unnest([whole, last]) AS name, file FROM (SELECT file, nfc_normalize(file) AS "
-        "whole, regexp_extract(nfc_normalize(file), '[^/]+$') AS last FROM present) UNION ALL "
-        "SELECT unnest([stem, regexp_extract(stem, '[^/]+$')]), file FROM present "
-        "WHERE kind IS NOT NULL) GROUP BY name"
+        "SELECT unnest([path, regexp_extract(path, '[^/]+$'), "
+        f"regexp_extract(path, '(?i)(?:{inside})/(.+)$', 1)]) AS name, file FROM ("
+        "SELECT file, unnest([nfc_normalize(file), CASE WHEN kind IS NOT NULL THEN stem END]) AS "
+        "path FROM present)) WHERE name != '' GROUP BY name"
     )
     ask(
         "CREATE TABLE found AS SELECT named.*, present.file, present.kind, present.place, CASE "
