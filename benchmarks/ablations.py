@@ -249,8 +249,13 @@ def sampled_quality(
 def seam(clips: torch.Tensor, sampling: HPDMSamplingConfig, pyramid: Pyramid) -> float:
     """Roughness of the finest clips where their tiles end, over that elsewhere."""
     borders = tile_borders(level_tilings(sampling, pyramid, pyramid.levels - 1))
-    pictures = ((clips + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).numpy()
-    return seam_scores(np.stack([seam_energies(clip, borders) for clip in pictures]))["seam"]
+    energies = [seam_energies(clip, borders) for clip in pictures_of(clips)]
+    return seam_scores(np.stack(energies))["seam"]
+
+
+def pictures_of(clips: torch.Tensor) -> np.ndarray:
+    """Clips in [-1, 1] as bytes, channels last."""
+    return ((clips + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).numpy()
 
 
 def gflop(method: HPDMMethod) -> float:

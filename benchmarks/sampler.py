@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ablations import features, seam
+from benchmarks.ablations import features, pictures_of, seam
 from benchmarks.summary import Kept, print_rows
 from data_pipeline.making.toy import all_toys, toy_clips
 from data_pipeline.making.toy_score import read_toy
@@ -75,7 +75,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "  a third of the steps": SECOND_ORDER | {"steps": [8, 4]},
     "  a quarter of the steps": SECOND_ORDER | {"steps": [6, 3]},
 }
-READ = ("colour", "shape", "direction", "one piece")
+READ = ("colour", "shape", "shape 0", "direction", "one piece")
 MEASURES = (*READ, "mismatch", "seam", "frechet", "mmd", "gflops")
 
 Clips = Callable[[dict[str, Any]], list[Tensor]]
@@ -177,18 +177,22 @@ def real_clips(size: tuple[int, int, int]) -> Tensor:
 def quality(levels: list[Tensor], toys: list, known: np.ndarray) -> dict[str, float]:
     """What the pixel reader finds right in the finest clips, how far they are from the coarser ones
     and, by fixed features, from real clips."""
-    fine = levels[-1]
-    pictures = ((fine + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).numpy()
-    readings = [read_toy(clip) for clip in pictures]
+    coarse, fine = levels[-2:]
+    readings, coarse_readings = (
+        list(map(read_toy, pictures_of(clips))) for clips in (fine, coarse)
+    )
     pairs = list(zip(readings, toys, strict=True))
     made = features(fine)
-    growth = tuple(int(a // b) for a, b in zip(fine.shape[2:], levels[-2].shape[2:], strict=True))
+    growth = tuple(int(a // b) for a, b in zip(fine.shape[2:], coarse.shape[2:], strict=True))
     return {
         "colour": float(np.mean([reading.color == toy.color for reading, toy in pairs])),
         "shape": float(np.mean([reading.shape == toy.shape for reading, toy in pairs])),
+        "shape 0": float(
+            np.mean([r.shape == toy.shape for r, toy in zip(coarse_readings, toys, strict=True)])
+        ),
         "direction": float(np.mean([reading.direction == toy.direction for reading, toy in pairs])),
         "one piece": float(np.mean([reading.whole_frames for reading in readings])),
-        "mismatch": float((shrink(fine, growth) - levels[-2]).square().mean().sqrt()),
+        "mismatch": float((shrink(fine, growth) - coarse).square().mean().sqrt()),
         "frechet": frechet_distance(moments(known), moments(made)),
         "mmd": KernelDistance(known, made)(),
     }
