@@ -7,7 +7,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -102,8 +101,14 @@ def all_stacks() -> dict[str, str]:
 def is_waiting(frame: FrameType) -> bool:
     """Whether a thread, by its innermost frame, waits for another rank: in a collective, or, where
     these are launched and not waited for, for its device."""
-    calls = (call.f_code for call, _ in islice(traceback.walk_stack(frame), 6))
-    return any("torch/distributed/" in code.co_filename or code in WAITS for code in calls)
+    innermost: FrameType | None = frame
+    for _ in range(6):
+        if innermost is None:
+            return False
+        if "torch/distributed/" in innermost.f_code.co_filename or innermost.f_code in WAITS:
+            return True
+        innermost = innermost.f_back
+    return False
 
 
 def failure_page(failure: Failure, *, run_dir: Path, logs: Path, attempt: int) -> str:
