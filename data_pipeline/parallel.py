@@ -40,9 +40,8 @@ def map_in_order(
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
-            with held_back(
-                signal.SIGINT
-            ):  # what submits may start a worker, which must not be forgotten
+            # What submits may start a worker, which must not be forgotten.
+            with held_back(signal.SIGINT):
                 waiting.append((item, pool.submit(function, item)))
             if len(waiting) >= AHEAD * workers:
                 yield waiting[0][1].result()

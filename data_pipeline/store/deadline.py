@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TypeVar
 
 from data_pipeline.errors import DataError
@@ -23,7 +23,9 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
         except BaseException as error:  # raised again by the thread that waits
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="decode").start()
-    if not wait([outcome], seconds).done:
+    thread = threading.Thread(target=run, daemon=True, name="decode")
+    thread.start()
+    thread.join(seconds)  # to its very end: what C code leaves to threads must be gone, too
+    if thread.is_alive():
         raise DataError(f"is stuck in decoding, for more than {seconds:g} seconds")
     return outcome.result()
