@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import gcd
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -106,8 +107,8 @@ class _Epoch:
     def __init__(self, source: SourceOrder, number: int):
         text = f"{source.seed}/{source.fingerprint}/{number}"
         self.key = int.from_bytes(sha256(text.encode()).digest()[:8], "little")
-        shards = range(len(source.shard_sizes))
-        self.shards = np.array(sorted(shards, key=lambda shard: _mix(shard + self.key)))
+        shards = np.arange(len(source.shard_sizes), dtype=np.uint64)
+        self.shards = np.argsort(_mix(shards + np.uint64(self.key)), kind="stable")
         self.starts = np.concatenate([[0], np.cumsum(source.shard_sizes[self.shards])])
         self.blocks = np.append(self.starts[: -1 : source.block_shards], self.starts[-1])
 
@@ -168,8 +169,8 @@ def _interval(starts: Int64[np.ndarray, " starts"], position: int) -> int:
     return int(np.searchsorted(starts, position, side="right")) - 1
 
 
-def _mix(value: int) -> int:
-    """splitmix64: a well mixed function of 64 bits."""
+def _mix(value: Any) -> Any:
+    """splitmix64: a well mixed function of 64 bits, of one number or of an array of uint64."""
     value = value + 0x9E3779B97F4A7C15 & MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
