@@ -1,6 +1,7 @@
 """Caption embeddings: the encoder's own output, row for row, and proof of what they belong to."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import T5EncoderModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.build import build
@@ -16,6 +20,7 @@ from data_pipeline.making.toy import all_toys
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
 from data_pipeline.text.embeddings import open_embeddings
+from t2v.cli import main
 
 CAPTIONS = [toy.caption for toy in all_toys()]
 
@@ -150,6 +155,47 @@ def test_what_is_no_encoder_is_refused(own, tmp_path):
     with pytest.raises(ConfigError, match=r"name: value '../x' is wrong"):
         embed(own, tmp_path / "empty", name="../x")
     assert not (own / "embeddings" / "x").exists()
+
+
+def spoilt(encoder: Path, folder: Path, **tensors: torch.Tensor) -> Path:
+    """A copy of an encoder with other weights besides or instead of its own."""
+    shutil.copytree(encoder, folder)
+    weights = load_file(folder / "model.safetensors") | tensors
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("name", "shape", "reason"), [
+    # as umT5 has them, whose other names are those of T5
+    ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", (32, 4), "no place"),
+    ("encoder.block.2.layer.0.SelfAttention.q.weight\x1b[31m", (8, 8), r"no place in it, .*\\x1b"),
+    ("shared.weight", (3, 8), "of another shape, shared.weight first"),
+])  # fmt: skip
+def test_an_encoder_with_weights_of_another_is_refused_in_one_line(
+    own, datasets, tmp_path, capfd, name, shape, reason
+):
+    other = spoilt(datasets / "encoder", tmp_path / "other", **{name: torch.zeros(shape)})
+    assert main(["data", "embed", str(own), "--encoder", str(other), "--name", "x"]) == 78
+    said = capfd.readouterr()
+    assert re.search(reason, said.err)
+    assert said.err.count("\n") == 1
+    assert not (own / "embeddings" / "x").exists()
+
+
+@pytest.mark.parametrize(("special", "words", "reason"), [
+    ({"eos_token": "b"}, "ab", "has no padding"),
+    ({"pad_token": "a"}, "ab", "no end mark"),
+    ({"pad_token": "0"}, map(str, range(400)), "knows 400 tokens and its weights"),
+])  # fmt: skip
+def test_a_tokenizer_that_is_not_the_encoders_is_refused(
+    datasets, tmp_path, special, words, reason
+):
+    folder = Path(shutil.copytree(datasets / "encoder", tmp_path / "other"))
+    (folder / "spiece.model").unlink()
+    known = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}))
+    PreTrainedTokenizerFast(tokenizer_object=known, **special).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=f"is no T5 encoder because its tokenizer .*{reason}"):
+        TextEncoder(folder, max_tokens=16)
 
 
 def test_the_manifest_tells_the_provenance(datasets):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import NoConditioning, TextConditioning
@@ -230,6 +231,11 @@ def test_text_score_is_clips_own_cosine(home, tmp_path):
                            pixel_values=(frames - mean) / std)  # fmt: skip
         cosine = theirs.logits_per_image[:, 0] / model.logit_scale.detach().exp()
         assert found[row, 0] == pytest.approx(100 * float(cosine.mean()), abs=1e-3)
+    weights = folder / "model.safetensors"
+    some = {name: w for name, w in load_file(weights).items() if "visual_projection" not in name}
+    save_file(some, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 of its weights are missing .*visual_projection"):
+        TextAgreement(measure.spec, torch.device("cpu")).of(shown)
 
 
 @pytest.fixture(scope="module")

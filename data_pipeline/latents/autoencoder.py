@@ -22,7 +22,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.latents.latents import Normalisation, Provenance, Statistics
 from data_pipeline.pyramid import Clip
 from data_pipeline.shards.dataset import digest_json
-from data_pipeline.store.hub import digest_files, fetch_model
+from data_pipeline.store.hub import digest_files, fetch_model, refuse_partial
 from data_pipeline.strict import Size
 
 Pixels = Float[Tensor, "clips 3 frames height width"]
@@ -167,18 +167,17 @@ def _fetch(vae: str) -> Path:
 def _load(folder: Path, class_name: str) -> Any:
     """The model with its weights, complete; safetensors only, and only classes of diffusers."""
     import diffusers
-    from diffusers.utils.logging import disable_progress_bar
+    from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
 
     kind: Any = getattr(diffusers, class_name, None)
     if not class_name.startswith("Autoencoder") or kind is None:
         raise ValueError(f"its class {class_name!r} is no autoencoder of diffusers")
     disable_progress_bar()
+    set_verbosity_error()
     model, loading = kind.from_pretrained(
         folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    absent = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-    if absent:
-        raise ValueError(f"{len(absent)} of its weights are missing, {absent[0]} first")
+    refuse_partial(loading)
     return model.eval()
 
 

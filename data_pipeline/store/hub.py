@@ -1,8 +1,9 @@
 """Models of others: found in a folder or downloaded from the hub, and told apart by their files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -23,6 +24,19 @@ def fetch_model(name: str, patterns: Sequence[str], *, what: str) -> Path:
             f"{name}: is no local folder, and the hub does not give it ({reason}); "
             f"give a folder that holds the {what}."
         ) from None
+
+
+def refuse_partial(loading: Mapping[str, Any], *, ours: str | tuple[str, ...] = "") -> None:
+    """ValueError unless a network found all of its weights in a model's files, and has a place for
+    all of theirs whose names begin with `ours`: it would compute something else without a word."""
+    absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of its weights are missing or of another shape, {absent[0]} first"
+        )
+    unused = sorted(name for name in loading["unexpected_keys"] if name.startswith(ours))
+    if unused:
+        raise ValueError(f"{len(unused)} of its weights have no place in it, {unused[0]} first")
 
 
 def digest_files(folder: Path, patterns: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from jaxtyping import BFloat16
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.host_memory import available_memory
@@ -24,7 +24,7 @@ from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.derived import Former, Row, begin, claim, fill
 from data_pipeline.shards.tar import digest64, list_captions
 from data_pipeline.store import storage
-from data_pipeline.store.hub import digest_files, fetch_model
+from data_pipeline.store.hub import digest_files, fetch_model, refuse_partial
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
@@ -72,6 +72,7 @@ class TextEncoder:
         weakref.finalize(self, shutil.rmtree, offloaded, ignore_errors=True)
         self._recent: dict[str, Tensor] = {}
         disable_progress_bar()
+        set_verbosity_error()  # it reports on weights in many lines, with names of others
         folder = fetch_encoder(str(encoder))
         try:
             if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
@@ -82,14 +83,15 @@ class TextEncoder:
                 dtype=self.dtype,
                 offload_folder=offloaded,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **_placement(self.device, memory_gib),
             )
             model, loading = loaded
-            absent = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-            if absent:
-                raise ValueError(f"{len(absent)} of its weights are missing, {absent[0]} first")
+            # A decoder is none of ours. umT5 has the names of T5, and biases in every block.
+            refuse_partial(loading, ours="encoder.")
+            _refuse_tokenizer(tokenizer, model)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ConfigError(
                 f"{encoder}: is no T5 encoder because {reason}; give a folder or hub id of one."
             ) from None
@@ -256,6 +258,15 @@ def _placement(device: torch.device, memory_gib: float | None) -> dict[str, Any]
         budget.setdefault("cpu", available_memory())
         return {"device_map": "auto", "max_memory": {device.index: int(0.9 * free), **budget}}
     return {"device_map": "auto", "max_memory": budget} if budget else {"device_map": str(device)}
+
+
+def _refuse_tokenizer(tokenizer: Any, model: Any) -> None:
+    """ValueError unless a tokenizer is one of the model's."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"its tokenizer knows {len(tokenizer)} tokens and its weights {rows}")
+    if tokenizer.pad_token_id is None or not tokenizer("")["input_ids"]:
+        raise ValueError("its tokenizer has no padding, or no end mark")
 
 
 def _batches(tokens: dict[str, list[int]]) -> Iterator[list[str]]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.errors import ConfigError, InputMissing
+from data_pipeline.store.hub import refuse_partial
 from t2v.evaluation.clips import Shown
 from t2v.evaluation.protocol import C3D, I3D, CLIPText
 from t2v.evaluation.seam import Borders, seam_energies
@@ -101,15 +103,22 @@ class TextAgreement:
     def parts(self) -> tuple[Any, Any]:
         """(network, tokenizer), loaded at first use."""
         from transformers import AutoTokenizer, CLIPModel
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         disable_progress_bar()
+        set_verbosity_error()
         try:
-            model: Any = CLIPModel.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True
+            loaded: Any = CLIPModel.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
+            model, loading = loaded
+            refuse_partial(loading, ours=("text_model.encoder.", "vision_model.encoder."))
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"clip.path: {self.spec.path} is wrong because it is no CLIPModel with its "
