@@ -182,6 +182,14 @@ def test_an_encoder_with_weights_of_another_is_refused_in_one_line(
     assert not (own / "embeddings" / "x").exists()
 
 
+def test_weights_that_are_not_finite_make_no_embeddings(own, datasets, tmp_path):
+    broken = {"encoder.final_layer_norm.weight": torch.full((8,), torch.nan)}
+    encoder = spoilt(datasets / "encoder", tmp_path / "broken", **broken)
+    with pytest.raises(DataError, match=r"000000.tar: .* not finite; look for damage in the files"):
+        embed(own, encoder, name="x", max_tokens=16)
+    assert not list((own / "embeddings" / "x").glob("*.tar"))
+
+
 @pytest.mark.parametrize(("special", "words", "reason"), [
     ({"eos_token": "b"}, "ab", "has no padding"),
     ({"pad_token": "a"}, "ab", "no end mark"),

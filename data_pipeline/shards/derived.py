@@ -6,7 +6,7 @@ a tar and an index for each shard of the dataset; and `manifest.json`, which is 
 made again is told.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -126,7 +126,8 @@ def fill(
         if _finished(kind, data, shard, folder):
             continue
         name = names[shard]
-        write_tar(storage.join(folder, f"{name}.tar"), rows(shard, Former(folder, name)))
+        tar = storage.join(folder, f"{name}.tar")
+        write_tar(tar, _sound(kind, rows(shard, Former(folder, name)), tar, provenance))
         write_index(folder, name, "tensor")
         if not _finished(kind, data, shard, folder):
             raise DataError(
@@ -203,6 +204,19 @@ def sound_members(path: str, row: np.void) -> Members | None:
         return members_of(path, row)
     except UserError:
         return None
+
+
+def _sound(kind: Kind[Made], rows: Iterable[Row], tar: str, provenance: Made) -> Iterator[Row]:
+    """The same rows; DataError at one that `verify` would refuse."""
+    for key, members in rows:
+        held = {"media": members["safetensors"], "json": members.get("json", b"")}
+        try:
+            kind.check(held, tar, provenance)
+        except DataError as error:
+            raise DataError(
+                f"{tar}: '{key}' {error}; look for damage in the files of the {kind.maker}."
+            ) from None
+        yield key, members
 
 
 def _finished(kind: Kind[Made], data: Dataset, shard: int, folder: str) -> bool:
