@@ -29,6 +29,16 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npz(save=np.savez, **arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def damaged(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
 @pytest.fixture
 def reader(datasets) -> TextEncoder:
     return TextEncoder(datasets / "encoder", max_tokens=16)
@@ -80,12 +90,21 @@ def test_embeddings_that_are_not_what_they_are_said_to_be_are_found(
     ("member", "tokens", "message"),
     [
         ("clip.npy", 16, "'v.0' has no member clip.npy"),
-        ("t5.npy", 2, r"'v.0' has an embedding of .* not at most 2 by"),
+        ("t5.npy", 2, r"'v.0' has an embedding of .* tokens, not at most 2"),
     ],
 )
 def test_what_cannot_be_imported_is_told(own, datasets, member, tokens, message):
     with pytest.raises(DataError, match=message):
         import_embeddings(own, Origin(member, datasets / "encoder", tokens), name="t5")
+    (own / "null.npy").write_bytes(npy(np.ones((3, 9))))
+    for encoder, most, why in (
+        (own, 16, "is no encoder because it holds no weights"),
+        (datasets / "encoder", 16, "of width 8, and that of the empty caption is of 9"),
+        (datasets / "encoder", 2, "null.npy has an embedding of 3 tokens, not at most 2"),
+    ):
+        origin = Origin("t5.npy", encoder, most, null=str(own / "null.npy"))
+        with pytest.raises((ConfigError, DataError), match=why):
+            import_embeddings(own, origin, name=f"of {most}")
     with pytest.raises(ConfigError, match=r"ends in none of .npy"):
         import_embeddings(own, Origin("t5.pt", datasets / "encoder", 16), name="t5")
 
@@ -93,17 +112,19 @@ def test_what_cannot_be_imported_is_told(own, datasets, member, tokens, message)
 def test_arrays_are_read_as_numpy_and_safetensors_keep_them():
     tokens = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
     expected = torch.from_numpy(tokens).to(torch.bfloat16)
-    buffer = io.BytesIO()
-    np.savez(buffer, emb=np.vstack([tokens, tokens]), attention_mask=np.array([1, 1, 1, 0, 0, 0]))
+    padded, mask = np.vstack([tokens, tokens]), np.array([1, 1, 1, 0, 0, 0])
     for content, name in (
         (npy(tokens), "a.npy"), (npy(np.vstack([tokens, np.zeros((2, 4))])), "a.npy"),
-        (buffer.getvalue(), "a.npz"), (save({"x": torch.from_numpy(tokens)}), "a.safetensors"),
+        (npz(emb=padded, attention_mask=mask), "a.npz"), (npz(emb=tokens, mask=mask), "a.npz"),
+        (save({"x": torch.from_numpy(tokens)}), "a.safetensors"),
     ):  # fmt: skip
         assert parse_array(content, "here", name).equal(expected)
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"no array", npy(np.array([{}], dtype=object)), npy(np.ones(4)), npy(np.ones((2, 2), int)),
+    b"", b"no array", npz(a=np.ones((2, 2)))[:-9], npz(a=np.ones((2, 2)), mask=np.ones(3)),
+    damaged(npz(a=np.ones((2, 99))), 200), damaged(npz(np.savez_compressed, a=np.eye(99)), 200),
+    npy(np.array([{}], dtype=object)), npy(np.ones(4)), npy(np.ones((2, 2), int)),
     npy(np.zeros((2, 2))), npy(np.full((2, 2), np.nan)),
 ])  # fmt: skip
 def test_what_is_no_embedding_is_refused_in_one_line(content):

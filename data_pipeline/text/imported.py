@@ -1,10 +1,12 @@
 """Caption embeddings that others computed, out of the members of their shards, row for row."""
 
 import io
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from data_pipeline.shards.derived import Former, Row, begin, claim, fill
 from data_pipeline.shards.scan import list_members, raise_fault
 from data_pipeline.shards.tar import list_captions
 from data_pipeline.store import storage
-from data_pipeline.text.embed import TextEncoder, fetch_encoder, provenance_of
+from data_pipeline.text.embed import WEIGHT_FILES, TextEncoder, fetch_encoder, provenance_of
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
@@ -30,6 +32,16 @@ from data_pipeline.text.embeddings import (
 
 TYPES = (".npy", ".npz", ".safetensors")
 MASKS = ("mask", "attention_mask")
+UNREADABLE = (
+    SafetensorError,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    TypeError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,15 @@ def import_embeddings(
     folder = begin(EMBEDDINGS, data, name, task)
     if origin.null:
         null = parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
+        _refuse_long(null, origin.null, origin.max_tokens)
     else:
         null = TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
     files, width = fetch_encoder(str(origin.encoder)), null.shape[1]
+    if not any(file for pattern in WEIGHT_FILES for file in files.glob(pattern)):
+        raise ConfigError(
+            f"{origin.encoder}: is no encoder because it holds no weights; give the folder or hub "
+            "id of the one that made these embeddings."
+        )
     provenance = provenance_of(origin.encoder, files, origin.max_tokens, width, "declared")
     claim(EMBEDDINGS, folder, provenance)
     storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
@@ -85,13 +103,22 @@ def _rows(
             raise DataError(f"{theirs}: '{key}' {why}, so that it has no embedding; embed it.")
         content = storage.read_range(theirs, *places[key])
         tokens = parse_array(content, f"{theirs}: '{key}'", origin.member)
-        if tokens.shape[1] != provenance.width or len(tokens) > origin.max_tokens:
+        _refuse_long(tokens, f"{theirs}: '{key}'", origin.max_tokens)
+        if tokens.shape[1] != provenance.width:
             raise DataError(
-                f"{theirs}: '{key}' has an embedding of {tuple(tokens.shape)} (tokens, width), not "
-                f"at most {origin.max_tokens} by {provenance.width}; correct --max-tokens."
+                f"{theirs}: '{key}' has an embedding of width {tokens.shape[1]}, and that of the "
+                f"empty caption is of {provenance.width}; correct --null or --encoder."
             )
         content = pack([tokens], [1.0])
         yield key, {"safetensors": content, "txt": captions.origin.encode()}
+
+
+def _refuse_long(tokens: Embedding, where: str, max_tokens: int) -> None:
+    if len(tokens) > max_tokens:
+        raise DataError(
+            f"{where} has an embedding of {len(tokens)} tokens, not at most {max_tokens}; correct "
+            "--max-tokens."
+        )
 
 
 def parse_array(content: bytes, where: str, name: str) -> Embedding:
@@ -104,7 +131,7 @@ def parse_array(content: bytes, where: str, name: str) -> Embedding:
             loaded = np.load(io.BytesIO(content), allow_pickle=False)
             parts = {"tokens": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
             arrays = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in parts.items()}
-    except (SafetensorError, ValueError, OSError, EOFError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{where} is no {name} ({error}); correct it.") from None
     masks = [array.reshape(-1) != 0 for key, array in arrays.items() if key in MASKS]
     tensors = [array.squeeze(0) if array.ndim == 3 else array for key, array in arrays.items()
@@ -115,6 +142,11 @@ def parse_array(content: bytes, where: str, name: str) -> Embedding:
     tokens = tensors[0]
     if masks and len(masks[0]) == len(tokens):
         tokens = tokens[masks[0]]
+    elif masks and int(masks[0].sum()) != len(tokens):  # else they are cut to the mask already
+        raise DataError(
+            f"{where} holds {len(tokens)} tokens, and a mask of {int(masks[0].sum())} of "
+            f"{len(masks[0])}; correct it."
+        )
     used = tokens.ne(0).any(1).nonzero()
     if not len(used) or not tokens.isfinite().all():
         raise DataError(f"{where} holds zeros only, or values that are not finite; correct it.")

@@ -240,7 +240,7 @@ def add_data_verbs(verbs) -> None:
     verb = add_verb(data_verbs, "stats", data_stats, "what a dataset holds, as a table and a page",
                     "t2v data stats data/videos --out videos.html")  # fmt: skip
     verb.add_argument("dataset")
-    verb.add_argument("--samples", type=int, default=10_000, help="random samples to read")
+    verb.add_argument("--samples", type=positive, default=10_000, help="random samples to read")
     verb.add_argument("--out", help="the page; by default stats.html in the dataset")
 
     verb = add_verb(data_verbs, "embed", data_embed, "cache what a text encoder says of captions",
@@ -248,7 +248,7 @@ def add_data_verbs(verbs) -> None:
     verb.add_argument("dataset")
     verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
     verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
-    verb.add_argument("--max-tokens", type=int, default=128)
+    verb.add_argument("--max-tokens", type=positive, default=128)
     verb.add_argument(
         "--import",
         dest="member",
