@@ -1,15 +1,18 @@
 """Black bars are cut off to the pixel, and clips without any stay as they are."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 from moving import FPS, HEIGHT, WIDTH, moving
+from PIL import Image
 
 from data_pipeline.making.build import build
 from data_pipeline.making.samples import Filters
 from data_pipeline.media.bars import Bars, media_bars
 from data_pipeline.media.codec import decode_clip, decode_image, encode_clip, encode_image
+from data_pipeline.media.measures import measure_media
 
 BARS = Bars(12, 20, 0, 32)
 INSIDE = (slice(None), slice(12, HEIGHT - 20), slice(0, WIDTH - 32))
@@ -69,6 +72,16 @@ def test_filters_see_sizes_without_bars(clip, tmp_path):
     built = build(folder, tmp_path / "out", **how, crop_bars=True)
     assert [built.read(0, row).caption for row in range(built.info.samples)] == ["b.mp4"]
     assert built.info.account.not_wanted == {"below min_height": 1}
+
+
+def test_what_is_clear_is_shown_white_and_no_bar(clip):
+    opaque = np.zeros(clip.shape[1:3], np.uint8)
+    opaque[INSIDE[1:]] = 255
+    first, *others = (Image.fromarray(np.dstack([picture, opaque])) for picture in clip[:4])
+    gif = io.BytesIO()
+    first.save(gif, "GIF", save_all=True, append_images=others, duration=100, disposal=2)
+    assert media_bars(gif.getvalue(), "video") == Bars()
+    assert measure_media(gif.getvalue(), "video").bars == Bars()
 
 
 @pytest.mark.parametrize("frames", [1, 5, 16])

@@ -26,7 +26,7 @@ from data_pipeline.shards.dataset import MANIFEST, Dataset, ShardInfo, open_data
 from data_pipeline.shards.tar import digest64, examine_tar, read_member
 from data_pipeline.store import storage
 
-VERSION = 1  # of what is measured; another one is other scores
+VERSION = 2  # of what is measured; another one is other scores
 FOLDER, TABLE, PROVENANCE = "scores", "scores.parquet", "provenance.json"
 TOLD = b"t2v"
 NUMBERS = ("motion", "frozen", "black", "brightness", "sharpness")

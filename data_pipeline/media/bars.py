@@ -15,6 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.media.container import open_video, read_shots
 from data_pipeline.media.image import open_image
 from data_pipeline.media.orientation import Picture, orientation_of
+from data_pipeline.media.picture import over_white
 
 Grey = UInt8[np.ndarray, "height width"]  # full range: 0 is black, 255 is white
 
@@ -75,15 +76,16 @@ def find_bars(lightest: Grey) -> Bars:
 
 
 def grey_of(frame: av.VideoFrame, height: int, width: int) -> Grey:
-    """The luma of a frame at a size."""
-    return frame.reformat(
+    """The luma of a frame as it is shown, at a size."""
+    shown = over_white(frame).reformat(
         width=width,
         height=height,
         format="gray",
         dst_color_range=ColorRange.JPEG,
         interpolation=FAST_RESIZE,
         threads=1,
-    ).to_ndarray()
+    )
+    return shown.to_ndarray()
 
 
 def _edges(profile: np.ndarray) -> tuple[int, int]:
