@@ -61,7 +61,7 @@ def many_runs(found: Iterable[RunStatus]) -> Table:
             spell(status.eta_seconds),
             f"{status.last_checkpoint}, {age}" if status.last_checkpoint is not None else "",
             str(status.restarts),
-            f"{spell(status.silent_seconds)} ago" + (" (stale)" if status.is_stale else ""),
+            _last_word(status) + (" (stale)" if status.is_stale else ""),
         )
     return table
 
@@ -94,7 +94,7 @@ def one_run(status: RunStatus) -> Table:
         ("steps skipped", status.skipped_steps or ""),
         ("slow", straggler_text(status.straggler)),
         ("GPUs", "; ".join(status.gpu_events)),
-        ("last word", f"{spell(status.silent_seconds)} ago" if status.silent_seconds else ""),
+        ("last word", _last_word(status)),
         ("if it has ended", status.decision),
     ]
     for name, value in rows:
@@ -116,7 +116,8 @@ def spell(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:.0f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 def straggler_text(found: dict[str, Any] | None) -> str:
@@ -127,6 +128,10 @@ def straggler_text(found: dict[str, Any] | None) -> str:
         f"rank {found['rank']} on {found['host']}: others waited for it {found['share']:.0%} of "
         f"{found['steps']} steps"
     )
+
+
+def _last_word(status: RunStatus) -> str:
+    return "" if status.silent_seconds is None else f"{spell(status.silent_seconds)} ago"
 
 
 def _checkpoint_text(status: RunStatus) -> str:

@@ -35,7 +35,8 @@ class Pyramid(Strict):
     def _refuse_impossible_geometry(self) -> "Pyramid":
         for axis, patch, clip in zip(AXES, self.patch_size, self.clip_size, strict=True):
             if patch * _growth(patch, clip, self.levels) ** (self.levels - 1) != clip:
-                fits = " or ".join(str(patch * g ** (self.levels - 1)) for g in (1, 2))
+                sizes = {patch * g ** (self.levels - 1): None for g in (1, 2)}
+                fits = " or ".join(map(str, sizes))
                 raise ValueError(
                     f"clip_size: {clip} ({axis}) is wrong because it does not come from patch_size "
                     f"{patch} by the same whole factor at each of {self.levels} levels; use {fits}"

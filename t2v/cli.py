@@ -131,9 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--gpu-memory-gib", type=float, default=80.0)
     verb.add_argument("--gpu-gb-per-second", type=float, default=50.0,
                       help="what each GPU receives from others at most")  # fmt: skip
-    verb.add_argument("--tune", action="store_true",
-                      help="rank the engine's settings that fit")  # fmt: skip
-    verb.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    answer = verb.add_mutually_exclusive_group()
+    answer.add_argument("--tune", action="store_true",
+                        help="rank the engine's settings that fit")  # fmt: skip
+    answer.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     verb = add_verb(verbs, "train", train, "train a recipe; alone or under torchrun",
                     "torchrun --nproc-per-node 2 -m t2v.cli train configs/base_36x64.yaml"

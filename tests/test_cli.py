@@ -319,10 +319,15 @@ def test_a_replaced_shard_is_noticed_at_its_first_sample(datasets, tmp_path):
 
 def test_folders_without_checkpoints_are_told_in_one_line(tmp_path, capsys):
     assert main(["checkpoint", "ls", str(tmp_path)]) == 66
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 66
+    assert main(["checkpoint", "diff", str(tmp_path), str(tmp_path)]) == 66
+    (tmp_path / "step-00000005").mkdir()
     assert main(["checkpoint", "verify", str(tmp_path)]) == 74
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, third, fourth = capsys.readouterr().err.splitlines()
     assert first == f"{tmp_path}: holds no checkpoint; give a run folder."
-    assert second.endswith("it was never finished; use another checkpoint.")
+    assert second == f"{tmp_path}: holds no checkpoint; give a step folder or a run folder."
+    assert third == second
+    assert fourth.endswith("it was never finished; use another checkpoint.")
 
 
 def test_checkpoints_of_nowhere_are_missing_input(tmp_path, capsys):

@@ -192,6 +192,7 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "weights are; use false, or kind zero.",
         ),
         ("foo", "foo: is not an override; write dotted.key=value."),
+        ("data..seed=1", "data..seed=1: is not an override; write dotted.key=value."),
         (
             "watchdog.step_seconds=1.0e+10",
             "watchdog.step_seconds: value 10000000000.0 is wrong because input should be less than "
@@ -202,9 +203,26 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "data.num_workers: value 100000 is wrong because input should be less than or equal to "
             "512; correct it.",
         ),
-        ("seed=2026-99-99", "seed=2026-99-99: the value is not valid YAML; quote it."),
-        ("data={a: 1, a: 2}", "data={a: 1, a: 2}: the value is not valid YAML; quote it."),
-        ("seed=[", "seed=[: the value is not valid YAML; quote it."),
+        (
+            "seed=2026-99-99",
+            "seed=2026-99-99: the value is not valid YAML because '2026-99-99' is no timestamp; "
+            "correct or quote it.",
+        ),
+        (
+            "data={a: 1, a: 2}",
+            "data={a: 1, a: 2}: the value is not valid YAML because key 'a' is there twice; "
+            "correct or quote it.",
+        ),
+        (
+            "watchdog.step_seconds=24:00:00",
+            "watchdog.step_seconds=24:00:00: the value is not valid YAML because 24:00:00 would be "
+            "a number of base 60; put it in quotes; correct or quote it.",
+        ),
+        (
+            "name=a\x1b",
+            "name=a\x1b: the value is not valid YAML because '\\x1b' in it is no text; correct or "
+            "quote it.",
+        ),
         (
             "name.first=a",
             "name.first: cannot be set because its parent holds a value; check the path.",
@@ -289,6 +307,12 @@ def test_a_recipe_from_before_there_were_methods_is_told_the_new_form(tmp_path):
         ("seed: 1\nseed: 2", "is not valid YAML at line 2 because key 'seed' is there twice"),
         ("1: 2", "is not valid YAML at line 1 because key 1 is no text; correct it."),
         ("- 1", "is wrong because it holds no mapping; see configs/."),
+        ("a: \x00", r"is not valid YAML because '\x00' in it is no text; correct it."),
+        ("a: 1\n---\nb: 2", "is not valid YAML at line 2 because expected a single document in"),
+        (
+            "a: &x {b: 1}\nc:\n  <<: *x",
+            "is not valid YAML at line 3 because '<<' is not read here;",
+        ),
         (b"\xff\xfe\x00", "is not valid YAML because it is not UTF-8 text; correct it."),
         ("seed: 2026-99-99", "is not valid YAML at line 1 because '2026-99-99' is no timestamp;"),
         ("a: 1\nseed: !!int b", "is not valid YAML at line 2 because 'b' is no int; correct it."),
@@ -341,4 +365,4 @@ def test_overrides_reach_into_sections_lists_and_absent_sections(tmp_path):
     ],
 )
 def test_a_value_of_the_command_line_keeps_its_end(text, value):
-    assert parse_value(text) == value
+    assert parse_value(text, "here") == value

@@ -241,7 +241,12 @@ def test_kinds_of_recipes_take_their_own_subjects():
         (text, Request(prompts=("a",), count=2), "--count: is wrong"),
         (text, Request(), "--prompt: missing"),
         (text, Request(prompts=("a" * 10_000,)), "prompt 1: 10000 characters is wrong"),
-        (text, Request(prompts=("a",), negative_prompt=" "), "prompt 2: 0 characters is wrong"),
+        (text, Request(prompts=("a",), negative_prompt=" "), "--negative-prompt: 0 characters is"),
+        (
+            text,
+            Request(prompts=("a", "caf\udce9")),
+            r"prompt 2: '\udce9' is wrong because a prompt",
+        ),
         (text, Request(prompts=("a",), negative_prompt="b"), "guidance_scale 1 never looks at it"),
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):

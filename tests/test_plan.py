@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.memory import CASES, compare
 from data_pipeline.errors import ConfigError
+from t2v.cli import main
 from t2v.engine.config import BUCKET_ELEMENTS
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import GIB, memory
@@ -146,12 +147,24 @@ def test_a_world_that_does_not_divide_the_batch_is_refused():
 def test_one_process_does_not_use_two_gpus():
     with pytest.raises(ConfigError, match=r"engine\.kind: 'single' is wrong because there are 2"):
         plan(tiny_config(), gpus=2, gpu_memory_gib=80)
+    with pytest.raises(ConfigError, match=r"engine\.kind: 'single' is wrong because there are 2"):
+        tune(tiny_config(), gpus=2, gpu_memory_gib=80, gb_per_second=50)
+    config = tiny_config(engine={"kind": "fsdp"})
+    with pytest.raises(ConfigError, match=r"global_batch_size: 4 is wrong because 3 GPUs do not"):
+        tune(config, gpus=3, gpu_memory_gib=80, gb_per_second=50)
 
 
 @pytest.mark.parametrize(("gpus", "gib"), [(0, 80.0), (1, 0.0), (1, nan), (1, inf)])
 def test_no_gpu_is_refused(gpus, gib):
-    with pytest.raises(ConfigError, match=r"nothing runs on that|no GPU has that"):
-        plan(tiny_config(), gpus=gpus, gpu_memory_gib=gib)
+    for forecast in (plan, tune):
+        with pytest.raises(ConfigError, match=r"nothing runs on that|no GPU has that"):
+            forecast(tiny_config(), gpus=gpus, gpu_memory_gib=gib, gb_per_second=50)
+
+
+def test_choices_are_no_json():
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(CONFIGS / "base_36x64.yaml"), "--tune", "--json"])
+    assert caught.value.code == 2
 
 
 def test_the_tables_show_the_numbers_in_80_columns():

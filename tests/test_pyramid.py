@@ -49,6 +49,8 @@ def test_a_pixel_of_a_level_is_stride_pixels_of_the_clip(pyramid):
 def test_geometry_that_no_whole_factor_makes_is_refused_with_a_way_out():
     with pytest.raises(ValidationError, match=r"500 \(width\) .* 64 .* 4 levels; use 64 or 512"):
         Pyramid(levels=4, patch_size=(8, 36, 64), clip_size=(64, 288, 500))
+    with pytest.raises(ValidationError, match=r"at each of 1 levels; use 8 "):
+        Pyramid(levels=1, patch_size=(8, 36, 64), clip_size=(16, 36, 64))
 
 
 @pytest.mark.parametrize("pyramid", PYRAMIDS)

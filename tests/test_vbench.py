@@ -46,3 +46,22 @@ def test_nothing_is_written_over(tmp_path, capsys):
     assert export(folder, tmp_path / "out") == 78
     assert "is not empty; give --out a new folder." in capsys.readouterr().err
     assert export(tmp_path, tmp_path / "new") == 66
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "words"),
+    [
+        ("0002.mp4", 66, "0002.mp4: missing although samples.json names it; sample again."),
+        ("../0000.mp4", 65, "'../0000.mp4' is wrong because it leaves the folder"),
+        (None, 65, "samples.json: is damaged because it is no list of samples"),
+    ],
+)
+def test_records_that_are_wrong_leave_nothing_half_copied(tmp_path, capsys, file, code, words):
+    folder = samples(tmp_path / "s", ["a cat", "a dog"])
+    (tmp_path / "0000.mp4").write_bytes(b"of somebody else")
+    records = json.loads((folder / "samples.json").read_text())
+    records[1]["file"] = file
+    (folder / "samples.json").write_text(json.dumps(records))
+    assert export(folder, tmp_path / "out") == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -105,8 +105,12 @@ def step_of(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise InputMissing(f"{path}: no such checkpoint; give a step folder or a run folder.")
+    if STEP_FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
+        return folder
     infos = list_checkpoints(folder)
-    return infos[-1].folder if infos else folder
+    if not infos:
+        raise InputMissing(f"{path}: holds no checkpoint; give a step folder or a run folder.")
+    return infos[-1].folder
 
 
 def print_checkpoints(infos: list[CheckpointInfo]) -> None:

@@ -210,7 +210,7 @@ def open_generated(folder: Path, rules: Protocol) -> GeneratedClips:
     """The first clips of a folder, as many as the protocol has."""
     summary, wanted = folder / SUMMARY, rules.generated.clips
     if summary.is_file():
-        records = _records(summary)
+        records = read_records(summary)
     else:
         records = [{"file": path.name} for path in sorted(folder.glob("*.mp4"))]
     if not records:
@@ -272,7 +272,9 @@ def _frame_rate(media: bytes, where: Path) -> float:
         raise DataError(f"{where}: {error}; make it again.") from None
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a folder of samples; DataError where they are damaged, or name files outside
+    of it."""
     try:
         text = path.read_text()
         records = json.loads(text)

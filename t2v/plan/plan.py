@@ -87,19 +87,7 @@ def plan(
     gb_per_second: float = GB_PER_SECOND,
 ) -> Plan:
     """The forecast of a run; ConfigError for a run that cannot be."""
-    if gpus < 1:
-        raise ConfigError(
-            f"--gpus: {gpus} is wrong because nothing runs on that; give at least one GPU."
-        )
-    if not 0 < gpu_memory_gib < math.inf:
-        raise ConfigError(
-            f"--gpu-memory-gib: {gpu_memory_gib:g} is wrong because no GPU has that; give its "
-            "memory in GiB."
-        )
-    if config.engine.kind == "single" and gpus > 1:
-        raise ConfigError(
-            f"engine.kind: 'single' is wrong because there are {gpus} GPUs; use 'fsdp', or one GPU."
-        )
+    refuse_impossible_site(config, gpus, gpu_memory_gib, gb_per_second)
     if gpus % config.engine.dp_replicate:
         raise ConfigError(
             f"engine.dp_replicate: {config.engine.dp_replicate} is wrong because it does not "
@@ -111,11 +99,6 @@ def plan(
     if needed.total > gpu_memory_gib:
         raise ConfigError(
             explain_too_large(config, footprint, needed, gpus=gpus, gpu_memory_gib=gpu_memory_gib)
-        )
-    if not 0 < gb_per_second < math.inf:
-        raise ConfigError(
-            f"--gpu-gb-per-second: {gb_per_second:g} is wrong because nothing travels at that; "
-            "give what a GPU receives, in GB/s."
         )
     compute = compute_per_sample(config, footprint)
     view, samples = config.method.view, config.global_batch_size
@@ -153,6 +136,30 @@ def plan(
         communication=communication(config, footprint, gpus, gb_per_second),
         method=footprint.method,
     )
+
+
+def refuse_impossible_site(
+    config: RunConfig, gpus: int, gpu_memory_gib: float, gb_per_second: float
+) -> None:
+    """ConfigError where no setting of the engine would run there."""
+    if gpus < 1:
+        raise ConfigError(
+            f"--gpus: {gpus} is wrong because nothing runs on that; give at least one GPU."
+        )
+    if not 0 < gpu_memory_gib < math.inf:
+        raise ConfigError(
+            f"--gpu-memory-gib: {gpu_memory_gib:g} is wrong because no GPU has that; give its "
+            "memory in GiB."
+        )
+    if not 0 < gb_per_second < math.inf:
+        raise ConfigError(
+            f"--gpu-gb-per-second: {gb_per_second:g} is wrong because nothing travels at that; "
+            "give what a GPU receives, in GB/s."
+        )
+    if config.engine.kind == "single" and gpus > 1:
+        raise ConfigError(
+            f"engine.kind: 'single' is wrong because there are {gpus} GPUs; use 'fsdp', or one GPU."
+        )
 
 
 def refuse_short_deadline(config: RunConfig, micro_batch_seconds: float) -> None:

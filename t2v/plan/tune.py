@@ -9,7 +9,12 @@ from data_pipeline.printable import say
 from t2v.plan.communication import communication
 from t2v.plan.footprint import Footprint, measure
 from t2v.plan.memory import memory
-from t2v.plan.plan import TYPICAL, assumed_peak, compute_per_sample
+from t2v.plan.plan import (
+    TYPICAL,
+    assumed_peak,
+    compute_per_sample,
+    refuse_impossible_site,
+)
 from t2v.recipe.recipe import RunConfig
 
 MOST_MICRO_BATCH = 64
@@ -31,6 +36,12 @@ def tune(
 ) -> list[Choice]:
     """All that fits, fastest first; of equals, what changes least. A step is its computing at a
     typical utilisation and its communication, one after the other."""
+    refuse_impossible_site(config, gpus, gpu_memory_gib, gb_per_second)
+    if config.global_batch_size % gpus:
+        raise ConfigError(
+            f"global_batch_size: {config.global_batch_size} is wrong because {gpus} GPUs do not "
+            "divide it; change one of them."
+        )
     footprint = measure(config)
     found = []
     for changes, changed in candidates(config, gpus):

@@ -17,6 +17,7 @@ Model = typing.TypeVar("Model", bound=BaseModel)
 NUMBER = re.compile(r"tag:yaml.org,2002:(int|float)")
 # To YAML 1.1, 24:00:00 is 86400, and 010 is 8.
 OTHER_BASES = ((re.compile(r".*:.*"), 60), (re.compile(r"[-+]?0[0-7_]*[0-7]"), 8))
+MERGE_KEY = "tag:yaml.org,2002:merge"
 # How pydantic names a member of a union, or a check of one, in the location of an error.
 UNION_MEMBER = re.compile(r"str|int|float|constrained-.*|.*\[.*\]")
 
@@ -39,6 +40,9 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE_KEY:
+                problem = "'<<' is not read here; write out what it stands for"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or key in keys:
                 problem = f"key '{key}' is there twice" if key in keys else f"key {key} is no text"
@@ -57,10 +61,7 @@ def read_mapping(path: Path, overrides: Iterable[str] = (), *, missing: str) -> 
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        is_text = isinstance(error, (TypeError, RecursionError))
-        otherwise = "of its keys or its depth" if is_text else "it is not UTF-8 text"
-        reason = getattr(error, "problem", None) or otherwise
-        message = f"{path}: is not valid YAML{line} because {reason}; correct it."
+        message = f"{path}: is not valid YAML{line} because {_why_no_yaml(error)}; correct it."
         raise ConfigError(message) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is wrong because it holds no mapping; see configs/.")
@@ -69,12 +70,29 @@ def read_mapping(path: Path, overrides: Iterable[str] = (), *, missing: str) -> 
     return content
 
 
-def parse_value(text: str) -> object:
-    """What a value in YAML says, read like a recipe; YAMLError for what is none."""
+def _why_no_yaml(error: Exception) -> str:
+    """What is wrong with a text that cannot be read as YAML."""
+    match error:
+        case UnicodeDecodeError():
+            return "it is not UTF-8 text"
+        case yaml.reader.ReaderError():
+            return f"{chr(error.character)!r} in it is no text"
+        case yaml.MarkedYAMLError(problem=str(problem)):
+            # PyYAML leaves the beginning of some sentences in `context`.
+            return f"{error.context}, {problem}" if problem.startswith("but ") else problem
+    return "of its keys or its depth"
+
+
+def parse_value(text: str, origin: str) -> object:
+    """What a value in YAML says, read like a recipe; ConfigError, which begins with `origin`, for
+    what is none."""
     try:
         value = yaml.load(text, _UniqueKeys)
-    except (TypeError, RecursionError) as error:
-        raise yaml.YAMLError(str(error)) from None
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{origin}: the value is not valid YAML because {_why_no_yaml(error)}; correct or "
+            "quote it."
+        ) from None
     # What stands on a command line has no comments: `run_dir=/x/run #1` is a folder's name.
     is_plain = isinstance(value, str) and text.lstrip()[:1] not in ("'", '"', "|", ">")
     return text.strip() if is_plain and "#" in text else value
@@ -82,16 +100,13 @@ def parse_value(text: str) -> object:
 
 def apply_override(content: dict, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override}: is not an override; write dotted.key=value.")
     *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"{override}: is not an override; write dotted.key=value.")
     node: object = content
     for parent in parents:
         node = _child(node, parent, key)
-    try:
-        value = parse_value(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override}: the value is not valid YAML; quote it.") from None
+    value = parse_value(text, override)
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
     elif isinstance(node, dict):

@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
@@ -252,10 +251,8 @@ def with_sampling(config: RunConfig, overrides: list[str] | tuple[str, ...]) -> 
         key, equals, text = override.partition("=")
         if not key or not equals:
             raise ConfigError(f"--set {override}: is no setting; write KEY=VALUE.")
-        try:
-            content["method"]["sampling"][key.removeprefix("method.sampling.")] = parse_value(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not valid YAML; quote it.") from None
+        value = parse_value(text, f"--set {override}")
+        content["method"]["sampling"][key.removeprefix("method.sampling.")] = value
     return parse_config(content, "--set")
 
 

@@ -22,7 +22,8 @@ from t2v.sampling.given_frames import Given, read_given
 
 MAX_PROMPT_CHARACTERS = 2000
 MOST_CLIPS = 100_000
-UNSEEN = ("Cc", "Zl", "Zp")  # control characters, and what breaks lines
+# Control characters, what breaks lines, and bytes of a command line that are no UTF-8.
+UNSEEN = ("Cc", "Zl", "Zp", "Cs")
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ def subjects_of(config: RunConfig, request: Request) -> list[Subject]:
         shown = list(request.prompts)
     else:
         shown = [None] * (request.count or 1)
-    texts = [*request.prompts, *filter(None, [request.negative_prompt])]
-    for number, prompt in enumerate(texts, start=1):
-        if problem := problem_with_prompt(prompt):
-            raise ConfigError(f"prompt {number}: {problem}; shorten it or remove the line.")
+    texts = {f"prompt {number}": text for number, text in enumerate(request.prompts, start=1)}
+    if request.negative_prompt:
+        texts["--negative-prompt"] = request.negative_prompt
+    for name, text in texts.items():
+        if problem := problem_with_prompt(text):
+            raise ConfigError(f"{name}: {problem}; correct it or leave it out.")
     if request.negative_prompt is not None and not method_of(config).is_guided:
         raise ConfigError(
             "--negative-prompt: is wrong because guidance_scale 1 never looks at it; raise it with "
