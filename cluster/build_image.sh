@@ -20,11 +20,14 @@ if [ "$(id -u)" != 0 ]; then
   exit 78
 fi
 
-store=(--storage-driver vfs)
+store=()
 if [ -n "${STORAGE:-}" ]; then
-  store+=(--root "$STORAGE/images" --runroot "$STORAGE/run")
+  store=(--root "$STORAGE/images" --runroot "$STORAGE/run")
 fi
-build() { buildah "${store[@]}" "$@"; }
+# Layers are mounted where the kernel can, and else copied whole.
+driver=overlay
+build() { buildah --storage-driver "$driver" "${store[@]}" "$@"; }
+build info >/dev/null 2>&1 || driver=vfs
 
 tree='' trial='' base=''
 clean() {

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
@@ -18,17 +19,34 @@ def run_distributed(
 ) -> list[Any]:
     """What `function(*args)` returned in each of `world_size` fresh processes, in rank order.
 
-    The parent keeps the meeting point, so no port is guessed; a failure shows its own traceback. A
-    function that joins more than one world calls `next_world` between them.
+    They are forks of a server that has done nothing but import. The parent keeps the meeting point,
+    so no port is guessed; a failure shows its own traceback. A function that joins more than one
+    world calls `next_world` between them.
     """
     stores = [
         dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(worlds)
     ]
-    ports = [str(store.port) for store in stores]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["t2v.loop", "torch._dynamo", "tests.training"])
     answers = context.Queue()
+    settings = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_PORTS": " ".join(str(store.port) for store in stores),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
-        context.Process(target=_run, args=(rank, world_size, ports, answers, function, args))
+        context.Process(
+            target=_run,
+            args=(
+                rank,
+                settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                answers,
+                function,
+                args,
+            ),
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -56,24 +74,14 @@ def next_world() -> None:
 
 def _run(
     rank: int,
-    world_size: int,
-    ports: list[str],
+    settings: dict[str, str],
     answers: Any,
     function: Callable[..., Any],
     args: Any,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        WORLD_PORTS=" ".join(ports),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.clear()
+    os.environ.update(settings)
     next_world()
-    import torch
-
     torch.set_num_threads(1)
     try:
         answers.put((rank, function(*args), None))

@@ -114,7 +114,10 @@ def test_preempted_in_a_compiler_is_preempted_and_half_a_program_is_not_loaded(
     dataset, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    config = config_of(dataset, tmp_path / "run", engine={"compile": True}, total_steps=2)
+    model = {"levels_per_block": [2], "self_conditioning_rate": 0.0}  # few programs are enough
+    config = config_of(
+        dataset, tmp_path / "run", model=model, engine={"compile": True}, total_steps=2
+    )
     # As a scheduler does: the signal goes to all processes of the job, compilers among them.
     process = subprocess.Popen(command(config), start_new_session=True)
     wait_for_compiler(process)

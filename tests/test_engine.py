@@ -8,7 +8,7 @@ from tests.distributed import run_distributed
 from tests.tiny import tiny_config
 from tests.training import Outcome, train_all
 
-STEPS = 20
+STEPS = 10
 # Adam divides by |g| + eps: with a usual eps, rounding of near-zero gradients becomes whole steps.
 ADAMW, LAMB, MUON = ({"name": name, "eps": 1.0e-2} for name in ("adamw", "lamb", "muon"))
 WARM = {
