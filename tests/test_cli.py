@@ -263,7 +263,7 @@ def test_the_audit_of_a_step_has_the_digest_that_its_metrics_line_has(run, capsy
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / "spiece.model").unlink(), "it has neither spiece.model nor"),
+        (lambda folder: (folder / "spiece.model").unlink(), "it has no vocabulary (spiece.model, "),
         (
             lambda folder: (folder / "config.json").write_text(
                 (folder / "config.json").read_text().replace('"num_layers": 2', '"num_layers": 3')
@@ -272,7 +272,7 @@ def test_the_audit_of_a_step_has_the_digest_that_its_metrics_line_has(run, capsy
         ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 50),
-            "is no T5 encoder because",
+            "is no text encoder because",
         ),
     ],
 )

@@ -18,8 +18,9 @@ from data_pipeline.errors import ConfigError, DataError, InputMissing
 from data_pipeline.making.build import build
 from data_pipeline.making.toy import all_toys
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
+from data_pipeline.text.embed import embed, make_tiny_encoder
 from data_pipeline.text.embeddings import open_embeddings
+from data_pipeline.text.encoder import TextEncoder
 from t2v.cli import main
 
 CAPTIONS = [toy.caption for toy in all_toys()]
@@ -150,7 +151,7 @@ def test_what_is_no_encoder_is_refused(own, tmp_path):
     with pytest.raises(InputMissing, match="no such folder"):
         embed(own, tmp_path / "nowhere", name="x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is no T5 encoder because"):
+    with pytest.raises(ConfigError, match="is no text encoder because"):
         embed(own, tmp_path / "empty", name="x")
     with pytest.raises(ConfigError, match=r"name: value '../x' is wrong"):
         embed(own, tmp_path / "empty", name="../x")
@@ -191,9 +192,8 @@ def test_weights_that_are_not_finite_make_no_embeddings(own, datasets, tmp_path)
 
 
 @pytest.mark.parametrize(("special", "words", "reason"), [
-    ({"eos_token": "b"}, "ab", "has no padding"),
-    ({"pad_token": "a"}, "ab", "no end mark"),
-    ({"pad_token": "0"}, map(str, range(400)), "knows 400 tokens and its weights"),
+    ({"pad_token": "a"}, "ab", "marks neither beginning nor end"),
+    ({"eos_token": "0"}, map(str, range(400)), "knows 400 tokens and its weights"),
 ])  # fmt: skip
 def test_a_tokenizer_that_is_not_the_encoders_is_refused(
     datasets, tmp_path, special, words, reason
@@ -202,7 +202,7 @@ def test_a_tokenizer_that_is_not_the_encoders_is_refused(
     (folder / "spiece.model").unlink()
     known = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}))
     PreTrainedTokenizerFast(tokenizer_object=known, **special).save_pretrained(folder)
-    with pytest.raises(ConfigError, match=f"is no T5 encoder because its tokenizer .*{reason}"):
+    with pytest.raises(ConfigError, match=f"is no text encoder because its tokenizer .*{reason}"):
         TextEncoder(folder, max_tokens=16)
 
 

@@ -13,8 +13,9 @@ from data_pipeline.making.toy import all_toys
 from data_pipeline.shards.dataset import commit_dataset, open_dataset
 from data_pipeline.shards.tar import list_captions, write_index, write_tar
 from data_pipeline.text.audit import check, estimate
-from data_pipeline.text.embed import TextEncoder, embed, make_tiny_encoder
+from data_pipeline.text.embed import embed, make_tiny_encoder
 from data_pipeline.text.embeddings import open_embeddings
+from data_pipeline.text.encoder import TextEncoder
 
 CAPTIONS = [toy.caption for toy in all_toys()]
 

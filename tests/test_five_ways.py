@@ -14,7 +14,7 @@ from test_foreign_shards import pack
 from test_import_embeddings import npy
 
 from data_pipeline.shards.dataset import open_dataset
-from data_pipeline.text.embed import TextEncoder
+from data_pipeline.text.encoder import TextEncoder
 from t2v.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs" / "data.md"

@@ -238,7 +238,8 @@ def test_a_tar_that_repair_does_not_take_in_is_told(tmp_path, capsys):
 
 def test_what_a_list_of_captions_says_is_embedded_and_chosen_by_weight(tmp_path, datasets):
     from data_pipeline.text.audit import check
-    from data_pipeline.text.embed import TextEncoder, embed
+    from data_pipeline.text.embed import embed
+    from data_pipeline.text.encoder import TextEncoder
 
     told = {"short": "a red circle", "long": ["a red circle moving left", "a blue square"]}
     pack(tmp_path / "0.tar", {"a.mp4": VIDEO, "a.json": json.dumps(told).encode(),

@@ -15,7 +15,7 @@ import yaml
 from data_pipeline.errors import ConfigError, StorageError
 from data_pipeline.feeding.config import NoConditioning, TextConditioning
 from data_pipeline.media.codec import decode_clip
-from data_pipeline.text.embed import TextEncoder
+from data_pipeline.text.encoder import TextEncoder
 from t2v.cli import main
 from t2v.engine.config import EngineConfig
 from t2v.engine.world import join_world

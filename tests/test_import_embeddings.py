@@ -14,8 +14,8 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.making.indexing import index
 from data_pipeline.making.verify import verify
 from data_pipeline.text.audit import check
-from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import open_embeddings
+from data_pipeline.text.encoder import TextEncoder
 from data_pipeline.text.imported import Origin, import_embeddings, parse_array
 from t2v.cli import main
 

@@ -22,7 +22,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.latents.latents import Normalisation, Provenance, Statistics
 from data_pipeline.pyramid import Clip
 from data_pipeline.shards.dataset import digest_json
-from data_pipeline.store.hub import digest_files, fetch_model, refuse_partial
+from data_pipeline.store.hub import digest_files, fetch_model, reason_of, refuse_partial
 from data_pipeline.strict import Size
 
 Pixels = Float[Tensor, "clips 3 frames height width"]
@@ -60,7 +60,7 @@ class Autoencoder:
             self.channels, self.factors, self.unit_frames = _measure(self.outline)
             own = _own_normalisation(self.model, self.channels)
         except Exception as error:  # whatever a stranger's configuration makes diffusers raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise ConfigError(
                 f"{vae}: is no video autoencoder because {reason}; give a folder or hub id of one "
                 "of diffusers' classes, with safetensors."
@@ -177,7 +177,7 @@ def _load(folder: Path, class_name: str) -> Any:
     model, loading = kind.from_pretrained(
         folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    refuse_partial(loading)
+    refuse_partial(loading, model)
     return model.eval()
 
 

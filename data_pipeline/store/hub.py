@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from data_pipeline.errors import InputMissing
 
@@ -19,22 +20,32 @@ def fetch_model(name: str, patterns: Sequence[str], *, what: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputMissing(
-            f"{name}: is no local folder, and the hub does not give it ({reason}); "
+            f"{name}: is no local folder, and the hub does not give it ({reason_of(error)}); "
             f"give a folder that holds the {what}."
         ) from None
 
 
-def refuse_partial(loading: Mapping[str, Any], *, ours: str | tuple[str, ...] = "") -> None:
-    """ValueError unless a network found all of its weights in a model's files, and has a place for
-    all of theirs whose names begin with `ours`: it would compute something else without a word."""
-    absent = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
+def reason_of(error: Exception) -> str:
+    """The first sentence of what a library says, with what it announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+
+
+def refuse_partial(loading: Mapping[str, Any], model: nn.Module) -> None:
+    """ValueError unless a network found its weights in a model's files, and has a place for all of
+    theirs that belong to its parts: it would compute something else without a word. Heads that it
+    does not have are none of its own, and a pooler is not used here."""
+    absent = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    absent = sorted(name for name in absent if not name.startswith("pooler."))
     if absent:
         raise ValueError(
             f"{len(absent)} of its weights are missing or of another shape, {absent[0]} first"
         )
-    unused = sorted(name for name in loading["unexpected_keys"] if name.startswith(ours))
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    parts = {name for name, _ in model.named_children()}
+    names = sorted(name.removeprefix(prefix) for name in loading["unexpected_keys"])
+    unused = [name for name in names if name.partition(".")[0] in parts]
     if unused:
         raise ValueError(f"{len(unused)} of its weights have no place in it, {unused[0]} first")
 

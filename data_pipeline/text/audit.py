@@ -10,8 +10,8 @@ import torch
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.shards.dataset import open_dataset
 from data_pipeline.shards.tar import stored_size
-from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import open_embeddings, pack
+from data_pipeline.text.encoder import TextEncoder
 
 TOLERANCE = 0.02  # relative to the norm: another device sums bfloat16 in another order
 

@@ -32,6 +32,7 @@ class Provenance(Strict):
     encoder: str = Field(description="hub id, or name of the local folder")
     weights_sha256: str
     tokenizer_sha256: str
+    layer: int | None = Field(None, ge=0, description="hidden layer; none: the last output")
     max_tokens: int = Field(ge=1, description="longer captions are cut, end mark included")
     width: int = Field(ge=1)
     dtype: Literal["bfloat16"]
@@ -39,9 +40,9 @@ class Provenance(Strict):
     caption_normalisation: Literal["single spaces"]
 
     def same_encoder(self, other: "Provenance") -> bool:
-        """Whether weights and tokenizer are the same, whatever their folder is called."""
-        mine = self.weights_sha256, self.tokenizer_sha256
-        return mine == (other.weights_sha256, other.tokenizer_sha256)
+        """Whether weights, tokenizer and layer are the same, whatever their folder is called."""
+        mine = self.weights_sha256, self.tokenizer_sha256, self.layer
+        return mine == (other.weights_sha256, other.tokenizer_sha256, other.layer)
 
 
 class EmbeddingInfo(DerivedInfo[Provenance]):

@@ -19,7 +19,6 @@ from data_pipeline.shards.derived import Former, Row, begin, claim, fill
 from data_pipeline.shards.scan import list_members, raise_fault
 from data_pipeline.shards.tar import list_captions
 from data_pipeline.store import storage
-from data_pipeline.text.embed import WEIGHT_FILES, TextEncoder, fetch_encoder, provenance_of
 from data_pipeline.text.embeddings import (
     EMBEDDINGS,
     NULL,
@@ -29,6 +28,7 @@ from data_pipeline.text.embeddings import (
     open_embeddings,
     pack,
 )
+from data_pipeline.text.encoder import WEIGHT_FILES, TextEncoder, fetch_encoder, provenance_of
 
 TYPES = (".npy", ".npz", ".safetensors")
 MASKS = ("mask", "attention_mask")
@@ -52,6 +52,7 @@ class Origin:
     encoder: str | Path
     max_tokens: int
     folder: str | None = None  # of tars called as the dataset's; none: those themselves
+    layer: int | None = None
     null: str | None = None  # a file with the embedding of the empty caption; none: encode it
 
 
@@ -71,14 +72,17 @@ def import_embeddings(
         null = parse_array(storage.read_bytes(origin.null), origin.null, origin.null)
         _refuse_long(null, origin.null, origin.max_tokens)
     else:
-        null = TextEncoder(origin.encoder, max_tokens=origin.max_tokens).encode([""])[0]
+        reader = TextEncoder(origin.encoder, max_tokens=origin.max_tokens, layer=origin.layer)
+        null = reader.encode([""])[0]
     files, width = fetch_encoder(str(origin.encoder)), null.shape[1]
     if not any(file for pattern in WEIGHT_FILES for file in files.glob(pattern)):
         raise ConfigError(
             f"{origin.encoder}: is no encoder because it holds no weights; give the folder or hub "
             "id of the one that made these embeddings."
         )
-    provenance = provenance_of(origin.encoder, files, origin.max_tokens, width, "declared")
+    provenance = provenance_of(
+        origin.encoder, files, origin.max_tokens, width, "declared", origin.layer
+    )
     claim(EMBEDDINGS, folder, provenance)
     storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
     rows = partial(_rows, data, origin, provenance)

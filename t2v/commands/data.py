@@ -27,7 +27,8 @@ def data_embed(options: argparse.Namespace) -> None:
     from data_pipeline.shards.dataset import open_dataset
     from data_pipeline.shards.warnings import caption_warnings
     from data_pipeline.text.audit import check, estimate
-    from data_pipeline.text.embed import TextEncoder, embed
+    from data_pipeline.text.embed import embed
+    from data_pipeline.text.encoder import TextEncoder
     from data_pipeline.text.imported import Origin, import_embeddings
 
     place = f"{options.dataset}/embeddings/{options.name}"
@@ -35,7 +36,10 @@ def data_embed(options: argparse.Namespace) -> None:
         print(plain(warning))
     if options.estimate or options.check:
         reader = TextEncoder(
-            options.encoder, max_tokens=options.max_tokens, memory_gib=options.memory_gib
+            options.encoder,
+            max_tokens=options.max_tokens,
+            layer=options.layer,
+            memory_gib=options.memory_gib,
         )
         if options.estimate:
             print(plain(estimate(options.dataset, reader)))
@@ -49,6 +53,7 @@ def data_embed(options: argparse.Namespace) -> None:
             options.encoder,
             options.max_tokens,
             folder=options.import_from,
+            layer=options.layer,
             null=options.null,
         )
         done = import_embeddings(options.dataset, origin, name=options.name, task=options.task)
@@ -60,6 +65,7 @@ def data_embed(options: argparse.Namespace) -> None:
         options.encoder,
         name=options.name,
         max_tokens=options.max_tokens,
+        layer=options.layer,
         task=options.task,
         device=_own_gpu(),
         memory_gib=options.memory_gib,
@@ -246,9 +252,11 @@ def add_data_verbs(verbs) -> None:
     verb = add_verb(data_verbs, "embed", data_embed, "cache what a text encoder says of captions",
                     "t2v data embed data/videos --encoder google-t5/t5-11b --name t5")  # fmt: skip
     verb.add_argument("dataset")
-    verb.add_argument("--encoder", required=True, help="folder or hub id of a T5 encoder")
+    verb.add_argument("--encoder", required=True, help="folder or hub id of a text encoder")
     verb.add_argument("--name", required=True, help="the set's name: dataset/embeddings/NAME")
     verb.add_argument("--max-tokens", type=positive, default=128)
+    verb.add_argument("--layer", type=int, metavar="N",
+                      help="hidden layer to read, 0 being words; decoders need it")  # fmt: skip
     verb.add_argument(
         "--import",
         dest="member",

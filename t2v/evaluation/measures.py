@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 
 from data_pipeline.errors import ConfigError, InputMissing
-from data_pipeline.store.hub import refuse_partial
+from data_pipeline.store.hub import reason_of, refuse_partial
 from t2v.evaluation.clips import Shown
 from t2v.evaluation.protocol import C3D, I3D, CLIPText
 from t2v.evaluation.seam import Borders, seam_energies
@@ -116,13 +115,14 @@ class TextAgreement:
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
             model, loading = loaded
-            refuse_partial(loading, ours=("text_model.encoder.", "vision_model.encoder."))
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            refuse_partial(loading, model)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever strangers' files make transformers raise
             raise ConfigError(
                 f"clip.path: {self.spec.path} is wrong because it is no CLIPModel with its "
-                f"tokenizer ({reason}); give such a folder."
+                f"tokenizer ({reason_of(error)}); give such a folder."
             ) from None
         return model.to(self.device).eval(), tokenizer
 

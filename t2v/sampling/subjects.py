@@ -13,8 +13,8 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from data_pipeline.feeding.config import ClassConditioning, TextConditioning
 from data_pipeline.printable import say
-from data_pipeline.text.embed import TextEncoder
 from data_pipeline.text.embeddings import Provenance
+from data_pipeline.text.encoder import TextEncoder
 from t2v.methods.method import Method
 from t2v.network.conditioning import Condition
 from t2v.recipe.recipe import RunConfig, method_of
@@ -172,7 +172,8 @@ class Conditions:
                 "--encoder: missing because the checkpoint reads text; give the folder or hub id "
                 f"of the encoder that made its embeddings '{kind.encoder}'."
             )
-        self.reader = TextEncoder(encoder, max_tokens=kind.max_tokens)
+        layer = trained_with.layer if trained_with else None
+        self.reader = TextEncoder(encoder, max_tokens=kind.max_tokens, layer=layer)
         if trained_with is None or not self.reader.provenance.same_encoder(trained_with):
             raise ConfigError(
                 f"--encoder: {encoder} is wrong because the checkpoint was trained with another "
