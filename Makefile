@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Files of tests go to two processes, each file to one of them.
-PARALLEL := -n 2 --dist loadfile
+# Files of tests go to some processes, each file to one of them.
+PARALLEL := --dist loadfile
 
 .PHONY: quickstart test slow check bench clean
 
@@ -12,10 +12,11 @@ quickstart: $(INSTALLED)
 	$(BIN)/t2v quickstart --workdir quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest -n 2 $(PARALLEL)
 
+# Slow tests often wait, for one another's processes and for SLURM: three at once keep two cores busy.
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --timeout 1500 $(PARALLEL) --no-loadscope-reorder
+	$(BIN)/python -m pytest -m slow --timeout 1500 -n 3 $(PARALLEL) --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

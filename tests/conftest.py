@@ -74,6 +74,6 @@ def bucket(tmp_path, monkeypatch) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of one test that takes minutes go first, or one process would end with it alone."""
-    longest = ("test_quickstart.py", "test_dockerfile.py")
+    """The files that take longest go first, or one process would end with them alone."""
+    longest = ("test_quickstart.py", "test_quickstart_pyramid_flow.py", "test_dockerfile.py")
     items.sort(key=lambda item: item.path.name not in longest)

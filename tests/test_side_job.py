@@ -152,7 +152,7 @@ def test_the_automatic_job_follows_a_run_and_ends_with_it(dataset, tmp_path):
     job = SideJob(tmp_path, SamplesConfig.model_validate(LABELS))
     assert job.process is not None
     commit(tmp_path, "checkpoints", 2)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1200  # it gives way to all others
     while read_state(tmp_path).get("state") != "failed":
         assert time.monotonic() < deadline
         assert job.process.poll() is None
