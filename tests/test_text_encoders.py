@@ -143,7 +143,7 @@ def test_weights_of_a_deeper_network_are_refused(tmp_path, kind):
     ({"hidden_size": "8"}, "Field 'hidden_size' expected int"),
     ({"text_config": None, "model_type": "clip"}, "of its weights are missing|NoneType"),
     ({"auto_map": {"AutoConfig": "x.X", "AutoModel": "x.X"}, "model_type": "x"}, "custom code"),
-    ([], "must be a mapping"),
+    ([], "Unrecognized model"),
 ])  # fmt: skip
 def test_what_is_no_text_encoder_is_refused_and_runs_no_code(tmp_path, change, reason):
     """Nor is anybody asked whether it may."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -73,17 +74,15 @@ class TextEncoder:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self._recent: dict[str, Tensor] = {}
         folder = fetch_encoder(str(encoder))
-        try:
-            tokenizer, model = _load(folder, self.dtype, self.device, memory_gib)
-        except Exception as error:  # whatever strangers' files make transformers raise
-            raise ConfigError(
-                f"{encoder}: is no text encoder because {reason_of(error)}; give a folder or hub "
-                "id of one."
-            ) from None
+        with _refusing(encoder):
+            whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config, kind = whole.get_text_config(), _kind_of(whole.model_type)
+        self.layer = _layer_of(config, layer)
+        with _refusing(encoder):
+            placement = _placement(self.device, memory_gib)
+            tokenizer, model = _load(kind, folder, dtype=self.dtype, **placement)
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.model = cast(torch.nn.Module, model).eval()
-        config = model.config.get_text_config()
-        self.layer = _layer_of(config, layer)
         self.width = int(config.hidden_size)
         if (longest := _longest(model, config)) is not None and max_tokens > longest:
             raise ConfigError(
@@ -200,22 +199,31 @@ def provenance_of(
     )
 
 
-def _load(
-    folder: Path, dtype: torch.dtype, device: torch.device, memory_gib: float | None
-) -> tuple[Any, Any]:
+@contextmanager
+def _refusing(encoder: str | Path) -> Iterator[None]:
+    """ConfigError for whatever a stranger's files make transformers raise."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{encoder}: is no text encoder because {reason_of(error)}; give a folder or hub id of "
+            "one."
+        ) from None
+
+
+def _load(kind: Any, folder: Path, **how: Any) -> tuple[Any, Any]:
     """(tokenizer, network) with all of its weights; ValueError for what is none."""
     disable_progress_bar()
     set_verbosity_error()  # it reports on weights in many lines, with names of others
     tokenizer = _tokenizer_of(folder)
     offloaded = mkdtemp(prefix="t2v-encoder-")
     try:
-        model, loading = _kind_of(folder).from_pretrained(
+        model, loading = kind.from_pretrained(
             folder,
-            dtype=dtype,
             offload_folder=offloaded,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **_placement(device, memory_gib),
+            **how,
         )
         weakref.finalize(model, shutil.rmtree, offloaded, ignore_errors=True)
     except BaseException:
@@ -234,15 +242,14 @@ def _tokenizer_of(folder: Path) -> Any:
     of_bytes = settings.is_file() and "ByT5" in settings.read_text("utf-8", errors="replace")
     if not of_bytes and not any(file for name in VOCABULARIES for file in folder.glob(name)):
         raise ValueError(f"it has no vocabulary ({', '.join(VOCABULARIES[:3])}, ...)")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer marks neither beginning nor end, so nothing can be encoded")
     return tokenizer
 
 
-def _kind_of(folder: Path) -> Any:
-    """The class of an encoder's network."""
-    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+def _kind_of(kind: str) -> Any:
+    """What loads the network of an encoder."""
     if kind == "clip":
         return CLIPTextModel
     if kind in ENCODERS:

@@ -22,8 +22,8 @@ def export_vbench(samples: Path, out: Path) -> int:
     records, seen, names = read_records(summary), Counter[str](), []
     for record in records:
         prompt = record.get("prompt")
-        name = f"{prompt}-{seen[prompt]}.mp4"
-        seen[prompt] += 1
+        name = f"{prompt}-{seen[str(prompt)]}.mp4"
+        seen[str(prompt)] += 1
         if not isinstance(prompt, str) or "/" in prompt or len(name.encode()) > LONGEST_NAME:
             raise ConfigError(
                 f"{summary}: prompt {str(prompt)[:80]!r} is wrong because no file can be named so; "
