@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -149,14 +150,13 @@ def test_a_run_is_sampled_beside_it_and_what_is_missing_afterwards(dataset, tmp_
 @pytest.mark.dist
 def test_the_automatic_job_follows_a_run_and_ends_with_it(dataset, tmp_path):
     run_of(tmp_path)
-    job = SideJob(tmp_path, SamplesConfig.model_validate(LABELS))
-    assert job.process is not None
-    commit(tmp_path, "checkpoints", 2)
-    deadline = time.monotonic() + 1200  # it gives way to all others
-    while read_state(tmp_path).get("state") != "failed":
-        assert time.monotonic() < deadline
-        assert job.process.poll() is None
-        time.sleep(0.2)
-    assert os.getpriority(os.PRIO_PROCESS, job.process.pid) == 19
-    job.close()
+    with closing(SideJob(tmp_path, SamplesConfig.model_validate(LABELS))) as job:
+        assert job.process is not None
+        commit(tmp_path, "checkpoints", 2)
+        deadline = time.monotonic() + 1200  # it gives way to all others
+        while read_state(tmp_path).get("state") != "failed":
+            assert time.monotonic() < deadline
+            assert job.process.poll() is None
+            time.sleep(0.2)
+        assert os.getpriority(os.PRIO_PROCESS, job.process.pid) == 19
     assert job.process.poll() is not None
