@@ -117,12 +117,19 @@ def test_a_truncated_mp4_is_named(few, tmp_path, capsys):
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
-@pytest.mark.parametrize("size", ["4x24", "axbxc", "4,24,32"])
-def test_a_size_of_another_form_is_a_usage_error(few, tmp_path, size, capsys):
+@pytest.mark.parametrize(("option", "value", "said"), [
+    ("--size", "4x24", "is no size; give FRAMESxHEIGHTxWIDTH, such as 64x288x512"),
+    ("--size", "axbxc", "is no size"),
+    ("--size", "4,24,32", "is no size"),
+    ("--task", "3", "is no task; give I/N, such as 0/4"),
+    ("--note", "licence", "is no note; give KEY=TEXT"),
+    ("--caption-column", "text=nan", "is no column; give NAME or NAME=WEIGHT, with a weight above"),
+])  # fmt: skip
+def test_words_of_another_form_are_a_usage_error(few, tmp_path, option, value, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["data", "build", str(few), str(tmp_path / "out"), "--size", size])
+        main(["data", "build", str(few), str(tmp_path / "out"), option, value])
     assert stop.value.code == 2
-    assert "--size" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' {said}" in capsys.readouterr().err
 
 
 def test_sampling_from_no_checkpoint_is_missing_input(tmp_path, capsys):

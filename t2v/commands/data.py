@@ -17,7 +17,7 @@ from t2v.commands.making import (
     data_toy,
     data_verify,
 )
-from t2v.commands.parser import add_config, add_verb, count, positive
+from t2v.commands.parser import add_config, add_verb, count, gib, positive, word
 
 if TYPE_CHECKING:
     from data_pipeline.feeding.mixture import Mixture
@@ -273,7 +273,7 @@ def add_data_verbs(verbs) -> None:
         metavar="FILE",
         help="their embedding of the empty caption; by default it is encoded",
     )
-    verb.add_argument("--memory-gib", type=float,
+    verb.add_argument("--memory-gib", type=gib,
                       help="main memory for the encoder; the rest of it stays on disk")  # fmt: skip
     verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
     verb.add_argument("--check", type=positive, metavar="K",
@@ -291,7 +291,7 @@ def add_data_verbs(verbs) -> None:
                       help="of clips as they are encoded; by default as stored")  # fmt: skip
     verb.add_argument("--normalisation", metavar="FILE",
                       help="what --measure wrote; by default the autoencoder's own")  # fmt: skip
-    verb.add_argument("--memory-gib", type=float,
+    verb.add_argument("--memory-gib", type=gib,
                       help="for the autoencoder and its work, in tiles if need be")  # fmt: skip
     verb.add_argument("--estimate", action="store_true", help="only tell bytes and hours")
     verb.add_argument("--measure", metavar="FILE",
@@ -352,16 +352,19 @@ def _add_notes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@word("size", "FRAMESxHEIGHTxWIDTH, such as 64x288x512")
 def clip_size(text: str) -> tuple[int, int, int]:
     frames, height, width = (int(part) for part in text.split("x"))
     return frames, height, width
 
 
+@word("task", "I/N, such as 0/4")
 def array_task(text: str) -> tuple[int, int]:
     number, count = (int(part) for part in text.split("/"))
     return number, count
 
 
+@word("note", "KEY=TEXT")
 def key_text(text: str) -> tuple[str, str]:
     key, value = text.split("=", 1)
     return key, value

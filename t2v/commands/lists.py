@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.making.presets import PRESETS, Columns
 from data_pipeline.printable import plain
+from t2v.commands.parser import word
 
 if TYPE_CHECKING:
     from data_pipeline.shards.dataset import Dataset
@@ -92,10 +93,11 @@ def names(text: str) -> tuple[str, ...]:
     return () if text == "none" else tuple(part.strip() for part in text.split(","))
 
 
+@word("column", "NAME or NAME=WEIGHT, with a weight above 0")
 def weighted(text: str) -> tuple[str, float]:
     """A name and its weight."""
     name, equals, weight = text.rpartition("=")
     value = float(weight) if equals else 1.0
     if not 0 < value < float("inf"):
-        raise ValueError(text)
+        raise ValueError
     return (name, value) if equals else (text, 1.0)

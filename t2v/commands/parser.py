@@ -3,6 +3,11 @@
 import argparse
 import math
 import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_CODES = """\
 exit codes:
@@ -31,39 +36,51 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
 
 
+def word(what: str, give: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """Turns the ValueError of a function that reads a word of the command line into one line."""
+
+    def told(read: Callable[[str], T]) -> Callable[[str], T]:
+        def reading(text: str) -> T:
+            try:
+                return read(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r} is no {what}; give {give}") from None
+
+        return reading
+
+    return told
+
+
+@word("whole number from 1", "one")
 def positive(text: str) -> int:
-    """A whole number from 1."""
-    return _whole(text, least=1)
+    return int(_between(int(text), 1))
 
 
+@word("whole number from 0", "one")
 def count(text: str) -> int:
-    """A whole number from 0."""
-    return _whole(text, least=0)
+    return int(_between(int(text), 0))
 
 
+@word("time", "seconds, from 0")
 def seconds(text: str) -> float:
-    """A time that ends: not negative, and neither nan nor inf."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, from 0")
-    return number
+    """A time that ends."""
+    return _between(float(text), 0)
 
 
+@word("amount of memory", "GiB above 0")
+def gib(text: str) -> float:
+    return _between(float(text), sys.float_info.min)
+
+
+@word("name", "letters, digits and . _ -")
 def plain_name(text: str) -> str:
     """A name that is part of a file's."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name; use letters, digits and . _ -")
+        raise ValueError
     return text
 
 
-def _whole(text: str, *, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}; give one")
+def _between(number: float, least: float) -> float:
+    if not least <= number < math.inf:
+        raise ValueError
     return number
