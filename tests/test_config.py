@@ -142,6 +142,11 @@ def message(tmp_path: Path, overrides: list[str]) -> str:
             "method.sampling.steps: [4] has 1 entries for 2 levels; give one per level.",
         ),
         (
+            "method.sampling.guidance_interval=[[0, 1], [2, 0.1]]",
+            "method.sampling.guidance_interval: value [2, 0.1] is wrong because it holds no noise "
+            "level; write [lowest, highest].",
+        ),
+        (
             "micro_batch_size=3",
             "micro_batch_size: 3 is wrong because it does not divide global_batch_size 4; choose a "
             "divisor.",

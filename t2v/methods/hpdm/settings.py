@@ -49,6 +49,17 @@ Latents = Annotated[int, Field(ge=1)]
 Interval = Annotated[
     tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
 ]
+Intervals = Interval | list[Interval] | None
+
+
+def _rising(intervals: Intervals) -> Intervals:
+    for low, high in intervals if isinstance(intervals, list) else filter(None, [intervals]):
+        if low >= high:
+            raise ValueError(
+                f"value [{low:g}, {high:g}] is wrong because it holds no noise level; write "
+                "[lowest, highest]"
+            )
+    return intervals
 
 
 class ContextReading(Strict):
@@ -113,7 +124,7 @@ class HPDMSamplingConfig(SamplingConfig):
     guide_latents: Latents | list[Latents] | None = Field(
         default=None, description="the same of what guidance leads away from; none: as many"
     )
-    guidance_interval: Interval | list[Interval] | None = Field(
+    guidance_interval: Annotated[Intervals, AfterValidator(_rising)] = Field(
         default=None, description="(lowest, highest) sigma with guidance; one, or one per level"
     )
     solver: SolverName | list[SolverName] = Field(
