@@ -1,6 +1,7 @@
 """Embeddings of others: taken row for row, proved by the encoder they are said to be of."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,11 @@ def test_embeddings_that_are_not_what_they_are_said_to_be_are_found(
     assert import_embeddings(own, origin, name="t5") is not None
     with pytest.raises(DataError, match=r"differs by .* from what the encoder says"):
         check(own, reader, name="t5", count=3)
+    middle = import_embeddings(own, replace(origin, layer=-2), name="middle")
+    assert middle is not None
+    assert middle.info.provenance.layer == 1
+    with pytest.raises(ConfigError, match="layer: 3 is wrong because the encoder has 2"):
+        import_embeddings(own, replace(origin, layer=3), name="none")
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,8 @@ class TextEncoder:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self._recent: dict[str, Tensor] = {}
         folder = fetch_encoder(str(encoder))
-        with _refusing(encoder):
-            whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            config, kind = whole.get_text_config(), _kind_of(whole.model_type)
-        self.layer = _layer_of(config, layer)
+        kind, config = settings_of(encoder, folder)
+        self.layer = layer_of(config, layer)
         with _refusing(encoder):
             placement = _placement(self.device, memory_gib)
             tokenizer, model = _load(kind, folder, dtype=self.dtype, **placement)
@@ -199,6 +197,29 @@ def provenance_of(
     )
 
 
+def settings_of(encoder: str | Path, folder: Path) -> tuple[Any, Any]:
+    """(what loads the network of an encoder, its settings)."""
+    with _refusing(encoder):
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return _kind_of(whole.model_type), whole.get_text_config()
+
+
+def layer_of(config: Any, layer: int | None) -> int | None:
+    """A hidden layer of an encoder, counted from the words on."""
+    count = int(config.num_hidden_layers)
+    if layer is None and config.model_type in DECODERS and config.model_type not in ENCODERS:
+        raise ConfigError(
+            f"layer: missing because {config.model_type} is a decoder, whose last output is made "
+            f"for the next word; name a hidden layer, 0 to {count}, such as {max(count - 2, 1)}."
+        )
+    if layer is not None and not -count - 1 <= layer <= count:
+        raise ConfigError(
+            f"layer: {layer} is wrong because the encoder has {count}; give 0 to {count}, or "
+            f"{-count - 1} to -1 from the end."
+        )
+    return layer if layer is None else layer % (count + 1)
+
+
 @contextmanager
 def _refusing(encoder: str | Path) -> Iterator[None]:
     """ConfigError for whatever a stranger's files make transformers raise."""
@@ -249,7 +270,6 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def _kind_of(kind: str) -> Any:
-    """What loads the network of an encoder."""
     if kind == "clip":
         return CLIPTextModel
     if kind in ENCODERS:
@@ -257,22 +277,6 @@ def _kind_of(kind: str) -> Any:
     if kind in DECODERS:
         return AutoModel
     raise ValueError(f"its kind '{kind}' reads no text, or is unknown")
-
-
-def _layer_of(config: Any, layer: int | None) -> int | None:
-    """A hidden layer, counted from the words on."""
-    count = int(config.num_hidden_layers)
-    if layer is None and config.model_type in DECODERS and config.model_type not in ENCODERS:
-        raise ConfigError(
-            f"layer: missing because {config.model_type} is a decoder, whose last output is made "
-            f"for the next word; name a hidden layer, 0 to {count}, such as {max(count - 2, 1)}."
-        )
-    if layer is not None and not -count - 1 <= layer <= count:
-        raise ConfigError(
-            f"layer: {layer} is wrong because the encoder has {count}; give 0 to {count}, or "
-            f"{-count - 1} to -1 from the end."
-        )
-    return layer if layer is None else layer % (count + 1)
 
 
 def _longest(model: Any, config: Any) -> int | None:

@@ -28,7 +28,14 @@ from data_pipeline.text.embeddings import (
     open_embeddings,
     pack,
 )
-from data_pipeline.text.encoder import WEIGHT_FILES, TextEncoder, fetch_encoder, provenance_of
+from data_pipeline.text.encoder import (
+    WEIGHT_FILES,
+    TextEncoder,
+    fetch_encoder,
+    layer_of,
+    provenance_of,
+    settings_of,
+)
 
 TYPES = (".npy", ".npz", ".safetensors")
 MASKS = ("mask", "attention_mask")
@@ -80,9 +87,8 @@ def import_embeddings(
             f"{origin.encoder}: is no encoder because it holds no weights; give the folder or hub "
             "id of the one that made these embeddings."
         )
-    provenance = provenance_of(
-        origin.encoder, files, origin.max_tokens, width, "declared", origin.layer
-    )
+    layer = layer_of(settings_of(origin.encoder, files)[1], origin.layer)
+    provenance = provenance_of(origin.encoder, files, origin.max_tokens, width, "declared", layer)
     claim(EMBEDDINGS, folder, provenance)
     storage.write_atomic(storage.join(folder, NULL), pack([null], [1.0]))
     rows = partial(_rows, data, origin, provenance)
