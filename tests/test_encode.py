@@ -329,7 +329,7 @@ def test_what_is_no_autoencoder_is_refused_and_runs_no_code(home, tmp_path):
     torch.save({}, pickled / "diffusion_pytorch_model.bin")
     (pickled / "diffusion_pytorch_model.safetensors").unlink()
     extra = copy("extra") / "diffusion_pytorch_model.safetensors"
-    save_file(load_file(extra) | {"x": torch.zeros(1)}, extra)
+    save_file(load_file(extra) | {"encoder.x": torch.zeros(1)}, extra)
     larger = rewritten(copy("larger"), z_dim=5, latents_mean=[0.0] * 5, latents_std=[1.0] * 5)
     for folder, reason in (
         (tmp_path / "empty", "No such file"),
@@ -337,7 +337,7 @@ def test_what_is_no_autoencoder_is_refused_and_runs_no_code(home, tmp_path):
         (tmp_path / "unet", "'UNet2DModel' is no autoencoder of diffusers"),
         (code, "'Mine' is no autoencoder of diffusers"),
         (pickled, "safetensors"),
-        (extra.parent, "1 of its weights have no place in it, x first"),
+        (extra.parent, "1 of its weights have no place in it, encoder.x first"),
         (larger, "is no video autoencoder because"),
         (rewritten(copy("deeper"), num_res_blocks=2), "of its weights are missing"),
     ):
