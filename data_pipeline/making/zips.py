@@ -29,7 +29,8 @@ def list_zip(path: str, refuse: Refuse) -> Iterator[tuple[str, int, int, int | N
                 is_packed = member.compress_type == zipfile.ZIP_DEFLATED
                 packed = member.compress_size if is_packed else None
                 yield name, member.header_offset + before, member.file_size, packed
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+    # A RuntimeError is of a version that zipfile does not read.
+    except (zipfile.BadZipFile, RuntimeError, struct.error, ValueError) as error:
         refuse(TarFault(path, "", "is no readable zip", f" because {error}; fetch it again."))
 
 
