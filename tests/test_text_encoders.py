@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -125,6 +126,21 @@ def test_more_tokens_than_there_are_positions_are_refused(tmp_path, kind, tokens
         TextEncoder(folder, max_tokens=tokens + 1)
 
 
+@pytest.mark.parametrize(("kind", "buffer"), [
+    ("gpt2", "transformer.h.1.attn.masked_bias"),
+    ("bert", "bert.embeddings.position_ids"),
+    ("clip whole", "text_model.embeddings.position_ids"),
+    ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+])  # fmt: skip
+def test_files_of_older_versions_may_keep_buffers(tmp_path, kind, buffer):
+    folder = save(tmp_path / "encoder", kind)
+    file, layer = folder / "model.safetensors", KINDS[kind][3]
+    (plain,) = TextEncoder(folder, max_tokens=16, layer=layer).encode(CAPTIONS[:1])
+    save_file(load_file(file) | {buffer: torch.zeros(4)}, file, metadata={"format": "pt"})
+    (found,) = TextEncoder(folder, max_tokens=16, layer=layer).encode(CAPTIONS[:1])
+    assert torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "byt5"])
 def test_weights_of_a_deeper_network_are_refused(tmp_path, kind):
     folder = save(tmp_path / "encoder", kind)
@@ -138,7 +154,8 @@ def test_weights_of_a_deeper_network_are_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize(("change", "reason"), [
-    ({"model_type": "vit"}, "its kind 'vit' reads no text, or is unknown"),
+    ({"model_type": "vit"}, "its kind 'vit' is none that reads text alone"),
+    ({"model_type": "bart"}, "its kind 'bart' is none that reads text alone"),
     ({"model_type": "no\x1b[31msuch"}, "does not recognize this architecture"),
     ({"hidden_size": "8"}, "Field 'hidden_size' expected int"),
     ({"text_config": None, "model_type": "clip"}, "of its weights are missing|NoneType"),

@@ -10,6 +10,9 @@ from torch import nn
 
 from data_pipeline.errors import InputMissing
 
+# What older files keep, though networks make it anew.
+BUFFERS = ("position_ids", "masked_bias", "inv_freq")
+
 
 def fetch_model(name: str, patterns: Sequence[str], *, what: str) -> Path:
     """The local folder of a model, downloaded if it is a hub id: those files that match."""
@@ -45,7 +48,7 @@ def refuse_partial(loading: Mapping[str, Any], model: nn.Module) -> None:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     parts = {name for name, _ in model.named_children()}
     names = sorted(name.removeprefix(prefix) for name in loading["unexpected_keys"])
-    unused = [name for name in names if name.partition(".")[0] in parts]
+    unused = [n for n in names if n.partition(".")[0] in parts and not n.endswith(BUFFERS)]
     if unused:
         raise ValueError(f"{len(unused)} of its weights have no place in it, {unused[0]} first")
 

@@ -81,7 +81,6 @@ class TextEncoder:
             tokenizer, model = _load(kind, folder, dtype=self.dtype, **placement)
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.model = cast(torch.nn.Module, model).eval()
-        self.width = int(config.hidden_size)
         if (longest := _longest(model, config)) is not None and max_tokens > longest:
             raise ConfigError(
                 f"max_tokens: {max_tokens} is wrong because {encoder} reads at most {longest}; "
@@ -89,6 +88,8 @@ class TextEncoder:
             )
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._nothing = [next(mark for mark in marks if mark is not None)]
+        with _refusing(encoder):  # the empty caption is asked for anyway, and is kept
+            self.width = self.encode([""])[0].shape[1]
         compute_dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         self.provenance = provenance_of(
             encoder, folder, max_tokens, self.width, compute_dtype, self.layer
@@ -201,7 +202,7 @@ def settings_of(encoder: str | Path, folder: Path) -> tuple[Any, Any]:
     """(what loads the network of an encoder, its settings)."""
     with _refusing(encoder):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return _kind_of(whole.model_type), whole.get_text_config()
+        return _kind_of(whole), whole.get_text_config()
 
 
 def layer_of(config: Any, layer: int | None) -> int | None:
@@ -269,14 +270,15 @@ def _tokenizer_of(folder: Path) -> Any:
     return tokenizer
 
 
-def _kind_of(kind: str) -> Any:
+def _kind_of(config: Any) -> Any:
+    kind = config.model_type
     if kind == "clip":
         return CLIPTextModel
     if kind in ENCODERS:
         return AutoModelForTextEncoding
-    if kind in DECODERS:
+    if kind in DECODERS and not config.is_encoder_decoder:
         return AutoModel
-    raise ValueError(f"its kind '{kind}' reads no text, or is unknown")
+    raise ValueError(f"its kind '{kind}' is none that reads text alone, or is unknown")
 
 
 def _longest(model: Any, config: Any) -> int | None:
