@@ -219,7 +219,7 @@ def _header(file: str, told: str, delimiters: str) -> tuple[str, list[str]]:
     names = found[delimiter]
     if not names:
         with open(file, "rb") as content:
-            is_empty = not content.read().strip()
+            is_empty = not content.read(1 << 20).strip()
         why = "is empty; write one row per file."
         blank = "is wrong because its first line is empty; begin with the names of the columns."
         raise DataError(f"{told}: {why if is_empty else blank}")
